@@ -1,0 +1,30 @@
+"""Laplace approximations and marginal likelihoods for PyTorch networks with weight sharing."""
+
+from laplace_ws._version import __version__
+from laplace_ws.curvature import Curvature, kron_factors
+from laplace_ws.errors import InvalidBatchError, NotFittedError, NumericalRepairWarning, UnsupportedParameterError
+from laplace_ws.kfac import KfacApprox
+from laplace_ws.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, make_likelihood
+from laplace_ws.matrices import Kron
+from laplace_ws.posterior import DiagLaplace, FullLaplace, KronLaplace, Laplace
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Curvature",
+    "DiagLaplace",
+    "FullLaplace",
+    "Gaussian",
+    "InvalidBatchError",
+    "KfacApprox",
+    "Kron",
+    "KronLaplace",
+    "Laplace",
+    "Likelihood",
+    "NotFittedError",
+    "NumericalRepairWarning",
+    "UnsupportedParameterError",
+    "__version__",
+    "kron_factors",
+    "make_likelihood",
+]

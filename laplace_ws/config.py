@@ -1,0 +1,185 @@
+"""What a run of the command line is made of: one dataclass a section of the YAML file."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_type_hints
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images to train and test on.
+
+    Attributes:
+        name: fashion-mnist-subset (bundled), fashion-mnist, cifar10, cifar100 or image-folder.
+        root: folder of the data; the bundled subset needs none.
+        download: whether missing data may be downloaded into `root`.
+        n_train: size of a class-balanced subset of the training images; all of them if not given.
+        n_test: the same for the test images.
+        batch_size: images a batch.
+        augment: whether to crop and flip the training images at random.
+    """
+
+    name: str = "fashion-mnist-subset"
+    root: str = "data"
+    download: bool = False
+    n_train: int | None = None
+    n_test: int | None = None
+    batch_size: int = 128
+    augment: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network; an option that is not given is the model's own default.
+
+    Attributes:
+        name: wide-resnet, lenet or mlp.
+        depth: layers of a wide-resnet, 6n + 4.
+        width: width factor of a wide-resnet.
+        norm: of a wide-resnet: fixup, batch, group or none.
+        hidden: units of an mlp's hidden layers.
+        activation: of an mlp.
+    """
+
+    name: str = "wide-resnet"
+    depth: int | None = None
+    width: int | None = None
+    norm: Literal["fixup", "batch", "group", "none"] | None = None
+    hidden: list[int] | None = None
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class MarglikConfig:
+    """Training, and the tuning in it; see `laplace_ws.marglik.marglik_training`.
+
+    Attributes:
+        n_epochs: epochs of gradient steps.
+        n_epochs_burnin: epochs before the first tuning.
+        marglik_frequency: epochs between two tunings.
+        n_hypersteps: steps on the hyperparameters at each tuning.
+        lr_hyp: step size of Adam on their logarithms.
+        max_log_step: largest change of a logarithm at one tuning.
+        fit_fraction: share of the batches that a tuning sees.
+        prior_structure: which parameters share a prior precision; weight is for diag and full.
+        prior_prec_init: start of the prior precisions; 0.01 times the number of images if not given.
+        temperature_init: temperature of the likelihood, at the start.
+        tune_temperature: whether to tune it.
+        hessian_structure: of the Laplace approximation.
+        curvature: exact GGN, GGN by sampled labels, or empirical Fisher.
+        kfac_approx: auto, expand or reduce, or a mapping from a pattern of layers to one of them.
+        backend: what computes the curvature.
+        mc_samples: labels sampled per image for ggn_mc.
+        final_curvature: of the last fit; `curvature` if not given.
+        optimizer: of the weights.
+        lr: its step size at the start; a cosine takes it to zero.
+        momentum: Nesterov momentum of sgd.
+    """
+
+    n_epochs: int = 100
+    n_epochs_burnin: int = 20
+    marglik_frequency: int = 5
+    n_hypersteps: int = 50
+    lr_hyp: float = 0.1
+    max_log_step: float = 1.0
+    fit_fraction: float = 1.0
+    prior_structure: Literal["scalar", "layerwise", "parameter", "weight"] = "layerwise"
+    prior_prec_init: float | None = None
+    temperature_init: float = 1.0
+    tune_temperature: bool = False
+    hessian_structure: Literal["kron", "diag", "full"] = "kron"
+    curvature: Literal["ggn", "ggn_mc", "ef"] = "ggn_mc"
+    kfac_approx: Literal["auto", "expand", "reduce"] | dict[str, str] = "auto"
+    backend: str = "native"
+    mc_samples: int = 1
+    final_curvature: Literal["ggn", "ggn_mc", "ef"] | None = None
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+
+
+@dataclass(frozen=True)
+class BaselinesConfig:
+    """Networks trained beside the tuned one, from the same start and in the same order of batches.
+
+    Attributes:
+        fixed_prior_precisions: one network each; divided by the number of images it is the weight decay.
+    """
+
+    fixed_prior_precisions: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run.
+
+    Attributes:
+        name: of the run's folder.
+        out: folder of all runs.
+        seed: of initialisation, batches and sampling.
+        device: auto takes a GPU if there is one.
+        threads: of torch in each process.
+        workers: processes that train side by side; the numbers are those of one.
+        likelihood: of the labels; images have classes.
+        data: images to train and test on.
+        model: the network.
+        marglik: training and tuning.
+        baselines: networks at fixed prior precisions, to compare with.
+        report: whether to write report.html at the end.
+    """
+
+    name: str = "run"
+    out: str = "runs"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 1
+    workers: int = 1
+    likelihood: Literal["classification"] = "classification"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    marglik: MarglikConfig = field(default_factory=MarglikConfig)
+    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
+    report: bool = True
+
+
+class UnknownKeyError(ValueError):
+    """A key that no section of the configuration has."""
+
+
+def config_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
+    """All keys with dots, sections included: "data", "data.name", …"""
+    hints = get_type_hints(cls)
+    keys = []
+    for f in fields(cls):
+        keys.append(prefix + f.name)
+        if is_dataclass(hints[f.name]):
+            keys += config_keys(hints[f.name], f"{prefix}{f.name}.")
+    return keys
+
+
+def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a key that is not known.
+
+    Raises:
+        UnknownKeyError: says which, and the nearest known one.
+    """
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise UnknownKeyError(f"unknown key '{key}'; did you mean '{near}'?")
+
+
+def keys_of(values: Mapping[str, Any], known: Iterable[str], prefix: str = "") -> list[str]:
+    """Keys with dots of a nested mapping; goes down into sections only, not into a value that is a mapping itself."""
+    known = list(known)
+    keys = []
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        keys.append(key)
+        if isinstance(value, Mapping) and any(k.startswith(f"{key}.") for k in known):
+            keys += keys_of(value, known, f"{key}.")
+    return keys

@@ -1,0 +1,94 @@
+"""The contract of a curvature backend: run the model on a batch, and pull vectors of output space back to every use of a parameter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
+from laplace_ws.kfac.sharing import Use
+
+
+class Linearisation(ABC):
+    """A model at one batch, linear in its parameters.
+
+    Attributes:
+        outputs: f, detached, `[N, ...]`.
+        uses: every use of a parameter in the forward pass.
+    """
+
+    outputs: Float[Tensor, "N ..."]
+    uses: Sequence[Use]
+
+    @abstractmethod
+    def pullback(self, columns: Float[Tensor, "K N ..."]) -> list[Float[Tensor, "K B ..."]]:
+        """Back-propagate K columns of output space to the output of each use."""
+
+
+class Backend(ABC):
+    """Runs models and hands out uses of parameters and gradients at their outputs."""
+
+    name: str
+
+    @abstractmethod
+    def linearise(self, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]) -> Linearisation:
+        """Run the model on a batch as it is (the caller sets the modes).
+
+        Args:
+            model: the network.
+            x: inputs, the first axis runs over examples.
+            parameters: the parameters to cover, by name.
+
+        Raises:
+            UnsupportedParameterError: a parameter is used in a way that the backend cannot cover.
+        """
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require grad, by name; a tied parameter appears once, under its first name."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise UnsupportedParameterError(
+            f"{type(model).__name__} has no parameter that requires grad; unfreeze what the posterior is to be over "
+            "(requires_grad_(True))."
+        )
+    return parameters
+
+
+def check_devices(model: nn.Module, *tensors: Tensor) -> None:
+    """Raise `InvalidBatchError` if a batch is not where the model is."""
+    device = next(model.parameters()).device
+    for tensor in tensors:
+        if tensor.device != device:
+            raise InvalidBatchError(
+                f"the batch is on {tensor.device} and the model on {device}; move one of them, for example batch.to({str(device)!r})."
+            )
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode with gradients enabled, and leave each in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def check_outputs(f: object, n_examples: int) -> Tensor:
+    """Raise `InvalidBatchError` unless f is a floating point tensor with one row an example."""
+    if not isinstance(f, Tensor) or not f.is_floating_point():
+        raise InvalidBatchError(f"the model must return one floating point tensor, but it returned {type(f).__name__}.")
+    if f.ndim == 0 or len(f) != n_examples:
+        raise InvalidBatchError(
+            f"the model must return one row of outputs for each of the {n_examples} examples, but it returned shape {tuple(f.shape)}."
+        )
+    return f

@@ -1,0 +1,283 @@
+"""The torch calls whose uses of parameters have a curvature block, and how to read them.
+
+Each reader has the signature of the call that it reads, after the `Call` itself, and returns the uses that the call makes. To cover
+another call, add its reader to `READERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from laplace_ws.kfac.conv import ConvGeometry
+from laplace_ws.kfac.sharing import ConvUse, ElementwiseUse, EmbeddingUse, LinearUse, Use
+
+
+class UnreadableCallError(Exception):
+    """A call uses a parameter in a way that has no block; the message completes "'name' is used by call, …"."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A parameter, or its transpose, as an argument of a call."""
+
+    name: str
+    tensor: Tensor
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call in the forward pass.
+
+    Attributes:
+        name: name of the called function.
+        operands: parameters that require grad among the arguments, by `id` of the tensor.
+        output: what it returned.
+        n_examples: examples in the batch.
+    """
+
+    name: str
+    operands: Mapping[int, Operand]
+    output: Tensor
+    n_examples: int
+
+    def parameter(self, tensor: Tensor | None) -> str | None:
+        """Name of a parameter that requires grad, None for any other tensor."""
+        operand = self.operands.get(id(tensor))
+        if operand is not None and operand.transposed:
+            raise UnreadableCallError("transposed")
+        return operand.name if operand is not None else None
+
+    def matrix(self, tensor: Tensor) -> tuple[str | None, bool]:
+        """Name of a weight matrix and whether it enters transposed."""
+        operand = self.operands.get(id(tensor))
+        return (operand.name, operand.transposed) if operand is not None else (None, False)
+
+
+def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Use]:
+    if input.ndim < 2:
+        raise UnreadableCallError("on an input without a batch axis")
+    name, transposed = call.matrix(weight)
+    shape = weight.shape if not transposed else weight.shape[::-1]
+    use = LinearUse(
+        n_examples=call.n_examples,
+        call=call.name,
+        weight=name,
+        bias=call.parameter(bias),
+        weight_shape=shape,
+        x=input.detach(),
+        weight_is_transposed=transposed,
+    )
+    return [use]
+
+
+def _matmul(call: Call, input: Tensor, other: Tensor) -> list[Use]:
+    name, transposed = call.matrix(other)
+    if other.ndim != 2 or input.ndim < 2 or name is None:
+        raise UnreadableCallError("other than as the matrix on the right of x @ W")
+    use = LinearUse(
+        n_examples=call.n_examples,
+        call=call.name,
+        weight=name,
+        bias=None,
+        weight_shape=other.shape if not transposed else other.shape[::-1],
+        x=input.detach(),
+        weight_is_transposed=not transposed,
+    )
+    return [use]
+
+
+def _conv(
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> list[Use]:
+    if input.ndim != weight.ndim:
+        raise UnreadableCallError("on an input without a batch axis")
+    use = ConvUse(
+        n_examples=call.n_examples,
+        call=call.name,
+        weight=call.parameter(weight),
+        bias=call.parameter(bias),
+        weight_shape=weight.shape,
+        x=input.detach(),
+        geometry=ConvGeometry.from_call(weight, stride, padding, dilation, groups),
+    )
+    return [use]
+
+
+def _embedding(
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> list[Use]:
+    if max_norm is not None or scale_grad_by_freq:
+        raise UnreadableCallError("with max_norm or scale_grad_by_freq")
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    use = EmbeddingUse(
+        n_examples=call.n_examples,
+        call=call.name,
+        weight=call.parameter(weight),
+        bias=None,
+        weight_shape=weight.shape,
+        indices=input,
+        dtype=weight.dtype,
+        padding_idx=padding_idx,
+    )
+    return [use]
+
+
+def _elementwise(call: Call, parameter: Tensor, factor: Tensor, at: int | None = None) -> ElementwiseUse:
+    """A use of a parameter that is broadcast to the output, aligned right as torch does, or with its one axis at `at`."""
+    name = call.parameter(parameter)
+    assert name is not None
+    n_axes = call.output.ndim
+    if at is None:
+        aligned = (1,) * (n_axes - parameter.ndim) + tuple(parameter.shape)
+    else:
+        aligned = tuple(len(parameter) if axis == at else 1 for axis in range(n_axes))
+    if not aligned or aligned[0] != 1:
+        raise UnreadableCallError("with an entry for every example of the batch")
+    return ElementwiseUse(
+        n_examples=call.n_examples,
+        call=call.name,
+        name=name,
+        shape=parameter.shape,
+        broadcast_shape=aligned[1:],
+        factor=factor,
+    )
+
+
+def _mul(call: Call, input: Tensor, other: Tensor) -> list[Use]:
+    parameter, factor = (input, other) if call.parameter(input) else (other, input)
+    return [_elementwise(call, parameter, torch.as_tensor(factor).detach())]
+
+
+def _add(call: Call, input: Tensor, other: Tensor, *, alpha: float = 1) -> list[Use]:
+    return _sum(call, input, other, float(alpha))
+
+
+def _sub(call: Call, input: Tensor, other: Tensor, *, alpha: float = 1) -> list[Use]:
+    return _sum(call, input, other, -float(alpha))
+
+
+def _sum(call: Call, input: Tensor, other: Tensor, sign: float) -> list[Use]:
+    parameter, factor = (input, 1.0) if call.parameter(input) else (other, sign)
+    return [_elementwise(call, parameter, call.output.new_tensor(factor))]
+
+
+def _expand(call: Call, input: Tensor, *sizes: Any) -> list[Use]:
+    return [_elementwise(call, input, call.output.new_tensor(1.0))]
+
+
+def _batch_norm(
+    call: Call,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> list[Use]:
+    if training or running_mean is None:
+        raise UnreadableCallError("with statistics of the batch, which tie the examples together (keep running statistics)")
+    return _affine(call, F.batch_norm(input, running_mean, running_var, eps=eps), weight, bias, at=1)
+
+
+def _layer_norm(
+    call: Call,
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> list[Use]:
+    return _affine(call, F.layer_norm(input, normalized_shape, eps=eps), weight, bias)
+
+
+def _rms_norm(
+    call: Call, input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> list[Use]:
+    return _affine(call, F.rms_norm(input, normalized_shape, eps=eps), weight, None)
+
+
+def _group_norm(
+    call: Call,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> list[Use]:
+    return _affine(call, F.group_norm(input, num_groups, eps=eps), weight, bias, at=1)
+
+
+def _affine(
+    call: Call, normalised: Tensor, weight: Tensor | None, bias: Tensor | None, at: int | None = None
+) -> list[Use]:
+    uses: list[Use] = []
+    if weight is not None and call.parameter(weight):
+        uses.append(_elementwise(call, weight, normalised.detach(), at))
+    if bias is not None and call.parameter(bias):
+        uses.append(_elementwise(call, bias, normalised.new_tensor(1.0), at))
+    return uses
+
+
+READERS: dict[Callable[..., Any], Callable[..., list[Use]]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.mm: _matmul,
+    torch.Tensor.mm: _matmul,
+    F.conv1d: _conv,
+    F.conv2d: _conv,
+    F.conv3d: _conv,
+    F.embedding: _embedding,
+    torch.mul: _mul,
+    torch.Tensor.mul: _mul,
+    torch.Tensor.mul_: _mul,
+    torch.add: _add,
+    torch.Tensor.add: _add,
+    torch.Tensor.add_: _add,
+    torch.sub: _sub,
+    torch.Tensor.sub: _sub,
+    torch.Tensor.sub_: _sub,
+    torch.Tensor.expand: _expand,
+    F.batch_norm: _batch_norm,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    F.group_norm: _group_norm,
+}
+"""Readers by the function that a `TorchFunctionMode` reports."""
+
+OVERWRITES_INPUT = {torch.Tensor.mul_}
+"""In-place calls whose reader needs the input as it was before."""
+
+TRANSPOSES: dict[Callable[..., Any], Callable[..., bool]] = {
+    torch.Tensor.t: lambda matrix: True,
+    torch.t: lambda matrix: True,
+    torch.Tensor.T.__get__: lambda matrix, *owner: True,
+    torch.Tensor.mT.__get__: lambda matrix, *owner: True,
+    torch.Tensor.transpose: lambda matrix, dim0, dim1: dim0 % 2 != dim1 % 2,
+    torch.transpose: lambda matrix, dim0, dim1: dim0 % 2 != dim1 % 2,
+}
+"""Calls that transpose a matrix, and whether these arguments do."""

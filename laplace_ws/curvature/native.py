@@ -1,0 +1,142 @@
+"""The native backend: captures uses of parameters as the forward pass makes them, however the code is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from laplace_ws.curvature.backend import Backend, Linearisation, check_outputs
+from laplace_ws.curvature.calls import OVERWRITES_INPUT, READERS, TRANSPOSES, Call, Operand, UnreadableCallError
+from laplace_ws.errors import UnsupportedParameterError
+from laplace_ws.kfac.sharing import Use
+
+FREEZE_HINT = "freeze it (requires_grad_(False))"
+
+
+class NativeBackend(Backend):
+    """Uses of parameters through a function mode, gradients through graph edges; computes no weight gradient.
+
+    A `TorchFunctionMode` sees every call that takes a registered parameter, and the gradient edge of its output is taken at that
+    moment, so a later in-place operation does no harm. One `torch.autograd.grad` with respect to the edges then gives the gradient
+    at every use.
+    """
+
+    name = "native"
+
+    def linearise(self, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]) -> NativeLinearisation:
+        """See `Backend.linearise`."""
+        with _UseRecorder(parameters, len(x)) as recorder:
+            f = model(x)
+        f = check_outputs(f, len(x))
+        recorder.check(parameters, f)
+        return NativeLinearisation(f, recorder.uses, recorder.edges, recorder.output_shapes)
+
+
+class NativeLinearisation(Linearisation):
+    """Outputs of one forward pass, with the autograd graph behind them."""
+
+    def __init__(self, f: Tensor, uses: Sequence[Use], edges: Sequence[GradientEdge], output_shapes: Sequence[torch.Size]):
+        self.outputs = f.detach()
+        self.uses = uses
+        self._f = f
+        self._edges = edges
+        self._output_shapes = output_shapes
+
+    def pullback(self, columns: Tensor) -> list[Tensor]:
+        """See `Linearisation.pullback`."""
+        pulled = [self._pull(column) for column in columns]
+        return [torch.stack(g) if len(g) > 1 else g[0][None] for g in zip(*pulled, strict=True)]
+
+    def _pull(self, column: Tensor) -> list[Tensor]:
+        grads = torch.autograd.grad(self._f, self._edges, column, retain_graph=True, allow_unused=True)
+        shapes = self._output_shapes  # a use that never reaches f has no gradient: zero
+        return [g if g is not None else column.new_zeros(shape) for g, shape in zip(grads, shapes, strict=True)]
+
+
+class _UseRecorder(TorchFunctionMode):
+    """Records the uses of parameters while active."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], n_examples: int):
+        super().__init__()
+        self.uses: list[Use] = []
+        self.edges: list[GradientEdge] = []
+        self.output_shapes: list[torch.Size] = []
+        self._n_examples = n_examples
+        self._operands = {id(p): Operand(name, p) for name, p in parameters.items()}
+        self._unsupported: dict[str, str] = {}
+        self._versions: list[tuple[Tensor, int, str]] = []
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operands = {id(t): self._operands[id(t)] for t in _tensors((*args, *kwargs.values())) if id(t) in self._operands}
+        if not operands:
+            return func(*args, **kwargs)
+        before = (args[0].clone(), *args[1:]) if func in OVERWRITES_INPUT else args
+        output = func(*args, **kwargs)
+        self._record(func, operands, before, kwargs, output)
+        return output
+
+    def _record(self, func: Callable, operands: dict[int, Operand], args: Any, kwargs: Any, output: Any) -> None:
+        if not any(t.requires_grad and id(t) not in self._operands for t in _tensors((output,))):
+            return  # a look at a shape, a detached copy, a call without gradient
+        name = getattr(func, "__name__", str(func))
+        if func in TRANSPOSES and output.ndim == 2 and TRANSPOSES[func](*args, **kwargs):
+            (operand,) = operands.values()
+            self._operands[id(output)] = Operand(operand.name, output, not operand.transposed)
+            return
+        try:
+            if func not in READERS:
+                raise UnreadableCallError("which has no curvature block")
+            call = Call(name, operands, output, self._n_examples)
+            uses = READERS[func](call, *args, **kwargs)
+            self._check_call(call, uses)
+        except UnreadableCallError as error:
+            for operand in operands.values():
+                self._unsupported.setdefault(operand.name, f"{name}, {error}")
+            return
+        edge = get_gradient_edge(output)
+        self.uses += uses
+        self.edges += [edge] * len(uses)
+        self.output_shapes += [output.shape] * len(uses)
+        # a detached tensor shares the version counter of the one that the model goes on with
+        self._versions += [(t, t._version, name) for use in uses for t in _tensors(vars(use).values())]
+
+    def _check_call(self, call: Call, uses: Sequence[Use]) -> None:
+        if {p for use in uses for p in use.parameters} != {operand.name for operand in call.operands.values()}:
+            raise UnreadableCallError("as more than the weight or the bias of the call")
+        if call.output.shape[0] % self._n_examples:
+            raise UnreadableCallError(
+                f"whose output {tuple(call.output.shape)} has no leading axis of the batch's {self._n_examples} examples"
+            )
+
+    def check(self, parameters: Mapping[str, nn.Parameter], f: Tensor) -> None:
+        """Raise `UnsupportedParameterError` unless every parameter is covered and every recorded input still stands."""
+        for name, how in self._unsupported.items():
+            raise UnsupportedParameterError(
+                f"{name!r} is used by {how}; {FREEZE_HINT} or write the layer with calls that have a block (linear, matmul, conv, "
+                "embedding, normalisations, scale, bias)."
+            )
+        covered = {name for use in self.uses for name in use.parameters}
+        missing = {name: p for name, p in parameters.items() if name not in covered}
+        for name, parameter in missing.items():
+            seen = f.requires_grad and torch.autograd.grad(f.sum(), parameter, retain_graph=True, allow_unused=True)[0] is not None
+            why = "reaches the output through a call that cannot be seen from Python" if seen else "is not used in the forward pass"
+            raise UnsupportedParameterError(f"{name!r} requires grad but {why}; {FREEZE_HINT}.")
+        for tensor, version, name in self._versions:
+            if tensor._version != version:
+                raise UnsupportedParameterError(
+                    f"an input of {name} was changed in place after the call; make the operation that follows out of place."
+                )
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)

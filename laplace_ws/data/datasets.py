@@ -1,0 +1,112 @@
+"""`load_dataset`: a name in, normalised tensors on the device out."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from laplace_ws.data import sources
+from laplace_ws.data.sources import RawSplit, Source
+from laplace_ws.data.transforms import balanced_indices, channel_statistics, normalise
+
+_SOURCES: dict[str, Source] = {
+    "fashion-mnist-subset": sources.fashion_mnist_subset,
+    "fashion-mnist": sources.fashion_mnist,
+    "cifar10": sources.cifar10,
+    "cifar100": sources.cifar100,
+    "image-folder": sources.image_folder,
+}
+
+DATASET_NAMES: tuple[str, ...] = tuple(_SOURCES)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A labelled image data set, normalised and on one device.
+
+    `mean` and `std` are the training split's, per channel, in units where the brightest pixel is 1:
+    `x * std[:, None, None] + mean[:, None, None]` gives pixels in [0, 1] back.
+    """
+
+    name: str
+    x_train: Float[Tensor, "N C H W"]
+    y_train: Int[Tensor, " N"]
+    x_test: Float[Tensor, "M C H W"]
+    y_test: Int[Tensor, " M"]
+    classes: tuple[str, ...]
+    mean: Float[Tensor, " C"]
+    std: Float[Tensor, " C"]
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes, also of those that a small subset may lack."""
+        return len(self.classes)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        channels, height, width = self.x_train.shape[1:]
+        return channels, height, width
+
+
+def load_dataset(
+    name: str = "fashion-mnist-subset",
+    *,
+    root: str | Path = "data",
+    download: bool = False,
+    n_train: int | None = None,
+    n_test: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> ImageData:
+    """Load a data set whole, normalised by the loaded training images, onto a device.
+
+    Args:
+        name: One of `DATASET_NAMES`. "fashion-mnist-subset" is bundled (4,000 and 1,000 images, balanced);
+            "fashion-mnist", "cifar10" and "cifar100" are read in torchvision's layout (Fashion-MNIST also from
+            Debian's package); "image-folder" reads `root/train/CLASS/*` and `root/test/CLASS/*`,
+            all images of one size.
+        root: Folder of the data.
+        download: Whether a missing torchvision data set may be downloaded into `root`.
+        n_train: Size of a random, class-balanced subset of the training split; all of it by default.
+        n_test: The same for the test split.
+        seed: Seed of those subsets. The global random state is neither used nor changed.
+        device: Where the tensors are put.
+        dtype: Type of the images; labels are int64.
+
+    Raises:
+        DatasetNotFoundError: the data are not there; says where it looked and how to get them.
+        ValueError: unknown name, a subset larger than its split, or a folder of unequal images.
+    """
+    if name not in _SOURCES:
+        near = difflib.get_close_matches(name, DATASET_NAMES, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown data set '{name}'; did you mean '{near}'? Known: {', '.join(DATASET_NAMES)}")
+    raw = _SOURCES[name](Path(root).absolute(), download)
+    train = _subset(raw.train, n_train, "n_train", seed)
+    test = _subset(raw.test, n_test, "n_test", seed)
+    mean, std = (value.to(device=device, dtype=dtype) for value in channel_statistics(train.x))
+    return ImageData(
+        name=name,
+        x_train=normalise(train.x, mean, std),
+        y_train=train.y.to(device),
+        x_test=normalise(test.x, mean, std),
+        y_test=test.y.to(device),
+        classes=raw.classes,
+        mean=mean,
+        std=std,
+    )
+
+
+def _subset(split: RawSplit, n: int | None, option: str, seed: int) -> RawSplit:
+    if n is None:
+        return split
+    if not 1 <= n <= len(split.y):
+        raise ValueError(f"{option}={n} must be from 1 to {len(split.y)}, the size of the split")
+    index = balanced_indices(split.y, n, seed=seed)
+    return RawSplit(split.x[index], split.y[index])

@@ -1,0 +1,17 @@
+"""Errors and warnings of the toolkit: each names the thing and the way out."""
+
+
+class UnsupportedParameterError(ValueError):
+    """A parameter that requires grad has no curvature block of the kind that was asked for."""
+
+
+class InvalidBatchError(ValueError):
+    """A batch, its labels or the model's outputs do not fit the likelihood or the model."""
+
+
+class NotFittedError(RuntimeError):
+    """A posterior was asked for something that only a fit can give."""
+
+
+class NumericalRepairWarning(UserWarning):
+    """A number was repaired (clamped, floored); the message says which and by how much."""

@@ -1,0 +1,42 @@
+"""The factors of K-FAC, as sums over data: one routine for every backend, layer and approximation.
+
+Canonical form of one use of a layer: inputs a `[*G, N, R, I]`, back-propagated columns g `[*G, K, N, R, O]`, with N examples, R sharing
+positions, K columns, and, for layers with channel groups alone, a leading axis G of groups (each group is a layer of its own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def gram(rows: Float[Tensor, "*G M D"]) -> Float[Tensor, "*G D D"]:
+    """Σ_m r_m r_mᵀ over the second to last axis."""
+    return rows.mT @ rows
+
+
+def input_gram_expand(a: Float[Tensor, "*G N R I"]) -> Float[Tensor, "*G I I"]:
+    """Σ_n Σ_r a aᵀ; divided by the number of positions, the input factor of K-FAC-expand [Eschenhagen et al. 2023, eq. 22]."""
+    return gram(a.flatten(-3, -2))
+
+
+def gradient_gram_expand(g: Float[Tensor, "*G K N R O"]) -> Float[Tensor, "*G O O"]:
+    """Σ_c Σ_n Σ_r g gᵀ, the gradient factor of K-FAC-expand."""
+    return gram(g.flatten(-4, -2))
+
+
+def input_gram_reduce(a_sums: Sequence[Float[Tensor, "*G N I"]], n_positions: int) -> Float[Tensor, "*G I I"]:
+    """Σ_n ā āᵀ with ā the mean over the positions of all uses; divided by N, the input factor of K-FAC-reduce.
+
+    Args:
+        a_sums: for each use of the weight, its inputs summed over the positions of the use.
+        n_positions: number of positions, all uses together.
+    """
+    return gram(sum(a_sums[1:], start=a_sums[0]) / n_positions)
+
+
+def gradient_gram_reduce(g_sums: Sequence[Float[Tensor, "*G K N O"]]) -> Float[Tensor, "*G O O"]:
+    """Σ_c Σ_n (Σ_r g)(Σ_r g)ᵀ, r over the positions of all uses: the gradient factor of K-FAC-reduce."""
+    return gram(sum(g_sums[1:], start=g_sums[0]).flatten(-3, -2))

@@ -1,0 +1,241 @@
+"""Uses of parameters, and their canonical form.
+
+A *use* is one call in the forward pass that reads parameters: `linear(x, W, b)`, `conv2d(x, W)`, `x * scale`. Whatever the layer, a use
+hands out what every curvature is made of: inputs a and output gradients g by example and sharing position (matrix uses), and the
+gradients of each example with respect to the parameters (all uses).
+
+The leading axis of a use's tensors is N examples, or N·m rows grouped by example; the m rows are further sharing positions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from laplace_ws.kfac.conv import ConvGeometry, n_positions, patch_sum, patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use(ABC):
+    """One call that reads parameters.
+
+    Attributes:
+        n_examples: N.
+        call: name of the called function, for messages.
+    """
+
+    n_examples: int
+    call: str
+
+    @property
+    @abstractmethod
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters of this use that require grad."""
+
+    @abstractmethod
+    def example_gradients(self, name: str, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "K N ..."]:
+        """Vector-Jacobian product of each example with respect to the parameter, `[K, N, *shape]`, given g at the use's output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixUse(Use):
+    """A linear map of each sharing position, y_r = W a_r + b.
+
+    Attributes:
+        weight: name of W, or None where W is frozen.
+        bias: name of b, or None where there is none or it is frozen.
+        weight_shape: shape of W.
+    """
+
+    weight: str | None
+    bias: str | None
+    weight_shape: torch.Size
+
+    transposed = False
+    """Whether the first axis of W holds inputs, not outputs."""
+    diagonal_inputs = False
+    """Whether Σ a aᵀ is diagonal in the expand setting, and kept as its diagonal."""
+    groups = 1
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """See `Use.parameters`."""
+        return tuple(name for name in (self.weight, self.bias) if name is not None)
+
+    @property
+    @abstractmethod
+    def n_positions(self) -> int:
+        """R, the sharing positions of an example."""
+
+    @abstractmethod
+    def inputs(self) -> Float[Tensor, "*G N R I"]:
+        """The inputs a."""
+
+    def input_sum(self) -> Float[Tensor, "*G N I"]:
+        """The inputs summed over the sharing positions."""
+        return self.inputs().sum(-2)
+
+    @abstractmethod
+    def output_gradients(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "*G K N R O"]:
+        """Gradients at the use's output in canonical form."""
+
+    def bias_gradients(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "K N R O"]:
+        """Gradients at the use's output with the channels of all groups side by side."""
+        out = self.output_gradients(g)
+        return out if self.groups == 1 else out.movedim(0, -2).flatten(-2)
+
+    def example_gradients(self, name: str, g: Tensor) -> Tensor:
+        """See `Use.example_gradients`."""
+        grads = []
+        if name == self.bias:
+            grads.append(self.bias_gradients(g).sum(2))
+        if name == self.weight:
+            spec = "...knro,...nri->kn...io" if self.transposed else "...knro,...nri->kn...oi"
+            grad = torch.einsum(spec, self.output_gradients(g), self.inputs())
+            grads.append(grad.reshape(*grad.shape[:2], *self.weight_shape))
+        return sum(grads[1:], start=grads[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearUse(MatrixUse):
+    """`linear(x, W, b)` with x `[B, ..., I]`; with `weight_is_transposed`, `x @ W`."""
+
+    x: Float[Tensor, "B ... I"]
+    weight_is_transposed: bool = False
+
+    @property
+    def transposed(self) -> bool:  # type: ignore[override]
+        """See `MatrixUse.transposed`."""
+        return self.weight_is_transposed
+
+    @property
+    def n_positions(self) -> int:
+        """See `MatrixUse.n_positions`."""
+        return self.x.numel() // (self.x.shape[-1] * self.n_examples)
+
+    def inputs(self) -> Tensor:
+        """See `MatrixUse.inputs`."""
+        return self.x.reshape(self.n_examples, -1, self.x.shape[-1])
+
+    def output_gradients(self, g: Tensor) -> Tensor:
+        """See `MatrixUse.output_gradients`."""
+        return g.reshape(len(g), self.n_examples, -1, g.shape[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvUse(MatrixUse):
+    """`conv1d/2d/3d(x, W, b)` with x `[B, C, *S]`; the positions are the pixels of the output."""
+
+    x: Float[Tensor, "B C *S"]
+    geometry: ConvGeometry
+
+    @property
+    def groups(self) -> int:  # type: ignore[override]
+        """Number of channel groups."""
+        return self.geometry.groups
+
+    @property
+    def n_positions(self) -> int:
+        """See `MatrixUse.n_positions`."""
+        return n_positions(self.geometry, tuple(self.x.shape[2:])) * len(self.x) // self.n_examples
+
+    def inputs(self) -> Tensor:
+        """See `MatrixUse.inputs`."""
+        a = patches(self.x, self.geometry)  # [*G, B, R, I]
+        return a.reshape(*a.shape[:-3], self.n_examples, -1, a.shape[-1])
+
+    def input_sum(self) -> Tensor:
+        """See `MatrixUse.input_sum`."""
+        a = patch_sum(self.x, self.geometry)  # [*G, B, I]
+        return a.reshape(*a.shape[:-2], self.n_examples, -1, a.shape[-1]).sum(-2)
+
+    def output_gradients(self, g: Tensor) -> Tensor:
+        """See `MatrixUse.output_gradients`."""
+        g = g.flatten(3).transpose(2, 3)  # [K, B, R, G·O]
+        g = g.reshape(len(g), self.n_examples, -1, g.shape[-1])
+        return g if self.groups == 1 else g.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingUse(MatrixUse):
+    """`embedding(indices, W)` with W `[V, O]`: a linear map of one-hot inputs, `a @ W`."""
+
+    indices: Int[Tensor, "B ..."]
+    dtype: torch.dtype
+    padding_idx: int | None = None
+
+    transposed = True
+    diagonal_inputs = True
+
+    @property
+    def n_positions(self) -> int:
+        """See `MatrixUse.n_positions`."""
+        return self.indices.numel() // self.n_examples
+
+    def _rows(self) -> Tensor:
+        return self.indices.reshape(self.n_examples, -1)
+
+    def inputs(self) -> Tensor:
+        """One-hot inputs; zero at `padding_idx`, which gets no gradient."""
+        a = F.one_hot(self._rows(), self.weight_shape[0]).to(self.dtype)
+        if self.padding_idx is not None:
+            a[..., self.padding_idx] = 0
+        return a
+
+    def input_sum(self) -> Tensor:
+        """How often each example holds each index."""
+        rows = self._rows()
+        counts = torch.zeros(self.n_examples, self.weight_shape[0], dtype=self.dtype, device=rows.device)
+        counts.scatter_add_(1, rows, torch.ones_like(rows, dtype=self.dtype))
+        if self.padding_idx is not None:
+            counts[:, self.padding_idx] = 0
+        return counts
+
+    def output_gradients(self, g: Tensor) -> Tensor:
+        """See `MatrixUse.output_gradients`."""
+        return g.reshape(len(g), self.n_examples, -1, g.shape[-1])
+
+    def example_gradients(self, name: str, g: Tensor) -> Tensor:
+        """See `Use.example_gradients`; gathers rows instead of multiplying by one-hot inputs."""
+        g = self.output_gradients(g)  # [K, N, R, O]
+        rows = self._rows()
+        if self.padding_idx is not None:
+            g = g * (rows != self.padding_idx)[None, :, :, None]
+        out = g.new_zeros(*g.shape[:2], *self.weight_shape)
+        return out.scatter_add_(2, rows[None, :, :, None].expand_as(g), g)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElementwiseUse(Use):
+    """y = factor ⊙ p + terms without p, with p broadcast: scales, biases, affine parameters of normalisations.
+
+    Attributes:
+        name: name of p.
+        shape: shape of p.
+        broadcast_shape: shape of p as it meets the output, one entry an output axis, the batch axis left out.
+        factor: ∂y/∂p element by element, broadcastable to the output `[B, ...]`.
+    """
+
+    name: str
+    shape: torch.Size
+    broadcast_shape: tuple[int, ...]
+    factor: Tensor
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """See `Use.parameters`."""
+        return (self.name,)
+
+    def example_gradients(self, name: str, g: Tensor) -> Tensor:
+        """See `Use.example_gradients`."""
+        products = g * self.factor  # [K, B, *out]
+        summed = [axis + 2 for axis, size in enumerate(self.broadcast_shape) if size == 1]
+        if summed:
+            products = products.sum(summed, keepdim=True)
+        by_row = products.reshape(len(g), self.n_examples, -1, *self.shape)
+        return by_row.sum(2)

@@ -1,0 +1,256 @@
+"""Likelihoods p(y | f) of network outputs f: log probability, square root of the Hessian, label samples.
+
+Outputs are `[N, C]` (one loss term per example), `[N, T, C]` (T terms per example) or, for a single output, `[N]`. Losses are
+**sums** over examples and terms, in nats. A *column* is a tensor of the shape of f: a vector of loss space for each example.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace_ws.errors import InvalidBatchError
+
+
+class Likelihood(ABC):
+    """p(y | f), and what curvature needs of it.
+
+    Attributes:
+        name: the name by which `make_likelihood` knows it.
+        has_noise: whether it has an observation noise σ.
+        sigma_noise: σ in the units of the targets; 1 where there is no noise.
+    """
+
+    name: str
+    has_noise: bool = False
+    sigma_noise: float = 1.0
+
+    @abstractmethod
+    def check(self, f: Tensor, y: Tensor) -> None:
+        """Raise `InvalidBatchError` if outputs and targets do not fit this likelihood."""
+
+    @abstractmethod
+    def nll_sum(self, f: Float[Tensor, "N ..."], y: Tensor) -> Float[Tensor, ""]:
+        """Negative log likelihood −Σ_n Σ_t log p(y_nt | f_nt), normalising constants included."""
+
+    @abstractmethod
+    def hessian_columns(self, f: Float[Tensor, "N ..."]) -> Iterator[Float[Tensor, "N ..."]]:
+        """Columns s_c with Σ_c s_c s_cᵀ = ∇²_f(−log p), one column per output and loss term."""
+
+    @abstractmethod
+    def sampled_column(self, f: Float[Tensor, "N ..."], generator: torch.Generator | None) -> Float[Tensor, "N ..."]:
+        """Gradient of −log p(y | f) in f at fresh labels y drawn from the model's own p(y | f)."""
+
+    @abstractmethod
+    def gradient_column(self, f: Float[Tensor, "N ..."], y: Tensor) -> Float[Tensor, "N ..."]:
+        """Gradient of −log p(y | f) in f at the observed labels."""
+
+    @abstractmethod
+    def predictive_mean(self, f: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
+        """E[y | f]: class probabilities, or the regression mean."""
+
+    def at_unit_noise(self) -> Likelihood:
+        """This likelihood with σ = 1."""
+        return self
+
+    def nll_at_noise(self, unit_nll_sum: Tensor, n_targets: int, sigma_noise: Tensor) -> Tensor:
+        """Turn the summed NLL at σ = 1 into the one at `sigma_noise` (the same, where there is no noise)."""
+        return unit_nll_sum
+
+    def curvature_scale(self, sigma_noise: Tensor, curvature: str) -> Tensor:
+        """Factor between the curvature at σ = 1 and at `sigma_noise`."""
+        return torch.ones_like(sigma_noise)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+def _unit_columns(scale: Float[Tensor, "N ..."]) -> Iterator[Float[Tensor, "N ..."]]:
+    """Columns of a diagonal Hessian, given the square root of its diagonal."""
+    flat = scale.reshape(len(scale), -1)
+    for output in range(flat.shape[1]):
+        column = torch.zeros_like(flat)
+        column[:, output] = flat[:, output]
+        yield column.reshape(scale.shape)
+
+
+def _check_same_shape(name: str, f: Tensor, y: Tensor) -> None:
+    if f.shape != y.shape:
+        hint = " (add y.unsqueeze(-1))" if f.shape == (*y.shape, 1) else ""
+        raise InvalidBatchError(
+            f"the {name} likelihood needs outputs and targets of one shape, but the model gave {tuple(f.shape)} and the "
+            f"targets are {tuple(y.shape)}{hint}."
+        )
+
+
+class Categorical(Likelihood):
+    """Softmax over the last dimension of f; labels are class indices of shape f.shape[:-1]."""
+
+    name = "classification"
+
+    def check(self, f: Tensor, y: Tensor) -> None:
+        """See `Likelihood.check`."""
+        if f.ndim < 2 or f.shape[-1] < 2:
+            raise InvalidBatchError(
+                f"the classification likelihood needs outputs [N, C] or [N, T, C] with C of at least 2, but the model gave "
+                f'{tuple(f.shape)}; use likelihood="binary" for a single logit.'
+            )
+        if y.shape != f.shape[:-1]:
+            raise InvalidBatchError(
+                f"the classification likelihood needs labels of shape {tuple(f.shape[:-1])} for outputs {tuple(f.shape)}, "
+                f"but they are {tuple(y.shape)}."
+            )
+        if y.is_floating_point() or y.dtype == torch.bool:
+            raise InvalidBatchError(f"class labels must be integers, but they are {y.dtype}; use y.long().")
+        if y.numel() and (y.min() < 0 or y.max() >= f.shape[-1]):
+            raise InvalidBatchError(
+                f"class labels must lie in 0 … {f.shape[-1] - 1} for a model with {f.shape[-1]} outputs, but they span "
+                f"{int(y.min())} … {int(y.max())}; renumber the labels or give the model more outputs."
+            )
+
+    def nll_sum(self, f: Tensor, y: Tensor) -> Tensor:
+        """See `Likelihood.nll_sum`."""
+        return F.cross_entropy(f.reshape(-1, f.shape[-1]), y.reshape(-1).long(), reduction="sum")
+
+    def hessian_columns(self, f: Tensor) -> Iterator[Tensor]:
+        """s_c = √p_c (e_c − p), so that Σ_c s_c s_cᵀ = diag(p) − ppᵀ, for each of the T terms in turn."""
+        p = f.softmax(-1).reshape(len(f), -1, f.shape[-1])
+        for term in range(p.shape[1]):
+            for c in range(p.shape[2]):
+                column = torch.zeros_like(p)
+                column[:, term] = -p[:, term]
+                column[:, term, c] += 1
+                column[:, term] *= p[:, term, c, None].sqrt()
+                yield column.reshape(f.shape)
+
+    def sampled_column(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        """See `Likelihood.sampled_column`."""
+        p = f.softmax(-1)
+        y = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
+        return self._gradient(p, y)
+
+    def gradient_column(self, f: Tensor, y: Tensor) -> Tensor:
+        """See `Likelihood.gradient_column`."""
+        return self._gradient(f.softmax(-1), y)
+
+    def predictive_mean(self, f: Tensor) -> Tensor:
+        """Class probabilities."""
+        return f.softmax(-1)
+
+    @staticmethod
+    def _gradient(p: Tensor, y: Tensor) -> Tensor:
+        return p - F.one_hot(y.long(), p.shape[-1]).to(p.dtype)
+
+
+class Gaussian(Likelihood):
+    """y = f + σ ε with ε ~ N(0, I); targets have the shape of f.
+
+    Args:
+        sigma_noise: standard deviation σ of the noise, in the units of the targets.
+    """
+
+    name = "regression"
+    has_noise = True
+
+    def __init__(self, sigma_noise: float = 1.0):
+        if not sigma_noise > 0:
+            raise ValueError(f"sigma_noise must be positive, got {sigma_noise}.")
+        self.sigma_noise = float(sigma_noise)
+
+    def check(self, f: Tensor, y: Tensor) -> None:
+        """See `Likelihood.check`."""
+        _check_same_shape("regression", f, y)
+        if not y.is_floating_point():
+            raise InvalidBatchError(f"regression targets must be floating point, but they are {y.dtype}; use y.float().")
+
+    def nll_sum(self, f: Tensor, y: Tensor) -> Tensor:
+        """See `Likelihood.nll_sum`."""
+        unit = 0.5 * (f - y).square().sum() + y.numel() * _HALF_LOG_TWO_PI
+        return self.nll_at_noise(unit, y.numel(), torch.as_tensor(self.sigma_noise, dtype=f.dtype, device=f.device))
+
+    def hessian_columns(self, f: Tensor) -> Iterator[Tensor]:
+        """Unit vectors divided by σ."""
+        return _unit_columns(torch.full_like(f, 1 / self.sigma_noise))
+
+    def sampled_column(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        """See `Likelihood.sampled_column`."""
+        return torch.randn(f.shape, dtype=f.dtype, device=f.device, generator=generator) / self.sigma_noise
+
+    def gradient_column(self, f: Tensor, y: Tensor) -> Tensor:
+        """See `Likelihood.gradient_column`."""
+        return (f - y) / self.sigma_noise**2
+
+    def predictive_mean(self, f: Tensor) -> Tensor:
+        """The outputs themselves."""
+        return f
+
+    def at_unit_noise(self) -> Gaussian:
+        """See `Likelihood.at_unit_noise`."""
+        return Gaussian()
+
+    def nll_at_noise(self, unit_nll_sum: Tensor, n_targets: int, sigma_noise: Tensor) -> Tensor:
+        """See `Likelihood.nll_at_noise`."""
+        half_square_error = unit_nll_sum - n_targets * _HALF_LOG_TWO_PI
+        return half_square_error / sigma_noise**2 + n_targets * (sigma_noise.log() + _HALF_LOG_TWO_PI)
+
+    def curvature_scale(self, sigma_noise: Tensor, curvature: str) -> Tensor:
+        """σ⁻² for the GGN; σ⁻⁴ for the empirical Fisher, whose gradients themselves carry σ⁻²."""
+        return sigma_noise ** (-4 if curvature == "ef" else -2)
+
+    def __repr__(self) -> str:
+        return f"Gaussian(sigma_noise={self.sigma_noise:g})"
+
+
+class Bernoulli(Likelihood):
+    """Independent binary targets y ∈ {0, 1} with logits f of the same shape."""
+
+    name = "binary"
+
+    def check(self, f: Tensor, y: Tensor) -> None:
+        """See `Likelihood.check`."""
+        _check_same_shape("binary", f, y)
+        if y.numel() and not ((y == 0) | (y == 1)).all():
+            raise InvalidBatchError(
+                f"binary targets must be 0 or 1, but they span {y.min().item():g} … {y.max().item():g}; recode them, or use "
+                'likelihood="classification" for more classes.'
+            )
+
+    def nll_sum(self, f: Tensor, y: Tensor) -> Tensor:
+        """See `Likelihood.nll_sum`."""
+        return F.binary_cross_entropy_with_logits(f, y.to(f.dtype), reduction="sum")
+
+    def hessian_columns(self, f: Tensor) -> Iterator[Tensor]:
+        """Unit vectors times √(p(1 − p)), in a form that does not lose small p."""
+        return _unit_columns((F.logsigmoid(f) + F.logsigmoid(-f)).mul(0.5).exp())
+
+    def sampled_column(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        """See `Likelihood.sampled_column`."""
+        p = f.sigmoid()
+        return p - torch.bernoulli(p, generator=generator)
+
+    def gradient_column(self, f: Tensor, y: Tensor) -> Tensor:
+        """See `Likelihood.gradient_column`."""
+        return f.sigmoid() - y.to(f.dtype)
+
+    def predictive_mean(self, f: Tensor) -> Tensor:
+        """Probabilities of y = 1."""
+        return f.sigmoid()
+
+
+_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+_LIKELIHOODS: dict[str, type[Likelihood]] = {kind.name: kind for kind in (Categorical, Gaussian, Bernoulli)}
+
+
+def make_likelihood(likelihood: str | Likelihood) -> Likelihood:
+    """Turn "classification", "regression" or "binary" into its likelihood; a `Likelihood` passes through."""
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if likelihood not in _LIKELIHOODS:
+        raise ValueError(f"unknown likelihood {likelihood!r}: choose one of {', '.join(map(repr, _LIKELIHOODS))}.")
+    return _LIKELIHOODS[likelihood]()

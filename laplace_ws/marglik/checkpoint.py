@@ -1,0 +1,100 @@
+"""Files that a run goes on from, and the state of a model and of the process that a run gives back."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FORMAT_VERSION = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read, or belongs to another run."""
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors and primitives) so that `path` is always whole: the old file or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        torch.save({"format_version": FORMAT_VERSION, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote; runs no code from the file.
+
+    Raises:
+        CheckpointError: the file is damaged, or is no checkpoint of this format.
+    """
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(
+            f"'{path}' cannot be read as a checkpoint ({error}); remove it to start afresh"
+        ) from error
+    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"'{path}' is not a checkpoint of format {FORMAT_VERSION}; remove it to start afresh")
+    return state
+
+
+def check_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint made under other settings, which would be neither run.
+
+    Raises:
+        CheckpointError: names the settings that differ.
+    """
+    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    if differing:
+        listed = ", ".join(f"{key} was {found.get(key)!r} and is {wanted[key]!r}" for key in differing)
+        raise CheckpointError(f"'{path}' belongs to a run with other settings ({listed}); remove it or set them back")
+
+
+def snapshot(module: nn.Module) -> dict[str, Any]:
+    """A copy of a module's `state_dict` that later training leaves alone."""
+    return {
+        key: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in module.state_dict().items()
+    }
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """State of torch's global random number generators that a run on `device` draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Take back what `rng_state` gave."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+@contextmanager
+def left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put back the mode of every module, every `.grad` and the global random state, also after an exception."""
+    modes = [(module, module.training) for module in model.modules()]
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    rng = rng_state(device)
+    for parameter, _ in grads:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, grad in grads:
+            parameter.grad = grad
+        set_rng_state(rng, device)

@@ -1,0 +1,390 @@
+"""A run of the command line: a tuned network and its baselines, trained side by side into one folder."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laplace_ws._version import __version__
+from laplace_ws.config import ModelConfig, RunConfig
+from laplace_ws.data import ImageData, TensorLoader, load_dataset, random_crop_flip
+from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
+from laplace_ws.marglik.checkpoint import CheckpointError, check_settings, load_checkpoint
+from laplace_ws.marglik.hyperparameters import PriorStructure
+from laplace_ws.marglik.trainer import Record, Schedule, TrainingDiverged
+from laplace_ws.marglik.training import MarglikResult, marglik_training
+from laplace_ws.metrics import evaluate_classification, reliability_curve
+from laplace_ws.models import build_model
+
+FORMAT_VERSION = 1
+TEST_BATCH = 500
+METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.json"
+NOT_PART_OF_THE_RESULT = ("name", "out", "workers", "report")
+Json = dict[str, Any]
+
+
+class ExperimentError(ValueError):
+    """The configuration, the data or the run folder does not allow the run; the message says how to mend it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One network to train.
+
+    Attributes:
+        run: "tuned", or "fixed-" and the prior precision.
+        prior_precision: fixed; None where it is tuned.
+    """
+
+    run: str
+    prior_precision: float | None = None
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of its checkpoint in the run folder."""
+        return "checkpoint.pt" if self.prior_precision is None else f"checkpoint-{self.run}.pt"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training one network gave: its entry of summary.json, and one record an epoch."""
+
+    model: Json
+    history: list[Record]
+
+
+def run_experiment(config: RunConfig, *, resume: bool = False) -> tuple[Path, Json]:
+    """Train everything that `config` asks for; returns the run folder and what its summary.json says.
+
+    The folder, the data and the model are tried before training starts.
+
+    Raises:
+        ExperimentError: something does not allow the run.
+        TrainingDiverged: a loss became NaN or infinite; checkpoints are kept.
+    """
+    start = time.perf_counter()
+    folder = Path(config.out) / config.name
+    tasks = [Task("tuned"), *(Task(f"fixed-{delta:g}", delta) for delta in config.baselines.fixed_prior_precisions)]
+    with explained(ValueError, OSError):
+        check_config(config, tasks)
+        data = load_data(config)
+        make_model(config, data)
+        prepare_folder(folder, config, tasks, resume)
+    with explained(UnsupportedParameterError, InvalidBatchError, CheckpointError, BrokenProcessPool):
+        outcomes = train_all(config, tasks, folder, data, resume)
+    summary = {
+        "name": config.name,
+        "format_version": FORMAT_VERSION,
+        "config": asdict(config),
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "laplace_ws": __version__,
+            "threads": config.threads,
+            "device": str(device_of(config)),
+        },
+        "data": {"name": data.name, "n_train": len(data.y_train), "n_test": len(data.y_test)},
+        "total_seconds": time.perf_counter() - start,
+        "tuned": outcomes[0].model,
+        "fixed": {
+            task.run.removeprefix("fixed-"): outcome.model
+            for task, outcome in zip(tasks[1:], outcomes[1:], strict=True)
+        },
+    }
+    write_metrics(folder, [outcome.history for outcome in outcomes])
+    write_whole(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    return folder, summary
+
+
+@contextmanager
+def explained(*errors: type[Exception]) -> Iterator[None]:
+    """Turn the errors that a user can mend into an `ExperimentError`."""
+    try:
+        yield
+    except errors as error:
+        raise ExperimentError(str(error)) from error
+
+
+def check_config(config: RunConfig, tasks: Sequence[Task]) -> None:
+    """Refuse values that cannot work, before anything is done."""
+    for name in ("threads", "workers"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    if len({task.run for task in tasks}) < len(tasks):
+        raise ValueError(f"baselines.fixed_prior_precisions names one twice: {config.baselines.fixed_prior_precisions}")
+    if any(not task.prior_precision > 0 for task in tasks if task.prior_precision is not None):
+        raise ValueError(
+            f"baselines.fixed_prior_precisions must be positive: {config.baselines.fixed_prior_precisions}"
+        )
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU; use device=auto or device=cpu")
+    marglik = config.marglik
+    PriorStructure(marglik.prior_structure).check(marglik.hessian_structure)
+    make_schedule(config)
+
+
+def make_schedule(config: RunConfig) -> Schedule:
+    """The tuned network's schedule."""
+    return Schedule(**{key: getattr(config.marglik, key) for key in Schedule.__dataclass_fields__})
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """Where to train."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def load_data(config: RunConfig) -> ImageData:
+    """The images, on the training device."""
+    d = config.data
+    return load_dataset(
+        d.name,
+        root=d.root,
+        download=d.download,
+        n_train=d.n_train,
+        n_test=d.n_test,
+        seed=config.seed,
+        device=device_of(config),
+    )
+
+
+def make_model(config: RunConfig, data: ImageData) -> nn.Module:
+    """The network, initialised by the run's seed."""
+    channels, height, width = data.image_shape
+    options = {
+        key: getattr(config.model, key)
+        for key in ModelConfig.__dataclass_fields__
+        if key != "name" and getattr(config.model, key) is not None
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_model(
+            config.model.name, in_channels=channels, image_size=(height, width), n_classes=data.n_classes, **options
+        )
+    return model.to(device_of(config))
+
+
+def prepare_folder(folder: Path, config: RunConfig, tasks: Sequence[Task], resume: bool) -> None:
+    """Make the run folder and write into it, so that what could fail at the end fails now.
+
+    A finished run of the same name is replaced; an unfinished one only resumed.
+    """
+    settings = {key: value for key, value in asdict(config).items() if key not in NOT_PART_OF_THE_RESULT}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"laplace_ws")
+    except OSError as error:
+        raise ExperimentError(
+            f"the run folder '{folder}' cannot be written ({error.strerror}); set another with --out or --name"
+        ) from error
+    checkpoints = [folder / task.checkpoint for task in tasks]
+    begun = [path for path in checkpoints if path.exists()]
+    if resume:
+        if (folder / CONFIG).exists():
+            check_settings(folder / CONFIG, json.loads((folder / CONFIG).read_text()), settings)
+        histories = [load_checkpoint(path)["progress"]["history"] for path in begun]
+        write_metrics(folder, histories)
+    else:
+        if begun and not (folder / SUMMARY).exists():
+            raise ExperimentError(
+                f"'{folder}' holds an unfinished run; go on with it by --resume, choose another --name, "
+                "or remove the folder"
+            )
+        for path in [*folder.glob("checkpoint*.pt"), folder / SUMMARY, folder / "report.html"]:
+            path.unlink(missing_ok=True)
+        write_metrics(folder, [])
+    write_whole(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
+
+
+def train_all(config: RunConfig, tasks: Sequence[Task], folder: Path, data: ImageData, resume: bool) -> list[Outcome]:
+    """Train one network a task, in order or side by side; the numbers are the same."""
+    if config.workers == 1 or len(tasks) == 1:
+        return [train_one(config, task, folder, resume, True, data) for task in tasks]
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(min(config.workers, len(tasks)), mp_context=context)
+    try:
+        futures = [
+            executor.submit(train_one, config, task, folder, resume, task.prior_precision is None) for task in tasks
+        ]
+        return [future.result() for future in futures]
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def train_one(
+    config: RunConfig, task: Task, folder: Path, resume: bool, progress_bar: bool, data: ImageData | None = None
+) -> Outcome:
+    """Train one network, from data and seed to its figures; the same in a process of its own."""
+    data = load_data(config) if data is None else data
+    model = make_model(config, data)
+    d, m = config.data, config.marglik
+    loader = TensorLoader(
+        data.x_train,
+        data.y_train,
+        batch_size=d.batch_size,
+        shuffle=True,
+        augment=random_crop_flip if d.augment else None,
+        seed=config.seed,
+    )
+    sgd = m.optimizer == "sgd"
+    with torch_settings(config.threads, config.seed), named_in_errors(task.run):
+        result = marglik_training(
+            model,
+            loader,
+            config.likelihood,
+            hessian_structure=m.hessian_structure,
+            curvature=m.curvature,
+            kfac_approx=m.kfac_approx,
+            backend=m.backend,
+            mc_samples=m.mc_samples,
+            final_curvature=m.final_curvature,
+            optimizer_cls=torch.optim.SGD if sgd else torch.optim.Adam,
+            optimizer_kwargs={"lr": m.lr, **({"momentum": m.momentum, "nesterov": m.momentum > 0} if sgd else {})},
+            **prior_options(config, task),
+            temperature_init=m.temperature_init,
+            lr_hyp=m.lr_hyp,
+            n_epochs=m.n_epochs,
+            n_epochs_burnin=m.n_epochs_burnin,
+            marglik_frequency=m.marglik_frequency,
+            max_log_step=m.max_log_step,
+            fit_fraction=m.fit_fraction,
+            checkpoint_path=folder / task.checkpoint,
+            resume=resume,
+            on_epoch=epoch_logger(task.run, model, data, folder / METRICS),
+            progress_bar=progress_bar,
+        )
+        return Outcome(figures(result, data), result.history)
+
+
+def prior_options(config: RunConfig, task: Task) -> Json:
+    """What sets a tuned network apart from a baseline."""
+    m = config.marglik
+    if task.prior_precision is not None:
+        return {"n_hypersteps": 0, "prior_structure": "scalar", "prior_prec_init": task.prior_precision}
+    return {
+        "n_hypersteps": m.n_hypersteps,
+        "prior_structure": m.prior_structure,
+        "prior_prec_init": m.prior_prec_init,
+        "tune_temperature": m.tune_temperature,
+    }
+
+
+@contextmanager
+def named_in_errors(run: str) -> Iterator[None]:
+    """Say which of the networks diverged."""
+    try:
+        yield
+    except TrainingDiverged as error:
+        raise TrainingDiverged(f"{run}: {error.what}", error.epoch, error.checkpoint_path) from None
+
+
+@contextmanager
+def torch_settings(threads: int, seed: int) -> Iterator[None]:
+    """Number of threads and global seed for a while."""
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def epoch_logger(run: str, model: nn.Module, data: ImageData, path: Path) -> Callable[[Record], None]:
+    """Completes the record of an epoch by the test set's figures and appends it to the metrics file."""
+
+    def log(record: Record) -> None:
+        f = outputs(model, data.x_test)
+        rest = dict(record)
+        record.clear()
+        record |= {"run": run, "epoch": rest.pop("epoch")}
+        record |= {"train_nll": rest.pop("train_nll"), "train_accuracy": rest.pop("train_accuracy")}
+        record["test_nll"] = F.cross_entropy(f.double(), data.y_test).item()
+        record["test_accuracy"] = (f.argmax(-1) == data.y_test).double().mean().item()
+        record |= rest
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    return log
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's outputs in eval mode, batch by batch; leaves every module's mode as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    f = torch.cat([model(part) for part in x.split(TEST_BATCH)])
+    for module, training in modes:
+        module.training = training
+    return f
+
+
+def figures(result: MarglikResult, data: ImageData) -> Json:
+    """The entry of one network in summary.json."""
+    f = outputs(result.model, data.x_test)
+    scores = evaluate_classification(f, data.y_test, kind="logits")
+    return {
+        "log_marginal_likelihood": result.la.log_marginal_likelihood().item(),
+        "test_nll": scores["nll"],
+        "test_accuracy": scores["accuracy"],
+        "test_ece": scores["ece"],
+        "train_seconds": result.train_seconds,
+        "curvature_seconds": result.curvature_seconds,
+        "best_epoch": result.best_epoch,
+        "prior_precision": result.prior_precision,
+        "collapsed": result.collapsed,
+        "reliability": reliability_curve(f.double().softmax(-1), data.y_test).to_dict(),
+    }
+
+
+def write_metrics(folder: Path, histories: Sequence[Sequence[Record]]) -> None:
+    """Write the metrics file anew, network by network."""
+    lines = [json.dumps(record) + "\n" for history in histories for record in history]
+    write_whole(folder / METRICS, "".join(lines))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is at every moment the old one or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def summary_table(summary: Json) -> str:
+    """The main figures as text, one line a network."""
+    rows = [("", "log marglik", "test NLL", "test acc.", "test ECE", "time", "curvature")]
+    rows.append(("", "[nats]", "[nats]", "[%]", "[%]", "[s]", "[s]"))
+    models = {"tuned": summary["tuned"], **{f"fixed {delta}": m for delta, m in summary["fixed"].items()}}
+    for name, m in models.items():
+        rows.append(
+            (
+                name,
+                f"{m['log_marginal_likelihood']:.1f}",
+                f"{m['test_nll']:.4f}",
+                f"{100 * m['test_accuracy']:.1f}",
+                f"{100 * m['test_ece']:.1f}",
+                f"{m['train_seconds']:.1f}",
+                f"{m['curvature_seconds']:.1f}",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(lines)

@@ -1,0 +1,244 @@
+"""Prior precisions by group, observation noise and temperature, and the damped ascent that tunes them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from laplace_ws.posterior import BaseLaplace
+
+BOUNDS = (1e-6, 1e8)
+"""No hyperparameter leaves this interval while it is tuned."""
+
+
+class PriorCollapseWarning(UserWarning):
+    """A prior precision was tuned up to its limit, so the weights under it are held at zero."""
+
+
+class PriorStructure(str, Enum):
+    """Which weights share one prior precision."""
+
+    SCALAR = "scalar"
+    LAYERWISE = "layerwise"
+    PARAMETER = "parameter"
+    WEIGHT = "weight"
+
+    @classmethod
+    def _missing_(cls, value: object) -> PriorStructure:
+        raise ValueError(f"prior_structure={value!r} is not one of {[member.value for member in cls]}")
+
+    def check(self, hessian_structure: str) -> None:
+        """Refuse a structure of the prior that the structure of the Hessian cannot carry."""
+        if self is PriorStructure.WEIGHT and hessian_structure not in ("diag", "full"):
+            raise ValueError(
+                f'prior_structure="weight" needs hessian_structure "diag" or "full", not "{hessian_structure}"; '
+                'use "parameter" or "layerwise"'
+            )
+
+
+@dataclass(frozen=True)
+class PriorGroups:
+    """Which prior precision governs which parameter.
+
+    Attributes:
+        names: by what name each of the groups is reported.
+        index: the group of every parameter tensor [n_tensors], or of every single weight [n_params].
+    """
+
+    names: tuple[str, ...] | list[str]
+    index: Tensor
+
+
+def layer_of(name: str, shapes: dict[str, torch.Size]) -> str:
+    """The weight whose prior precision `name` shares under `prior_structure="layerwise"`.
+
+    A tensor of two or more dimensions is a layer of its own. A vector or a scalar follows a weight of its own module
+    (the one named like it, `bias` read as `weight`, first), else the weight registered nearest before it, else the
+    first one after it. Where the model has no such weight at all, everything follows the first tensor.
+    """
+    if len(shapes[name]) >= 2:
+        return name
+    order = list(shapes)
+    weights = [other for other in order if len(shapes[other]) >= 2]
+    if not weights:
+        return order[0]
+    module, _, leaf = name.rpartition(".")
+    namesake = f"{module}.{leaf.replace('bias', 'weight')}".lstrip(".")
+    if namesake in weights:
+        return namesake
+    candidates = [w for w in weights if w.rpartition(".")[0] == module] or weights
+    before = [w for w in candidates if order.index(w) < order.index(name)]
+    return before[-1] if before else candidates[0]
+
+
+def prior_groups(named_parameters: Iterable[tuple[str, Tensor]], structure: PriorStructure | str) -> PriorGroups:
+    """Group the parameters (in the order given) by `structure`; a layer's group is named after its weight."""
+    structure = PriorStructure(structure)
+    shapes = {name: parameter.shape for name, parameter in named_parameters}
+    if structure is PriorStructure.SCALAR:
+        return PriorGroups(("all",), torch.zeros(len(shapes), dtype=torch.long))
+    if structure is PriorStructure.PARAMETER:
+        return PriorGroups(tuple(shapes), torch.arange(len(shapes)))
+    if structure is PriorStructure.WEIGHT:
+        owners = [name for name, shape in shapes.items() for _ in range(shape.numel())]
+        return PriorGroups(owners, torch.arange(len(owners)))
+    heads = [layer_of(name, shapes) for name in shapes]
+    names = tuple(dict.fromkeys(heads))
+    return PriorGroups(names, torch.tensor([names.index(head) for head in heads]))
+
+
+class Hyperparameters(nn.Module):
+    """Log prior precisions by group, log noise and log temperature, with the optimiser that tunes them.
+
+    Everything is float64, on `device`. `state_dict` holds the values, the state of Adam and the names already
+    reported as collapsed, so that a resumed run goes on as an uninterrupted one.
+
+    Args:
+        groups: which prior precision governs which parameter.
+        prior_precision: the value that every group starts from.
+        sigma_noise: standard deviation of Gaussian observation noise at the start.
+        temperature: of the likelihood, at the start.
+        tune_prior, tune_sigma, tune_temperature: what `ascend` may change.
+        lr: step size of Adam on the logarithms.
+    """
+
+    log_prior_precision: nn.Parameter
+    log_sigma_noise: nn.Parameter
+    log_temperature: nn.Parameter
+
+    def __init__(
+        self,
+        groups: PriorGroups,
+        *,
+        prior_precision: float = 1.0,
+        sigma_noise: float = 1.0,
+        temperature: float = 1.0,
+        tune_prior: bool = True,
+        tune_sigma: bool = False,
+        tune_temperature: bool = False,
+        lr: float = 0.1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.index = groups.index.to(device)
+        self.lr = lr
+        self.starts = {"prior_precision": prior_precision, "sigma_noise": sigma_noise, "temperature": temperature}
+        tuned = {"prior_precision": tune_prior, "sigma_noise": tune_sigma, "temperature": tune_temperature}
+        for name, start in self.starts.items():
+            if not (math.isfinite(start) and start > 0):
+                raise ValueError(f"{name} starts at {start}; it must be a positive number")
+            shape = (len(groups.names),) if name == "prior_precision" else ()
+            value = torch.full(shape, math.log(start), dtype=torch.float64, device=device)
+            self.register_parameter(f"log_{name}", nn.Parameter(value, requires_grad=tuned[name]))
+        self.tuned_names = [name for name, is_tuned in tuned.items() if is_tuned]
+        self.tuned = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.tuned, lr=lr, maximize=True) if self.tuned else None
+        self.reported: list[str] = []
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides the values."""
+        return {"adam": self.optimizer.state_dict() if self.optimizer else {}, "reported": list(self.reported)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what `get_extra_state` gave."""
+        if self.optimizer:
+            self.optimizer.load_state_dict(state["adam"])
+        self.reported = list(state["reported"])
+
+    def prior_precision(self) -> Tensor:
+        """The prior precision of every parameter tensor [n_tensors], or of every weight [n_params]; differentiable."""
+        return self.log_prior_precision.exp()[self.index]
+
+    def sigma_noise(self) -> Tensor:
+        """Standard deviation of the observation noise; differentiable."""
+        return self.log_sigma_noise.exp()
+
+    def temperature(self) -> Tensor:
+        """Temperature of the likelihood; differentiable."""
+        return self.log_temperature.exp()
+
+    def by_parameter(self, named_parameters: Sequence[tuple[str, Tensor]]) -> dict[str, float]:
+        """Prior precision by parameter name; the geometric mean of a tensor whose weights have one each."""
+        log_precision = self.log_prior_precision.detach()[self.index].cpu()
+        if len(log_precision) == len(named_parameters):
+            parts: Sequence[Tensor] = log_precision.unbind()
+        else:
+            parts = log_precision.split([parameter.numel() for _, parameter in named_parameters])
+        return {name: part.mean().exp().item() for (name, _), part in zip(named_parameters, parts, strict=True)}
+
+    def assign_to(self, la: BaseLaplace) -> None:
+        """Give `la` the present values, detached."""
+        la.prior_precision = self.prior_precision().detach()
+        la.temperature = self.temperature().detach()
+        if la.likelihood.has_noise:
+            la.sigma_noise = self.sigma_noise().detach()
+
+    def ascend(self, la: BaseLaplace, n_steps: int, *, max_log_step: float = 1.0, stiffness: float = math.inf) -> None:
+        """Take `n_steps` of Adam up the log marginal likelihood of `la` as it was last fitted.
+
+        The mode and the curvature belong to the old values, so no logarithm ends further than `max_log_step` from
+        where it began. `la` is left holding the new values.
+
+        Args:
+            la: a fitted posterior.
+            n_steps: how many steps.
+            max_log_step: the largest total change of any logarithm in this call.
+            stiffness: upper limit of δ·τ·σ² of a prior precision δ. Gradient steps on a mean loss over N examples
+                stay stable up to about N over the learning rate.
+
+        Warns:
+            PriorCollapseWarning: once for every group that reaches the upper limit.
+        """
+        start = [p.detach().clone() for p in self.tuned]
+        for _ in range(n_steps if self.tuned else 0):
+            assert self.optimizer is not None
+            self.optimizer.zero_grad()
+            with torch.enable_grad():
+                noise = {"sigma_noise": self.sigma_noise()} if la.likelihood.has_noise else {}
+                log_marglik = la.log_marginal_likelihood(
+                    prior_precision=self.prior_precision(), temperature=self.temperature(), **noise
+                )
+                log_marglik.backward(inputs=self.tuned)
+            self.optimizer.step()
+            self._confine(start, max_log_step, stiffness)
+        if self.log_prior_precision.requires_grad:
+            self._report_collapse(stiffness)
+        self.assign_to(la)
+
+    def collapsed(self, stiffness: float = math.inf) -> list[str]:
+        """Names of the groups whose prior precision stands at its upper limit."""
+        at_limit = self.log_prior_precision.detach() >= self._log_limit(stiffness) - 1e-3
+        return list(dict.fromkeys(self.groups.names[i] for i in at_limit.nonzero().flatten().tolist()))
+
+    def _log_limit(self, stiffness: float) -> float:
+        scale = 2 * self.log_sigma_noise.item() + self.log_temperature.item()
+        return min(math.log(stiffness) - scale, math.log(BOUNDS[1])) if stiffness < math.inf else math.log(BOUNDS[1])
+
+    @torch.no_grad()
+    def _confine(self, start: list[Tensor], max_log_step: float, stiffness: float) -> None:
+        for value, origin in zip(self.tuned, start, strict=True):
+            value.copy_(value.clamp(origin - max_log_step, origin + max_log_step))
+            value.clamp_(math.log(BOUNDS[0]), math.log(BOUNDS[1]))
+        if self.log_prior_precision.requires_grad:
+            self.log_prior_precision.clamp_(max=self._log_limit(stiffness))
+
+    def _report_collapse(self, stiffness: float) -> None:
+        fresh = [name for name in self.collapsed(stiffness) if name not in self.reported]
+        self.reported += fresh
+        for name in fresh:
+            warnings.warn(
+                f"the prior precision of '{name}' reached its limit of {math.exp(self._log_limit(stiffness)):.3g}: "
+                "its weights are held at zero; tune later (n_epochs_burnin), in smaller steps (max_log_step), "
+                "or with a coarser prior_structure",
+                PriorCollapseWarning,
+                stacklevel=2,
+            )

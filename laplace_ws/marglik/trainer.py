@@ -1,0 +1,366 @@
+"""One training run: epochs of gradient steps, with the hyperparameters tuned in between."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from laplace_ws.errors import InvalidBatchError
+from laplace_ws.likelihoods import Likelihood
+from laplace_ws.marglik.checkpoint import (
+    check_settings,
+    load_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+    snapshot,
+)
+from laplace_ws.marglik.checks import DataFacts
+from laplace_ws.marglik.hyperparameters import Hyperparameters
+from laplace_ws.marglik.objective import PriorGradient, with_noise
+
+if TYPE_CHECKING:
+    from laplace_ws.posterior import BaseLaplace
+
+Record = dict[str, Any]
+_STEPS_BETWEEN_LOSS_CHECKS = 20
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the marginal likelihood became NaN or infinite.
+
+    Attributes:
+        epoch: the epoch in which it happened, counted from 1.
+        checkpoint_path: the last checkpoint on disk, if any.
+    """
+
+    def __init__(self, what: str, epoch: int, checkpoint_path: Path | None) -> None:
+        super().__init__(what, epoch, checkpoint_path)
+        self.what = what
+        self.epoch = epoch
+        self.checkpoint_path = checkpoint_path
+
+    def __str__(self) -> str:
+        kept = f"; the checkpoint '{self.checkpoint_path}' is kept" if self.checkpoint_path else ""
+        return (
+            f"{self.what} in epoch {self.epoch}; the model is back at its state after epoch {self.epoch - 1}{kept}; "
+            "lower the learning rate or the prior precision, or look for NaN in the data"
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a run tunes, and how far.
+
+    Attributes:
+        n_epochs: epochs of gradient steps.
+        n_epochs_burnin: epochs before the first tuning.
+        marglik_frequency: epochs between two tunings.
+        n_hypersteps: steps on the hyperparameters at each tuning; 0 trains at fixed ones.
+        fit_fraction: share of the batches that the fit before a tuning sees.
+        max_log_step: largest change of the logarithm of any hyperparameter at one tuning.
+    """
+
+    n_epochs: int
+    n_epochs_burnin: int = 0
+    marglik_frequency: int = 1
+    n_hypersteps: int = 100
+    fit_fraction: float = 1.0
+    max_log_step: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_epochs", 1), ("n_epochs_burnin", 0), ("marglik_frequency", 1), ("n_hypersteps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not 0 < self.fit_fraction <= 1:
+            raise ValueError(f"fit_fraction={self.fit_fraction} must lie in (0, 1]")
+        if not self.max_log_step > 0:
+            raise ValueError(f"max_log_step={self.max_log_step} must be positive")
+        if self.n_hypersteps and self.n_epochs_burnin > self.n_epochs:
+            raise ValueError(
+                f"n_epochs_burnin={self.n_epochs_burnin} leaves none of n_epochs={self.n_epochs} to tune in; "
+                "shorten the burn-in, or set n_hypersteps=0 to train at fixed hyperparameters"
+            )
+
+    def is_round(self, epoch: int) -> bool:
+        """Whether the marginal likelihood's turn comes after `epoch`; after the last it always does."""
+        past = epoch - self.n_epochs_burnin
+        return epoch == self.n_epochs or (past >= 0 and past % self.marglik_frequency == 0)
+
+    def tunes(self, epoch: int) -> bool:
+        """Whether the hyperparameters are tuned after `epoch`."""
+        return self.n_hypersteps > 0 and self.is_round(epoch)
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; plain numbers, model snapshots apart."""
+
+    epoch: int = 0
+    losses: list[float] = field(default_factory=list)
+    margliks: list[float] = field(default_factory=list)
+    history: list[Record] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    train_seconds: float = 0.0
+    curvature_seconds: float = 0.0
+
+
+@dataclass
+class Trainer:
+    """Everything that one run holds; `run` trains.
+
+    `la` must be a posterior of `model`; its hyperparameters are kept equal to `hyper`.
+    """
+
+    model: nn.Module
+    loader: Iterable[tuple[Any, Tensor]]
+    facts: DataFacts
+    likelihood: Likelihood
+    named_parameters: list[tuple[str, nn.Parameter]]
+    hyper: Hyperparameters
+    la: BaseLaplace
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    schedule: Schedule
+    checkpoint_path: Path | None = None
+    on_epoch: Callable[[Record], None] | None = None
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for _, p in self.named_parameters]
+        self.n_data = self.facts.n_data
+        self.device = self.parameters[0].device
+        self.stiffness = self.n_data / max(g.get("initial_lr", g["lr"]) for g in self.optimizer.param_groups)
+        self.subset_generator = torch.Generator().manual_seed(self.la.generator.initial_seed())
+        shuffler = getattr(self.loader, "generator", None)
+        self.generators = [self.la.generator, self.subset_generator]
+        self.generators += [shuffler] if isinstance(shuffler, torch.Generator) else []
+        self.settings = self._settings()
+        self.progress = Progress()
+        self.hyper.assign_to(self.la)
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed; plain values."""
+        return {
+            **asdict(self.schedule),
+            "n_data": self.n_data,
+            "n_batches": self.facts.n_batches,
+            "n_params": self.la.n_params,
+            "likelihood": self.likelihood.name,
+            "hessian_structure": self.la.hessian_structure,
+            "curvature": self.la.curvature.value,
+            "mc_samples": self.la.mc_samples,
+            "optimizer": type(self.optimizer).__name__,
+            "lr": self.n_data / self.stiffness,
+            "lr_hyp": self.hyper.lr,
+            "tuned": self.hyper.tuned_names,
+            "n_prior_precisions": len(self.hyper.groups.names),
+            "starts": self.hyper.starts,
+        }
+
+    def run(self) -> Progress:
+        """Train to the last epoch, and leave model and hyperparameters at their best.
+
+        Raises:
+            TrainingDiverged: a loss or a marginal likelihood is NaN or infinite.
+        """
+        bar = tqdm(
+            total=self.schedule.n_epochs,
+            initial=self.progress.epoch,
+            desc="marglik training",
+            unit="epoch",
+            disable=not (self.progress_bar and sys.stderr.isatty()),
+        )
+        with bar:
+            while self.progress.epoch < self.schedule.n_epochs:
+                record = self._epoch(self.progress.epoch + 1)
+                bar.update()
+                bar.set_postfix(nll=record["train_nll"], log_marglik=self.progress.margliks[-1:] or None)
+        if self.progress.best is not None:
+            self.model.load_state_dict(self.progress.best["model"])
+            self.hyper.load_state_dict(self.progress.best["hyper"])
+            self.hyper.assign_to(self.la)
+        return self.progress
+
+    def _epoch(self, epoch: int) -> Record:
+        start = time.perf_counter()
+        lr = self.optimizer.param_groups[0]["lr"]
+        good = snapshot(self.model), snapshot(self.hyper)
+        try:
+            nll, accuracy = self._descend(epoch)
+            log_marglik, curvature_seconds = self._tune(epoch)
+        except TrainingDiverged:
+            self.model.load_state_dict(good[0])
+            self.hyper.load_state_dict(good[1])
+            self.hyper.assign_to(self.la)
+            raise
+        seconds = time.perf_counter() - start
+        self.progress.epoch = epoch
+        self.progress.train_seconds += seconds
+        self.progress.curvature_seconds += curvature_seconds
+        record: Record = {
+            "epoch": epoch,
+            "loss": self.progress.losses[-1],
+            "train_nll": nll,
+            "train_accuracy": accuracy,
+            "log_marginal_likelihood": log_marglik,
+            "prior_precision": self.hyper.by_parameter(self.named_parameters),
+            "sigma_noise": self.hyper.sigma_noise().item() if self.likelihood.has_noise else None,
+            "temperature": self.hyper.temperature().item(),
+            "lr": lr,
+            "seconds": seconds,
+        }
+        if self.on_epoch is not None:
+            self.on_epoch(record)
+        self.progress.history.append(record)
+        if self.checkpoint_path is not None and self.schedule.is_round(epoch):
+            save_checkpoint(self.checkpoint_path, self.state_dict())
+        return record
+
+    def _descend(self, epoch: int) -> tuple[float, float | None]:
+        """Gradient steps on one epoch; returns the mean NLL in nats and the accuracy, both as training went along.
+
+        The objective is scaled by τσ², so that a learning rate means the same at any noise and temperature.
+        """
+        sigma, temperature = self.hyper.sigma_noise().item(), self.hyper.temperature().item()
+        variance = sigma**2 if self.likelihood.has_noise else 1.0
+        likelihood = with_noise(self.likelihood, sigma)
+        prior = PriorGradient(
+            self.parameters, self.hyper.prior_precision(), n_data=self.n_data, scale=temperature * variance
+        )
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        n_seen = 0
+        self.model.train()
+        for step, (x, y) in enumerate(self.loader):
+            self.optimizer.zero_grad(set_to_none=True)
+            f = self.model(x)
+            nll = likelihood.nll_sum(f, y)
+            (nll * (variance / len(y))).backward()
+            prior.add_()
+            self.optimizer.step()
+            self.scheduler.step()
+            totals += torch.stack([nll.detach().double(), n_correct(f.detach(), y).double()])
+            n_seen += len(y)
+            if step % _STEPS_BETWEEN_LOSS_CHECKS == 0:
+                self._check_finite("the training loss", totals[0].item(), epoch)
+        nll_sum, correct = totals.tolist()
+        self._check_finite("the training loss", nll_sum, epoch)
+        self._check_finite("the regulariser", penalty := prior.penalty_mean(), epoch)
+        self.progress.losses.append(nll_sum / n_seen / temperature + penalty)
+        return nll_sum / n_seen, correct / n_seen if math.isfinite(correct) else None
+
+    def _tune(self, epoch: int) -> tuple[float | None, float]:
+        """Fit, step and measure where it is the turn; returns log marginal likelihood and seconds."""
+        if not self.schedule.tunes(epoch):
+            return None, 0.0
+        start = time.perf_counter()
+        with same_order_after(self.loader):
+            try:
+                self.la.fit(self._some_batches(), n_data=self.n_data)
+            except InvalidBatchError as error:
+                raise TrainingDiverged(f"no fit was possible ({error})", epoch, self.checkpoint_on_disk()) from error
+        self.hyper.ascend(
+            self.la, self.schedule.n_hypersteps, max_log_step=self.schedule.max_log_step, stiffness=self.stiffness
+        )
+        log_marglik = self.la.log_marginal_likelihood().item()
+        self._check_finite("the log marginal likelihood", log_marglik, epoch)
+        self.progress.margliks.append(log_marglik)
+        if self.progress.best is None or log_marglik > self.progress.best["log_marginal_likelihood"]:
+            self.progress.best = {
+                "epoch": epoch,
+                "log_marginal_likelihood": log_marglik,
+                "model": snapshot(self.model),
+                "hyper": snapshot(self.hyper),
+            }
+        return log_marglik, time.perf_counter() - start
+
+    def _some_batches(self) -> Iterable[tuple[Any, Tensor]]:
+        """The loader, or a fresh random choice of its batches."""
+        n_chosen = math.ceil(self.schedule.fit_fraction * self.facts.n_batches)
+        if n_chosen == self.facts.n_batches:
+            return self.loader
+        order = torch.randperm(self.facts.n_batches, generator=self.subset_generator)
+        return _pick(self.loader, set(order[:n_chosen].tolist()))
+
+    def _check_finite(self, what: str, value: float, epoch: int) -> None:
+        if not math.isfinite(value):
+            raise TrainingDiverged(f"{what} became {value}", epoch, self.checkpoint_on_disk())
+
+    def checkpoint_on_disk(self) -> Path | None:
+        """The checkpoint's path, if there is one."""
+        path = self.checkpoint_path
+        return path if path is not None and path.exists() else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to end as this one would; tensors and primitives."""
+        return {
+            "settings": self.settings,
+            "progress": {f: getattr(self.progress, f) for f in Progress.__dataclass_fields__},
+            "model": snapshot(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if not callable(v)},
+            "hyper": self.hyper.state_dict(),
+            "loader": getattr(self.loader, "state_dict", dict)(),
+            "generators": [generator.get_state() for generator in self.generators],
+            "rng": rng_state(self.device),
+        }
+
+    def resume(self) -> None:
+        """Go on from the checkpoint on disk.
+
+        Raises:
+            CheckpointError: it cannot be read, or was made under other settings.
+        """
+        path = self.checkpoint_path
+        assert path is not None
+        state = load_checkpoint(path, self.device)
+        check_settings(path, state["settings"], self.settings)
+        self.progress = Progress(**state["progress"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.hyper.load_state_dict(state["hyper"])
+        self.hyper.assign_to(self.la)
+        if state["loader"]:
+            self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
+        for generator, saved in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(saved.cpu())
+        set_rng_state(state["rng"], self.device)
+
+
+def n_correct(f: Tensor, y: Tensor) -> Tensor:
+    """How many labels the outputs get right, averaged over the terms of an example; NaN where targets are no labels."""
+    if y.is_floating_point() and f.shape == y.shape:
+        return torch.full((), math.nan, device=f.device)
+    right = f.argmax(-1) == y if f.ndim == y.ndim + 1 else (f > 0) == (y > 0)
+    return right.double().reshape(len(y), -1).mean(1).sum()
+
+
+@contextmanager
+def same_order_after(loader: Any) -> Iterator[None]:
+    """Let an extra pass over a loader that can save its state change nothing in the passes after it."""
+    state = loader.state_dict() if hasattr(loader, "load_state_dict") else None
+    try:
+        yield
+    finally:
+        if state is not None:
+            loader.load_state_dict(state)
+
+
+def _pick(loader: Iterable[tuple[Any, Tensor]], chosen: set[int]) -> Iterator[tuple[Any, Tensor]]:
+    last = max(chosen)
+    for i, batch in enumerate(loader):
+        if i in chosen:
+            yield batch
+        if i == last:
+            return

@@ -1,0 +1,268 @@
+"""Online training: the weights by gradient steps, the hyperparameters by the Laplace marginal likelihood."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_ws.curvature.backend import trainable_parameters
+from laplace_ws.likelihoods import Likelihood, make_likelihood
+from laplace_ws.marglik.checkpoint import left_as_found
+from laplace_ws.marglik.checks import check_data
+from laplace_ws.marglik.hyperparameters import Hyperparameters, PriorStructure, prior_groups
+from laplace_ws.marglik.trainer import Progress, Record, Schedule, Trainer, same_order_after
+from laplace_ws.posterior import BaseLaplace, Laplace
+
+SGD_DEFAULTS = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+STIFF_START = 0.01
+"""Prior precision at the start, in units of the number of examples."""
+
+
+class TemperatureWarning(UserWarning):
+    """The temperature is tuned by a marginal likelihood that is not normalised."""
+
+
+@dataclass(frozen=True)
+class MarglikResult:
+    """What `marglik_training` returns. Unpacks as `la, model, margliks, losses = marglik_training(...)`.
+
+    Attributes:
+        la: the posterior of the best model, fitted on all the data.
+        model: the model that was passed, now at its best.
+        margliks: log marginal likelihood in nats at each tuning; higher is better.
+        losses: the MAP objective of each epoch, in nats per example.
+        history: one record an epoch, as `on_epoch` got them.
+        prior_precision: of every parameter by name, at the best; a geometric mean where every weight has its own.
+        best_epoch: the epoch whose weights and hyperparameters were kept.
+        collapsed: groups of parameters whose prior precision ended at its upper limit.
+        train_seconds: wall time of it all, without `on_epoch`.
+        curvature_seconds: the part of it that went into fits and steps on the hyperparameters.
+    """
+
+    la: BaseLaplace
+    model: nn.Module
+    margliks: list[float]
+    losses: list[float]
+    history: list[Record]
+    prior_precision: dict[str, float]
+    best_epoch: int
+    collapsed: list[str]
+    train_seconds: float
+    curvature_seconds: float
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.la, self.model, self.margliks, self.losses))
+
+
+def marglik_training(
+    model: nn.Module,
+    train_loader: Iterable[tuple[Any, Tensor]],
+    likelihood: str | Likelihood = "classification",
+    hessian_structure: str = "kron",
+    *,
+    curvature: str = "ggn_mc",
+    kfac_approx: str | Mapping[str, str] = "auto",
+    backend: str = "native",
+    mc_samples: int = 1,
+    final_curvature: str | None = None,
+    optimizer_cls: type[torch.optim.Optimizer] = torch.optim.SGD,
+    optimizer_kwargs: Mapping[str, Any] | None = None,
+    scheduler_cls: type[Any] | None = torch.optim.lr_scheduler.CosineAnnealingLR,
+    scheduler_kwargs: Mapping[str, Any] | None = None,
+    n_epochs: int = 300,
+    n_epochs_burnin: int = 0,
+    marglik_frequency: int = 1,
+    n_hypersteps: int = 100,
+    lr_hyp: float = 0.1,
+    max_log_step: float = 1.0,
+    fit_fraction: float = 1.0,
+    prior_structure: str = "layerwise",
+    prior_prec_init: float | None = None,
+    sigma_noise_init: float | None = None,
+    temperature_init: float = 1.0,
+    fix_sigma_noise: bool = False,
+    tune_temperature: bool = False,
+    checkpoint_path: str | Path | None = None,
+    resume: bool = False,
+    on_epoch: Callable[[Record], None] | None = None,
+    progress_bar: bool = True,
+) -> MarglikResult:
+    """Train a model and tune its prior precisions (and noise, and temperature) on the training data alone.
+
+    Gradient steps minimise the negative log joint per example, N⁻¹(L/τ + ½ Σ_p δ_p‖θ_p‖²), scaled by τσ² so that a
+    learning rate means the same throughout. After `n_epochs_burnin` epochs, every `marglik_frequency` epochs and
+    after the last one, the Laplace approximation is fitted at the present weights and the logarithms of the
+    hyperparameters take `n_hypersteps` steps of Adam up its log marginal likelihood. The weights and hyperparameters
+    with the highest log marginal likelihood are kept, and the posterior is fitted there on all the data.
+
+    The model is trained in place. The mode of its modules, its `.grad` and torch's global random state are left as
+    they were. Gradient steps run with all modules in train mode, curvature with all in eval mode.
+
+    Args:
+        model: the network; what does not require grad stays as it is and gets no prior.
+        train_loader: gives pairs (x, y) on the model's device, anew each time it is iterated.
+        likelihood: "classification", "regression", "binary", or a likelihood.
+        hessian_structure: "kron", "diag" or "full".
+        curvature, kfac_approx, backend, mc_samples: as for `Laplace`.
+        final_curvature: of the posterior that is returned; `curvature` where not given.
+        optimizer_cls, optimizer_kwargs: for the weights; SGD with lr 0.1 and Nesterov momentum 0.9 where not given.
+            Without weight decay: that is the prior's part.
+        scheduler_cls, scheduler_kwargs: stepped after every batch; a cosine to zero where not given.
+        n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction: see `Schedule`.
+            `n_hypersteps=0` trains at fixed hyperparameters.
+        lr_hyp: step size of Adam on the logarithms.
+        prior_structure: "scalar", "layerwise" (a bias or scale shares its layer's), "parameter" (one a tensor), or
+            "weight" (for "diag" and "full").
+        prior_prec_init: start of all prior precisions; 0.01·N where not given, because tuning finds its way better from
+            a stiff start than from a loose one.
+        sigma_noise_init, temperature_init: start of noise (the likelihood's own where not given) and temperature.
+        fix_sigma_noise, tune_temperature: what is tuned besides the priors; the noise is, the temperature is not (its
+            likelihood is not normalised: `TemperatureWarning`).
+        checkpoint_path: where to keep a checkpoint, written after every tuning.
+        resume: go on from `checkpoint_path` if it exists. The result is that of the uninterrupted run.
+        on_epoch: called after every epoch with a record of it, to which it may add.
+        progress_bar: show one, if stderr is a terminal.
+
+    Raises:
+        UnsupportedParameterError: a parameter has no curvature block; before training.
+        InvalidBatchError: the data do not fit model or likelihood; before training.
+        ValueError: an option is out of its range; before training.
+        CheckpointError: the checkpoint is damaged or belongs to another run.
+        TrainingDiverged: the loss became NaN or infinite; the model is back at its last good epoch.
+
+    Source: Immer et al. 2021, "Scalable marginal likelihood estimation for model selection in deep learning".
+    """
+    schedule = Schedule(n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, fit_fraction, max_log_step)
+    structure = PriorStructure(prior_structure)
+    structure.check(hessian_structure)
+    likelihood = make_likelihood(likelihood)
+    named_parameters = list(trainable_parameters(model).items())
+    device = named_parameters[0][1].device
+    if tune_temperature:
+        warn_of_temperature()
+    with left_as_found(model, device):
+        generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
+        options = {"hessian_structure": hessian_structure, "backend": backend, "mc_samples": mc_samples}
+        options |= {"generator": generator} | kfac_option(hessian_structure, kfac_approx)
+        la = Laplace(model, likelihood, curvature=curvature, **options)
+        with same_order_after(train_loader):
+            facts = check_data(model, train_loader, likelihood)
+        la.check(facts.x_first)
+        hyper = Hyperparameters(
+            prior_groups(named_parameters, structure),
+            prior_precision=STIFF_START * facts.n_data if prior_prec_init is None else prior_prec_init,
+            sigma_noise=likelihood.sigma_noise if sigma_noise_init is None else sigma_noise_init,
+            temperature=temperature_init,
+            tune_sigma=likelihood.has_noise and not fix_sigma_noise,
+            tune_temperature=tune_temperature,
+            lr=lr_hyp,
+            device=device,
+        )
+        optimizer = make_optimizer(optimizer_cls, optimizer_kwargs, named_parameters)
+        trainer = Trainer(
+            model=model,
+            loader=train_loader,
+            facts=facts,
+            likelihood=likelihood,
+            named_parameters=named_parameters,
+            hyper=hyper,
+            la=la,
+            optimizer=optimizer,
+            scheduler=make_scheduler(scheduler_cls, scheduler_kwargs, optimizer, n_epochs * facts.n_batches),
+            schedule=schedule,
+            checkpoint_path=None if checkpoint_path is None else Path(checkpoint_path),
+            on_epoch=on_epoch,
+            progress_bar=progress_bar,
+        )
+        if resume and trainer.checkpoint_on_disk() is not None:
+            trainer.resume()
+        progress = trainer.run()
+        start = time.perf_counter()
+        if final_curvature not in (None, curvature):
+            la = Laplace(model, likelihood, curvature=final_curvature, **options)
+            hyper.assign_to(la)
+        la.fit(train_loader, n_data=facts.n_data)
+        return make_result(la, trainer, progress, time.perf_counter() - start)
+
+
+def warn_of_temperature() -> None:
+    """Say what tuning a temperature means."""
+    warnings.warn(
+        "tune_temperature: a likelihood to the power 1/τ is not normalised over y, so its marginal likelihood rises "
+        "with τ as long as the loss is positive, and values at different τ do not compare; watch τ",
+        TemperatureWarning,
+        stacklevel=3,
+    )
+
+
+def kfac_option(hessian_structure: str, kfac_approx: str | Mapping[str, str]) -> dict[str, Any]:
+    """The option of "kron" that the other structures do not have.
+
+    Raises:
+        ValueError: it is given for another structure.
+    """
+    if hessian_structure == "kron":
+        return {"kfac_approx": kfac_approx}
+    if kfac_approx != "auto":
+        raise ValueError(f'kfac_approx={kfac_approx!r} is for hessian_structure="kron", not "{hessian_structure}"')
+    return {}
+
+
+def make_optimizer(
+    optimizer_cls: type[torch.optim.Optimizer],
+    optimizer_kwargs: Mapping[str, Any] | None,
+    named_parameters: list[tuple[str, nn.Parameter]],
+) -> torch.optim.Optimizer:
+    """The optimiser of the weights.
+
+    Raises:
+        ValueError: it would decay the weights a second time.
+    """
+    if optimizer_kwargs is None:
+        optimizer_kwargs = SGD_DEFAULTS if optimizer_cls is torch.optim.SGD else {}
+    optimizer = optimizer_cls([p for _, p in named_parameters], **optimizer_kwargs)
+    decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
+    if decay:
+        raise ValueError(
+            f"{optimizer_cls.__name__} has weight_decay={decay}, but the prior is the weight decay: "
+            "pass weight_decay=0 and set prior_prec_init to weight decay times the number of examples"
+        )
+    return optimizer
+
+
+def make_scheduler(
+    scheduler_cls: type[Any] | None,
+    scheduler_kwargs: Mapping[str, Any] | None,
+    optimizer: torch.optim.Optimizer,
+    n_steps: int,
+) -> Any:
+    """The learning rate's schedule over `n_steps` gradient steps."""
+    if scheduler_cls is None:
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    kwargs = dict(scheduler_kwargs or {})
+    if scheduler_cls is torch.optim.lr_scheduler.CosineAnnealingLR:
+        kwargs.setdefault("T_max", n_steps)
+    return scheduler_cls(optimizer, **kwargs)
+
+
+def make_result(la: BaseLaplace, trainer: Trainer, progress: Progress, refit_seconds: float) -> MarglikResult:
+    """Gather what the run gives back."""
+    return MarglikResult(
+        la=la,
+        model=trainer.model,
+        margliks=progress.margliks,
+        losses=progress.losses,
+        history=progress.history,
+        prior_precision=trainer.hyper.by_parameter(trainer.named_parameters),
+        best_epoch=progress.best["epoch"] if progress.best else progress.epoch,
+        collapsed=trainer.hyper.collapsed(trainer.stiffness) if trainer.schedule.n_hypersteps else [],
+        train_seconds=progress.train_seconds + refit_seconds,
+        curvature_seconds=progress.curvature_seconds + refit_seconds,
+    )

@@ -1,0 +1,61 @@
+"""Diagonal curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace_ws.matrices.base import CurvatureMatrix, expand_per_weight
+
+
+class Diag(CurvatureMatrix):
+    """diag(h), one number a weight.
+
+    Args:
+        shapes: shape of each parameter, by name.
+        values: h, flat.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], values: Float[Tensor, "P"]):
+        self.shapes = dict(shapes)
+        self.values = values
+
+    def __add__(self, other: CurvatureMatrix) -> Diag:
+        self._check_same_parameters(other)
+        return Diag(self.shapes, self.values + other.values)  # type: ignore[attr-defined]
+
+    def __mul__(self, factor: float) -> Diag:
+        return Diag(self.shapes, self.values * factor)
+
+    def to_dense(self) -> Tensor:
+        """See `CurvatureMatrix.to_dense`."""
+        return torch.diag(self.values)
+
+    def damped(self, scale: Tensor, delta: Tensor) -> Float[Tensor, "P"]:
+        """The diagonal of scale·H + diag(δ), float64."""
+        return self.values.double() * scale.double() + expand_per_weight(delta, self.shapes).double()
+
+    def log_det(self, scale: Tensor, delta: Tensor) -> Tensor:
+        """See `CurvatureMatrix.log_det`."""
+        return self.damped(scale, delta).log().sum()
+
+    def solve(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
+        """See `CurvatureMatrix.solve`."""
+        return vectors / self.damped(scale, delta).to(vectors.dtype)
+
+    def inv_sqrt(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
+        """See `CurvatureMatrix.inv_sqrt`."""
+        return vectors * self.damped(scale, delta).rsqrt().to(vectors.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `CurvatureMatrix.state_dict`."""
+        return {"values": self.values}
+
+    @classmethod
+    def from_state_dict(cls, shapes: Mapping[str, torch.Size], state: Mapping[str, Any]) -> Diag:
+        """See `CurvatureMatrix.from_state_dict`."""
+        return cls(shapes, state["values"])

@@ -1,0 +1,177 @@
+"""Block-diagonal Kronecker curvature: one block B ⊗ A per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace_ws.matrices.base import CurvatureMatrix, clamp_eigenvalues
+
+
+@dataclass(frozen=True, eq=False)
+class KronBlock:
+    """The block of one parameter: B ⊗ A over `weight.flatten(1)`, or B alone over a vector.
+
+    Layers with channel groups hold one pair of factors a group, stacked along a leading axis; their block is the direct sum of the
+    groups'. Where the first axis of the weight holds the inputs (embeddings, `x @ W`), the block is A ⊗ B.
+
+    Attributes:
+        shape: shape of the parameter.
+        B: gradient factor, a sum over data, `[*G, O, O]`; `[O]` for a diagonal.
+        A: input factor, a mean over data, `[*G, I, I]`; `[I]` for a diagonal; None for a vector.
+        n_inputs: number of inputs that the mean A is over.
+        transposed: whether the block is A ⊗ B.
+        diagonal_B: whether B is kept as its diagonal.
+        diagonal_A: whether A is kept as its diagonal.
+    """
+
+    shape: torch.Size
+    B: Tensor
+    A: Tensor | None = None
+    n_inputs: float = 0
+    transposed: bool = False
+    diagonal_B: bool = False
+    diagonal_A: bool = False
+
+    def __add__(self, other: KronBlock) -> KronBlock:
+        """Combine the factors of two data sets: sums of B, and the mean A over the inputs of both."""
+        A, n_inputs = self.A, self.n_inputs + other.n_inputs
+        if A is not None and n_inputs:
+            A = (A * self.n_inputs + other.A * other.n_inputs) / n_inputs
+        return replace(self, A=A, B=self.B + other.B, n_inputs=n_inputs)
+
+    def to_dense(self) -> Float[Tensor, "D D"]:
+        """The block in full, over the parameter flattened row-major."""
+        B = torch.diag(self.B) if self.diagonal_B else self.B
+        if self.A is None:
+            return B
+        A = torch.diag(self.A) if self.diagonal_A else self.A
+        if B.ndim == 3:
+            return torch.block_diag(*(torch.kron(b, a) for b, a in zip(B, A, strict=True)))
+        return torch.kron(A, B) if self.transposed else torch.kron(B, A)
+
+    @cached_property
+    def _values(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of B `[*G, O]` and A `[*G, I]` in float64, without eigenvectors."""
+        if "_eigen" in self.__dict__:
+            return self._eigen[0][0], self._eigen[1][0]
+        return _eigenvalues(self.B, self.diagonal_B), _eigenvalues(self.A, self.diagonal_A, like=self.B)
+
+    @cached_property
+    def _eigen(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """Eigenvalues and eigenvectors (None for the identity) of B and A in float64."""
+        return _eigen(self.B, self.diagonal_B), _eigen(self.A, self.diagonal_A, like=self.B)
+
+    def eigenvalues(self) -> Float[Tensor, "*G O I"]:
+        """Products of the factors' eigenvalues: the spectrum of the block, float64."""
+        b, a = self._values
+        return b[..., :, None] * a[..., None, :]
+
+    def filter(self, vectors: Float[Tensor, "S D"], gains: Float[Tensor, "*G O I"]) -> Float[Tensor, "S D"]:
+        """Q diag(gains) Qᵀ v with Q the eigenvectors of the block, for each row v."""
+        (b_values, Q_B), (a_values, Q_A) = self._eigen
+        out_in = (a_values.shape[-1], b_values.shape[-1]) if self.transposed else (b_values.shape[-1], a_values.shape[-1])
+        x = vectors.double().reshape(len(vectors), *gains.shape[:-2], *out_in)
+        x = x.mT if self.transposed else x
+        x = _multiply(x, Q_B, Q_A, adjoint=True) * gains
+        x = _multiply(x, Q_B, Q_A, adjoint=False)
+        x = x.mT if self.transposed else x
+        return x.reshape(vectors.shape).to(vectors.dtype)
+
+
+class Kron(CurvatureMatrix, Mapping[str, KronBlock]):
+    """Kronecker-factored curvature: a mapping from parameter name to its `KronBlock`."""
+
+    def __init__(self, blocks: Mapping[str, KronBlock]):
+        self.blocks = dict(blocks)
+        self.shapes = {name: block.shape for name, block in self.blocks.items()}
+
+    def __getitem__(self, name: str) -> KronBlock:
+        return self.blocks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __add__(self, other: CurvatureMatrix) -> Kron:
+        """See `CurvatureMatrix.__add__`; the factors of both data sets, not a sum of Kronecker products."""
+        self._check_same_parameters(other)
+        return Kron({name: block + other[name] for name, block in self.blocks.items()})
+
+    def __mul__(self, factor: float) -> Kron:
+        """See `CurvatureMatrix.__mul__`."""
+        return Kron({n: replace(b, B=b.B * factor, n_inputs=b.n_inputs * factor) for n, b in self.blocks.items()})
+
+    def to_dense(self) -> Tensor:
+        """See `CurvatureMatrix.to_dense`."""
+        return torch.block_diag(*(block.to_dense() for block in self.blocks.values()))
+
+    def log_det(self, scale: Tensor, delta: Tensor) -> Tensor:
+        """See `CurvatureMatrix.log_det`; needs eigenvalues only."""
+        terms = [(b.eigenvalues() * scale.double() + d).log().sum() for b, d in self._with_delta(delta)]
+        return torch.stack(terms).sum()
+
+    def solve(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
+        """See `CurvatureMatrix.solve`."""
+        return self._filter(vectors, scale, delta, -1.0)
+
+    def inv_sqrt(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
+        """See `CurvatureMatrix.inv_sqrt`; the symmetric root."""
+        return self._filter(vectors, scale, delta, -0.5)
+
+    def _filter(self, vectors: Tensor, scale: Tensor, delta: Tensor, power: float) -> Tensor:
+        parts = vectors.split([shape.numel() for shape in self.shapes.values()], dim=1)
+        pairs = zip(parts, self._with_delta(delta), strict=True)
+        filtered = [b.filter(part, (b.eigenvalues() * scale.double() + d) ** power) for part, (b, d) in pairs]
+        return torch.cat(filtered, dim=1)
+
+    def _with_delta(self, delta: Tensor) -> Iterator[tuple[KronBlock, Tensor]]:
+        if delta.ndim > 0 and delta.shape != (len(self),):
+            raise ValueError(
+                f"a Kronecker-factored posterior takes a scalar precision or one a parameter tensor ({len(self)}), got shape "
+                f'{tuple(delta.shape)}; use hessian_structure="diag" or "full" for one a weight.'
+            )
+        return zip(self.blocks.values(), delta.double().expand(len(self)), strict=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `CurvatureMatrix.state_dict`."""
+        fields = ("B", "A", "n_inputs", "transposed", "diagonal_B", "diagonal_A")
+        return {name: {field: getattr(block, field) for field in fields} for name, block in self.blocks.items()}
+
+    @classmethod
+    def from_state_dict(cls, shapes: Mapping[str, torch.Size], state: Mapping[str, Any]) -> Kron:
+        """See `CurvatureMatrix.from_state_dict`."""
+        return cls({name: KronBlock(shape=shape, **state[name]) for name, shape in shapes.items()})
+
+
+def _eigenvalues(factor: Tensor | None, diagonal: bool, like: Tensor | None = None) -> Tensor:
+    if factor is None or diagonal:
+        return _eigen(factor, diagonal, like)[0]
+    return clamp_eigenvalues(torch.linalg.eigvalsh(factor.double()), "a Kronecker factor")
+
+
+def _eigen(factor: Tensor | None, diagonal: bool, like: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    if factor is None:  # a vector's block, B ⊗ 1
+        assert like is not None
+        return torch.ones(1, dtype=torch.float64, device=like.device), None
+    if diagonal:
+        return factor.double(), None
+    values, vectors = torch.linalg.eigh(factor.double())
+    return clamp_eigenvalues(values, "a Kronecker factor"), vectors
+
+
+def _multiply(x: Tensor, Q_B: Tensor | None, Q_A: Tensor | None, *, adjoint: bool) -> Tensor:
+    """Q_B x Q_Aᵀ, or with `adjoint` Q_Bᵀ x Q_A."""
+    if Q_B is not None:
+        x = (Q_B.mT if adjoint else Q_B) @ x
+    if Q_A is not None:
+        x = x @ (Q_A if adjoint else Q_A.mT)
+    return x

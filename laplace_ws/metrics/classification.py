@@ -1,0 +1,124 @@
+"""Negative log likelihood, accuracy, expected calibration error and Brier score."""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_SUMS_TO_ONE = 1e-3
+_NEARLY_SUMS_TO_ONE = 5e-2
+_LARGEST_BELOW_ONE = 1.0 - 2.0**-24  # the float32 number just below 1
+
+
+class OutputKind(str, enum.Enum):
+    """What a classifier's output is: unnormalised log probabilities, or probabilities."""
+
+    AUTO = "auto"
+    LOGITS = "logits"
+    PROBS = "probs"
+
+
+def evaluate_classification(
+    outputs: Float[Tensor, "*batch C"],
+    labels: Int[Tensor, "*batch"],
+    n_bins: int = 15,
+    *,
+    kind: OutputKind | str = OutputKind.AUTO,
+) -> dict[str, float]:
+    """Score a predictive against the observed labels.
+
+    Every leading dimension counts as examples, so `[N, C]` with labels `[N]` and `[N, T, C]` with `[N, T]` both do.
+
+    Args:
+        outputs: logits or probabilities.
+        labels: class numbers from 0.
+        n_bins: number of equal confidence bins of the calibration error.
+        kind: "logits", "probs", or "auto": probabilities where every row is non-negative and sums to one.
+
+    Returns:
+        `nll` (mean, nats), `accuracy` (fraction), `ece` (expected calibration error of the top label, fraction) and
+        `brier` (mean squared distance to the one-hot label, from 0 to 2).
+
+    Raises:
+        ValueError: if shapes or labels do not fit, a value is NaN, or rows sum to one only nearly.
+    """
+    # torchmetrics takes seconds to import; nothing else in the package needs it
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+
+    log_probs, labels = to_log_probs(outputs, labels, kind=kind)
+    probs = log_probs.exp()
+    n_classes = probs.shape[-1]
+    # torchmetrics gives a confidence of exactly 1 a bin of its own, beyond the last of the n_bins
+    calibration_probs = probs.clamp(max=_LARGEST_BELOW_ONE)
+    return {
+        "nll": mean_nll(log_probs, labels).item(),
+        "accuracy": multiclass_accuracy(probs, labels, num_classes=n_classes, average="micro").item(),
+        "ece": multiclass_calibration_error(calibration_probs, labels, num_classes=n_classes, n_bins=n_bins).item(),
+        "brier": brier_score(probs, labels).item(),
+    }
+
+
+def mean_nll(log_probs: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> Float[Tensor, ""]:
+    """Negative log probability of the labels, −N⁻¹ Σ_n log p(y_n), in nats."""
+    return -log_probs.gather(1, labels[:, None]).mean()
+
+
+def brier_score(probs: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> Float[Tensor, ""]:
+    """Squared distance of the probabilities to the one-hot label, N⁻¹ Σ_n Σ_c (p_nc − [y_n = c])² [Brier 1950]."""
+    one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1]).to(probs.dtype)
+    return (probs - one_hot).square().sum(-1).mean()
+
+
+def to_log_probs(
+    outputs: Float[Tensor, "*batch C"], labels: Int[Tensor, "*batch"], *, kind: OutputKind | str = OutputKind.AUTO
+) -> tuple[Float[Tensor, "M C"], Int[Tensor, " M"]]:
+    """Check outputs and labels, and give both with the leading dimensions merged; log probabilities in float64.
+
+    Raises:
+        ValueError: as `evaluate_classification`.
+    """
+    kind = OutputKind(kind)
+    if outputs.ndim < 2 or outputs.shape[-1] < 2 or outputs.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"outputs of shape {tuple(outputs.shape)} do not fit labels of shape {tuple(labels.shape)}; "
+            "give outputs [N, C] with labels [N], or [N, T, C] with [N, T], with C of at least 2"
+        )
+    outputs = outputs.detach().reshape(-1, outputs.shape[-1]).double()
+    labels = labels.detach().reshape(-1).to(outputs.device, torch.long)
+    if outputs.shape[0] == 0:
+        raise ValueError("outputs hold no example; give at least one")
+    if outputs.isnan().any():
+        raise ValueError(
+            f"{outputs.isnan().any(-1).sum().item()} of {len(outputs)} outputs hold NaN; the model has diverged"
+        )
+    if labels.min() < 0 or labels.max() >= outputs.shape[-1]:
+        raise ValueError(
+            f"labels run from {labels.min().item()} to {labels.max().item()}, "
+            f"outputs have {outputs.shape[-1]} classes; give class numbers from 0 to {outputs.shape[-1] - 1}"
+        )
+    if kind is OutputKind.AUTO:
+        kind = _guess_kind(outputs)
+    elif kind is OutputKind.PROBS and ((outputs < 0).any() or _largest_deviation(outputs) > _NEARLY_SUMS_TO_ONE):
+        raise ValueError("outputs are not probabilities (negative, or rows do not sum to one); say kind='logits'")
+    return (outputs.log() if kind is OutputKind.PROBS else outputs.log_softmax(-1)), labels
+
+
+def _largest_deviation(outputs: Float[Tensor, "N C"]) -> float:
+    return (outputs.sum(-1) - 1).abs().max().item()
+
+
+def _guess_kind(outputs: Float[Tensor, "N C"]) -> OutputKind:
+    if (outputs < 0).any():
+        return OutputKind.LOGITS
+    deviation = _largest_deviation(outputs)
+    if deviation <= _SUMS_TO_ONE:
+        return OutputKind.PROBS
+    if deviation <= _NEARLY_SUMS_TO_ONE:
+        raise ValueError(
+            f"rows of outputs sum to one only within {deviation:.1e}, "
+            "so logits and probabilities cannot be told apart; say kind='logits' or kind='probs'"
+        )
+    return OutputKind.LOGITS

@@ -1,0 +1,124 @@
+"""Reliability curves: how often the top label is right, by the confidence given to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from laplace_ws.metrics.classification import OutputKind, to_log_probs
+
+
+@dataclass(frozen=True)
+class ReliabilityCurve:
+    """Mean confidence, accuracy and number of examples in each of B equal bins of the top label's probability.
+
+    Attributes:
+        edges: the B + 1 borders of the bins, from 0 to 1; a bin holds its lower border, the last bin holds 1 too.
+        confidence: mean probability of the top label by bin, None where the bin is empty.
+        accuracy: fraction of examples whose top label is right by bin, None where the bin is empty.
+        count: number of examples by bin.
+    """
+
+    edges: tuple[float, ...]
+    confidence: tuple[float | None, ...]
+    accuracy: tuple[float | None, ...]
+    count: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        lengths = (len(self.edges) - 1, len(self.confidence), len(self.accuracy), len(self.count))
+        if len(set(lengths)) != 1 or not self.count:
+            raise ValueError(
+                "a reliability curve of B bins needs B + 1 edges and B values of confidence, accuracy and count; "
+                f"got {len(self.edges)}, {len(self.confidence)}, {len(self.accuracy)} and {len(self.count)}"
+            )
+        for confidence, accuracy, count in zip(self.confidence, self.accuracy, self.count, strict=True):
+            if count and (confidence is None or accuracy is None):
+                raise ValueError(f"a bin with {count} examples needs a confidence and an accuracy")
+
+    @property
+    def n_examples(self) -> int:
+        """Number of examples in all bins."""
+        return sum(self.count)
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error, Σ_b (n_b / N) |accuracy_b − confidence_b| [Naeini et al. 2015].
+
+        NaN without examples.
+        """
+        if not self.n_examples:
+            return float("nan")
+        gaps = (
+            count * abs(accuracy - confidence)
+            for confidence, accuracy, count in zip(self.confidence, self.accuracy, self.count, strict=True)
+            if confidence is not None and accuracy is not None
+        )
+        return sum(gaps) / self.n_examples
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Plain lists for JSON; None stands for an empty bin."""
+        return {
+            "edges": list(self.edges),
+            "confidence": list(self.confidence),
+            "accuracy": list(self.accuracy),
+            "count": list(self.count),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ReliabilityCurve:
+        """The curve of `to_dict`; without `edges`, the bins are taken to be equal.
+
+        Raises:
+            ValueError: if a list is missing or the lists do not fit together.
+        """
+        missing = [key for key in ("confidence", "accuracy", "count") if key not in values]
+        if missing:
+            raise ValueError(f"a reliability curve lacks {', '.join(missing)}; write it with ReliabilityCurve.to_dict")
+        n_bins = max(len(values["count"]), 1)
+        edges = values.get("edges") or [b / n_bins for b in range(n_bins + 1)]
+        return cls(
+            tuple(float(edge) for edge in edges),
+            tuple(None if value is None else float(value) for value in values["confidence"]),
+            tuple(None if value is None else float(value) for value in values["accuracy"]),
+            tuple(int(value) for value in values["count"]),
+        )
+
+
+def reliability_curve(
+    probs: Float[Tensor, "*batch C"], labels: Int[Tensor, "*batch"], n_bins: int = 15
+) -> ReliabilityCurve:
+    """Bin the examples by the probability of their top label.
+
+    Args:
+        probs: predicted probabilities; leading dimensions count as examples.
+        labels: class numbers from 0.
+        n_bins: number of equal bins on [0, 1].
+
+    Raises:
+        ValueError: if `probs` are not probabilities, shapes or labels do not fit, or `n_bins` is below 1.
+    """
+    if n_bins < 1:
+        raise ValueError(f"n_bins is {n_bins}; give at least 1")
+    log_probs, labels = to_log_probs(probs, labels, kind=OutputKind.PROBS)
+    confidence, top_label = log_probs.exp().max(-1)
+    right = top_label.eq(labels).double()
+
+    # float32, as torchmetrics bins: a confidence on a border falls on the same side of it
+    edges = torch.linspace(0, 1, n_bins + 1, device=confidence.device)
+    bins = (torch.bucketize(confidence.float(), edges, right=True) - 1).clamp(0, n_bins - 1)
+    count = torch.bincount(bins, minlength=n_bins)
+    confidence_sum = torch.zeros(n_bins, dtype=torch.float64, device=bins.device).index_add_(0, bins, confidence)
+    right_sum = torch.zeros(n_bins, dtype=torch.float64, device=bins.device).index_add_(0, bins, right)
+
+    counts = count.tolist()
+    return ReliabilityCurve(
+        tuple(b / n_bins for b in range(n_bins + 1)),
+        tuple(total / n if n else None for total, n in zip(confidence_sum.tolist(), counts, strict=True)),
+        tuple(total / n if n else None for total, n in zip(right_sum.tolist(), counts, strict=True)),
+        tuple(counts),
+    )

@@ -1,0 +1,49 @@
+"""Multilayer perceptrons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from laplace_ws.models.names import unknown_name
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "identity": nn.Identity,
+}
+
+
+class MLP(nn.Sequential):
+    """Linear layers with an activation between them.
+
+    Maps `[N, ...]`, flattened to `[N, in_features]`, to `[N, out_features]`.
+
+    Args:
+        in_features: Number of inputs of one example, all dimensions together.
+        hidden: Widths of the hidden layers; empty for a linear model.
+        out_features: Number of outputs.
+        activation: "relu", "tanh", "sigmoid", "gelu", "silu", "elu", or "identity" for a deep linear network.
+
+    Raises:
+        ValueError: unknown activation, or a width below one.
+    """
+
+    def __init__(
+        self, in_features: int, hidden: Sequence[int] = (100,), out_features: int = 10, activation: str = "relu"
+    ) -> None:
+        if activation not in _ACTIVATIONS:
+            raise unknown_name("activation", activation, _ACTIVATIONS)
+        widths = [in_features, *hidden, out_features]
+        if min(widths) < 1:
+            raise ValueError(f"all widths must be at least 1, not {widths}")
+        layers: list[nn.Module] = [nn.Flatten(), nn.Linear(widths[0], widths[1])]
+        for n_in, n_out in pairwise(widths[1:]):
+            layers += [_ACTIVATIONS[activation](), nn.Linear(n_in, n_out)]
+        super().__init__(*layers)

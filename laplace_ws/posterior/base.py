@@ -1,0 +1,344 @@
+"""The Laplace posterior: a Gaussian at the mode, its precision the curvature of the loss plus the prior's."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from laplace_ws.curvature import Backend, CurvatureSum, make_backend, parse_curvature
+from laplace_ws.curvature.backend import check_devices, evaluation_mode, trainable_parameters
+from laplace_ws.curvature.compute import Batches, check_rows_by_example, default_generator
+from laplace_ws.errors import NotFittedError
+from laplace_ws.kfac import Accumulator
+from laplace_ws.likelihoods import Likelihood, make_likelihood
+from laplace_ws.matrices import CurvatureMatrix, expand_per_weight
+
+FORMAT_VERSION = 1
+
+
+class BaseLaplace(ABC):
+    """Laplace approximation over all parameters that require grad.
+
+    With L the summed negative log likelihood, H its curvature (sum over the data), Δ the diagonal prior precision and τ the temperature,
+    the posterior is N(θ*, (H/τ + Δ)⁻¹), and the log marginal likelihood [Immer et al. 2021]
+
+        log p(D) ≈ −L(θ*)/τ − ½ (θ*−μ)ᵀΔ(θ*−μ) − ½ [log det(H/τ + Δ) − log det Δ].
+
+    Args:
+        model: a trained network; its first input axis and first output axis run over examples.
+        likelihood: "classification" (softmax), "regression" (Gaussian), "binary" (Bernoulli), or a `Likelihood`.
+        prior_precision: Δ: a number, one a parameter tensor (`[len(parameter_names)]`), or one a weight (`[n_params]`; not with "kron").
+        prior_mean: μ: a number, or one a weight.
+        sigma_noise: standard deviation σ of the observation noise (regression); default: the likelihood's own.
+        temperature: τ; the likelihood enters to the power 1/τ. A tempered class likelihood is not normalised, so values of the log marginal
+            likelihood compare only at equal τ.
+        curvature: "ggn", "ggn_mc" (sampled labels) or "ef" (empirical Fisher).
+        backend: "native", or a `Backend`.
+        mc_samples: label samples an example, for "ggn_mc".
+        generator: source of the label samples; by default one of our own, seeded as torch is.
+
+    Attributes:
+        parameter_names: the parameters covered, in the order of every flat vector.
+        mean: θ*, flat, after a fit.
+        n_data: N, after a fit.
+        n_outputs: outputs of the network for one example, after a fit.
+    """
+
+    hessian_structure: ClassVar[str]
+    per_weight_prior: ClassVar[bool] = True
+    _matrix: ClassVar[type[CurvatureMatrix]]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood,
+        *,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        sigma_noise: float | Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        curvature: str = "ggn",
+        backend: str | Backend = "native",
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ):
+        parameters = trainable_parameters(model)
+        first = next(iter(parameters.values()))
+        self.model = model
+        self.likelihood = make_likelihood(likelihood)
+        self.curvature = parse_curvature(curvature)
+        self.backend = make_backend(backend)
+        self.mc_samples = mc_samples
+        self.generator = generator or default_generator(first.device)
+        self.parameter_names = tuple(parameters)
+        self.shapes = {name: p.shape for name, p in parameters.items()}
+        self.n_params = sum(p.numel() for p in parameters.values())
+        self._dtype, self._device = first.dtype, first.device
+        self.prior_precision = prior_precision
+        self.prior_mean = prior_mean
+        self.sigma_noise = self.likelihood.sigma_noise if sigma_noise is None else sigma_noise
+        self.temperature = temperature
+        self.mean = self._flat_parameters()
+        self.n_data = 0
+        self.n_outputs: int | None = None
+        self._H: CurvatureMatrix | None = None
+        self._unit_nll_sum = 0.0
+        self._n_targets = 0
+
+    @abstractmethod
+    def _make_accumulator(self, parameters: Mapping[str, nn.Parameter]) -> Accumulator:
+        """The sums that a fit takes."""
+
+    # ---------------------------------------------------------------- fit
+
+    def check(self, x: Tensor) -> None:
+        """Run the model on one batch and raise what a fit would raise, before any work is done.
+
+        Raises:
+            UnsupportedParameterError: a parameter that requires grad cannot be covered; it is named, with the way out.
+            InvalidBatchError: the batch is on another device, or the outputs do not fit.
+        """
+        check_devices(self.model, x)
+        with evaluation_mode(self.model):
+            linearisation = self.backend.linearise(self.model, x, trainable_parameters(self.model))
+            check_rows_by_example(linearisation)
+            self._make_accumulator(trainable_parameters(self.model)).start_batch(linearisation.uses, linearisation.outputs.ndim)
+
+    def fit(self, train_loader: Batches, *, n_data: int | None = None) -> None:
+        """Take the curvature at the present weights, in one pass over the data; a fit replaces the one before.
+
+        Args:
+            train_loader: iterable of batches (x, y).
+            n_data: N that the data stand for, where they are a sample of a larger set: likelihood and curvature are scaled up to it.
+
+        Raises:
+            UnsupportedParameterError: a parameter that requires grad cannot be covered.
+            InvalidBatchError: the data do not fit the model or the likelihood, or are empty.
+        """
+        total = CurvatureSum(
+            self.model,
+            self.likelihood.at_unit_noise(),
+            self._make_accumulator,
+            curvature=self.curvature,
+            backend=self.backend,
+            mc_samples=self.mc_samples,
+            generator=self.generator,
+        )
+        if tuple(total.parameters) != self.parameter_names:
+            raise ValueError("other parameters require grad now than when the posterior was made; make a new one.")
+        total.add_all(train_loader)
+        factor = 1.0 if n_data is None else n_data / total.n_examples
+        H = total.accumulator.result()
+        self._H = H if factor == 1.0 else H * factor
+        self._unit_nll_sum = total.nll_sum * factor
+        self._n_targets = round(total.n_targets * factor)
+        self.n_data = total.n_examples if n_data is None else n_data
+        self.n_outputs = total.output_shape[-1] if total.output_shape else 1
+        self.mean = self._flat_parameters()
+
+    def _flat_parameters(self) -> Float[Tensor, "P"]:
+        return torch.cat([p.detach().flatten() for p in trainable_parameters(self.model).values()])
+
+    # ---------------------------------------------------------------- hyperparameters
+
+    @property
+    def prior_precision(self) -> Tensor:
+        """Δ, float64: a scalar, one a parameter tensor, or one a weight."""
+        return self._prior_precision
+
+    @prior_precision.setter
+    def prior_precision(self, value: float | Tensor) -> None:
+        self._prior_precision = self._check_prior_precision(value)
+
+    @property
+    def prior_mean(self) -> Tensor:
+        """μ, a scalar or one a weight."""
+        return self._prior_mean
+
+    @prior_mean.setter
+    def prior_mean(self, value: float | Tensor) -> None:
+        value = self._tensor(value)
+        if value.shape not in ((), (self.n_params,)):
+            raise ValueError(f"prior_mean must be a number or have shape [{self.n_params}], got {list(value.shape)}.")
+        self._prior_mean = value
+
+    @property
+    def sigma_noise(self) -> Tensor:
+        """σ, in the units of the targets."""
+        return self._sigma_noise
+
+    @sigma_noise.setter
+    def sigma_noise(self, value: float | Tensor) -> None:
+        self._sigma_noise = self._check_sigma_noise(value)
+
+    @property
+    def temperature(self) -> Tensor:
+        """τ."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float | Tensor) -> None:
+        self._temperature = self._check_positive_scalar("temperature", value)
+
+    def _tensor(self, value: float | Tensor) -> Tensor:
+        value = torch.as_tensor(value, device=self._device)
+        value = value.double()
+        return value.squeeze() if value.numel() == 1 else value
+
+    def _check_positive_scalar(self, name: str, value: float | Tensor) -> Tensor:
+        value = self._tensor(value)
+        if value.ndim or not value > 0:
+            raise ValueError(f"{name} must be one positive number, got {value.tolist()}.")
+        return value
+
+    def _check_sigma_noise(self, value: float | Tensor) -> Tensor:
+        value = self._check_positive_scalar("sigma_noise", value)
+        if not self.likelihood.has_noise and value != 1:
+            raise ValueError(f"the {self.likelihood.name} likelihood has no sigma_noise; leave it at 1.")
+        return value
+
+    def _check_prior_precision(self, value: float | Tensor) -> Tensor:
+        value = self._tensor(value)
+        shapes: list[tuple[int, ...]] = [(), (len(self.shapes),)]
+        if self.per_weight_prior:
+            shapes.append((self.n_params,))
+        if tuple(value.shape) not in shapes:
+            raise ValueError(
+                f"prior_precision for {self.hessian_structure!r} must be of one of the shapes {[list(s) for s in shapes]} "
+                f"(one for all, one a parameter tensor{', one a weight' if self.per_weight_prior else ''}), got {list(value.shape)}."
+            )
+        if not (value > 0).all():
+            raise ValueError(f"prior_precision must be positive, but its smallest entry is {value.min().item():g}.")
+        return value
+
+    @property
+    def prior_precision_diag(self) -> Float[Tensor, "P"]:
+        """Δ of every weight."""
+        return expand_per_weight(self._prior_precision, self.shapes)
+
+    # ---------------------------------------------------------------- marginal likelihood
+
+    @property
+    def H(self) -> CurvatureMatrix:
+        """Curvature of the summed negative log likelihood at σ = 1 and τ = 1."""
+        if self._H is None:
+            raise NotFittedError(f"{type(self).__name__} is not fitted yet; call fit(train_loader) first.")
+        return self._H
+
+    def log_marginal_likelihood(
+        self,
+        prior_precision: float | Tensor | None = None,
+        sigma_noise: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
+    ) -> Float[Tensor, ""]:
+        """Laplace approximation of log p(D) in nats, float64, differentiable in what is passed; needs no pass over the data.
+
+        Args:
+            prior_precision: Δ in place of the posterior's own, which stays as it is.
+            sigma_noise: σ in place of the posterior's own.
+            temperature: τ in place of the posterior's own.
+        """
+        delta = self._prior_precision if prior_precision is None else self._check_prior_precision(prior_precision)
+        sigma = self._sigma_noise if sigma_noise is None else self._check_sigma_noise(sigma_noise)
+        tau = self._temperature if temperature is None else self._check_positive_scalar("temperature", temperature)
+        delta_diag = expand_per_weight(delta, self.shapes)
+        log_det_ratio = self.H.log_det(self._scale(sigma, tau), delta) - delta_diag.log().sum()
+        penalty = 0.5 * (delta_diag * (self.mean.double() - self._prior_mean).square()).sum()
+        return -self._nll_sum(sigma) / tau - penalty - 0.5 * log_det_ratio
+
+    @property
+    def log_likelihood(self) -> Float[Tensor, ""]:
+        """log p(D | θ*) at the present σ, in nats, untempered."""
+        return -self._nll_sum(self._sigma_noise)
+
+    def _nll_sum(self, sigma: Tensor) -> Tensor:
+        self.H  # noqa: B018 - raises where there is no fit
+        unit = torch.tensor(self._unit_nll_sum, dtype=torch.float64, device=self._device)
+        return self.likelihood.nll_at_noise(unit, self._n_targets, sigma)
+
+    def _scale(self, sigma: Tensor, tau: Tensor) -> Tensor:
+        return self.likelihood.curvature_scale(sigma, self.curvature.value) / tau
+
+    # ---------------------------------------------------------------- posterior
+
+    @property
+    def _damping(self) -> tuple[Tensor, Tensor]:
+        """Scale s and Δ such that the posterior precision is s·H + Δ."""
+        return self._scale(self._sigma_noise, self._temperature), self._prior_precision
+
+    @property
+    @abstractmethod
+    def posterior_precision(self) -> Any:
+        """H/τ + Δ, in the form of the structure."""
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "S P"]:
+        """Weights drawn from the posterior.
+
+        Args:
+            n_samples: S.
+            generator: source of randomness; default: torch's own.
+        """
+        noise = torch.randn(n_samples, self.n_params, dtype=self._dtype, device=self._device, generator=generator)
+        return self.mean + self.H.inv_sqrt(noise, *self._damping)
+
+    # ---------------------------------------------------------------- files
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that restore the posterior beside a model of the same parameters."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "options": self._options(),
+            "shapes": {name: tuple(shape) for name, shape in self.shapes.items()},
+            "mean": self.mean,
+            "H": self.H.state_dict(),
+            "unit_nll_sum": self._unit_nll_sum,
+            "n_targets": self._n_targets,
+            "n_data": self.n_data,
+            "n_outputs": self.n_outputs,
+            "prior_precision": self._prior_precision,
+            "prior_mean": self._prior_mean,
+            "sigma_noise": self._sigma_noise,
+            "temperature": self._temperature,
+        }
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "hessian_structure": self.hessian_structure,
+            "likelihood": self.likelihood.name,
+            "curvature": self.curvature.value,
+            "mc_samples": self.mc_samples,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a fit; the model's weights are left alone.
+
+        Raises:
+            ValueError: the state is of another format, of other options or of a model with other parameters.
+        """
+        if not isinstance(state, Mapping) or state.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"not a posterior of format {FORMAT_VERSION} as state_dict() gives it.")
+        for option, value in self._options().items():
+            if state["options"].get(option) != value:
+                raise ValueError(
+                    f"the saved posterior has {option}={state['options'].get(option)!r}, this one {value!r}; make this one to match."
+                )
+        shapes = {name: torch.Size(shape) for name, shape in state["shapes"].items()}
+        if list(shapes.items()) != list(self.shapes.items()):
+            differing = sorted(set(shapes.items()) ^ set(self.shapes.items()))
+            which = differing[0][0] if differing else "their order"
+            raise ValueError(f"the saved posterior is of a model with other parameters; they differ first in {which!r}.")
+        self._H = type(self)._matrix.from_state_dict(self.shapes, state["H"])
+        self.mean = state["mean"].to(self._device, self._dtype)
+        self._unit_nll_sum, self._n_targets = state["unit_nll_sum"], state["n_targets"]
+        self.n_data, self.n_outputs = state["n_data"], state["n_outputs"]
+        self.prior_precision, self.prior_mean = state["prior_precision"], state["prior_mean"]
+        self.sigma_noise, self.temperature = state["sigma_noise"], state["temperature"]
+
+    def __repr__(self) -> str:
+        fitted = f"fitted to {self.n_data} examples" if self._H is not None else "not fitted"
+        return f"{type(self).__name__}({self.likelihood.name}, {len(self.shapes)} parameters, {self.n_params} weights, {fitted})"

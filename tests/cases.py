@@ -1,0 +1,284 @@
+"""The table of models that drives the tests: deep linear ones, for which K-FAC is exact, and ones as people write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+N = 5  # examples: prime, so that no other axis is taken for the batch by accident
+
+
+def double(model: nn.Module) -> nn.Module:
+    """The model in float64, with every parameter away from zero (Fixup starts with zeros, norms with ones)."""
+    model = model.double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return model
+
+
+# ------------------------------------------------------------------ deep linear networks
+
+
+class Shared(nn.Module):
+    """Layers on positions, then the two settings: positions averaged (`reduce`) or each a loss term (`expand`)."""
+
+    def __init__(self, setting: str, layers: list[nn.Module], channels_first: bool = False):
+        super().__init__()
+        self.setting, self.channels_first = setting, channels_first
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        y = y.flatten(2).transpose(1, 2) if self.channels_first else y.flatten(1, -2)  # [N, R, C]
+        return y.mean(1) if self.setting == "reduce" else y
+
+
+class CalledTwice(nn.Module):
+    """One module on two inputs side by side: its uses are further sharing positions."""
+
+    def __init__(self, setting: str):
+        super().__init__()
+        self.setting = setting
+        self.shared, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.stack([self.head(self.shared(x[:, 0])), self.head(self.shared(x[:, 1]))], 1)
+        return y.sum(1) if self.setting == "reduce" else y
+
+
+class TiedWeights(nn.Module):
+    """One weight registered in two layers."""
+
+    def __init__(self, setting: str):
+        super().__init__()
+        self.setting = setting
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2, bias=False)
+        self.right.weight = self.left.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x[:, :2]), self.right(x[:, 2:])
+        y = torch.cat([left, right], 1)
+        return y.sum(1) if self.setting == "reduce" else y
+
+
+class MatmulNet(nn.Module):
+    """Weights on the right of a matrix product, plain and transposed."""
+
+    def __init__(self, setting: str):
+        super().__init__()
+        self.setting = setting
+        self.V, self.W = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.V @ self.W.t()
+        return y.mean(1) if self.setting == "reduce" else y
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """A deep linear network that is exact in either setting, but for cross terms between channel groups."""
+
+    name: str
+    make_model: Callable[[str], nn.Module]
+    make_x: Callable[[], Tensor]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _conv_case(name: str, dim: int, size: tuple[int, ...], **options) -> LinearCase:
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
+    groups = options.get("groups", 1)
+
+    def make_model(setting: str) -> nn.Module:
+        return Shared(setting, [conv(2, 2 * groups, **options), conv(2 * groups, 3, 1)], channels_first=True)
+
+    return LinearCase(name, make_model, lambda: torch.randn(N, 2, *size, dtype=torch.float64))
+
+
+LINEAR_CASES = [
+    LinearCase(
+        "linear",
+        lambda s: Shared(s, [nn.Linear(3, 4), nn.Linear(4, 2)]),
+        lambda: torch.randn(N, 6, 3, dtype=torch.float64),
+    ),
+    LinearCase(
+        "linear-two-extra-dims",
+        lambda s: Shared(s, [nn.Linear(3, 4, bias=False), nn.Linear(4, 2)]),
+        lambda: torch.randn(N, 2, 3, 3, dtype=torch.float64),
+    ),
+    LinearCase(
+        "embedding",
+        lambda s: Shared(s, [nn.Embedding(7, 3), nn.Linear(3, 2)]),
+        lambda: torch.randint(0, 7, (N, 4)),
+    ),
+    LinearCase(
+        "embedding-padding",
+        lambda s: Shared(s, [nn.Embedding(7, 3, padding_idx=0), nn.Linear(3, 2)]),
+        lambda: torch.randint(0, 3, (N, 4)),
+    ),
+    LinearCase("called-twice", CalledTwice, lambda: torch.randn(N, 2, 3, dtype=torch.float64)),
+    LinearCase("tied-weights", TiedWeights, lambda: torch.randn(N, 5, 3, dtype=torch.float64)),
+    LinearCase("matmul", MatmulNet, lambda: torch.randn(N, 4, 3, dtype=torch.float64)),
+    _conv_case("conv1d", 1, (7,), kernel_size=3),
+    _conv_case("conv1d-stride-padding", 1, (8,), kernel_size=3, stride=2, padding=1),
+    _conv_case("conv1d-same-even-kernel", 1, (6,), kernel_size=4, padding="same"),
+    _conv_case("conv1d-groups", 1, (7,), kernel_size=3, groups=2),
+    _conv_case("conv2d", 2, (4, 5), kernel_size=3, padding=1),
+    _conv_case("conv2d-stride-dilation", 2, (7, 8), kernel_size=(2, 3), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
+    _conv_case("conv2d-same-dilation", 2, (4, 4), kernel_size=3, padding="same", dilation=2),
+    _conv_case("conv2d-valid", 2, (4, 4), kernel_size=2, padding="valid"),
+    _conv_case("conv2d-circular", 2, (4, 4), kernel_size=3, padding=1, padding_mode="circular"),
+    _conv_case("conv2d-groups", 2, (4, 4), kernel_size=3, groups=2, padding=1, stride=2),
+    _conv_case("conv3d", 3, (3, 4, 3), kernel_size=2, padding=1, stride=(1, 2, 1)),
+    _conv_case("conv3d-circular-dilation", 3, (3, 3, 3), kernel_size=2, dilation=2, padding=1, padding_mode="circular"),
+]
+
+# ------------------------------------------------------------------ networks as people write them
+
+
+class Fixup(nn.Module):
+    """Scalar bias and scale around convolutions, and a residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.scale = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(1))
+        self.conv1, self.conv2 = nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.Conv2d(3, 2, 3, padding=1, bias=False)
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.conv1(x + self.bias))
+        y = x + self.conv2(y) * self.scale - self.bias
+        return self.head(F.relu(y).mean((2, 3)))
+
+
+class InplaceResidual(nn.Module):
+    """In-place activations, an in-place bias and scale, and a normalisation."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm1, self.norm2 = norm(4), norm(4)
+        self.bias, self.scale = nn.Parameter(torch.zeros(4, 1, 1)), nn.Parameter(torch.ones(1))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu_()
+        y = self.norm2(self.conv2(x))
+        y.mul_(self.scale)
+        y += self.bias
+        y += x
+        return self.head(y.relu_().mean((2, 3)))
+
+
+class Functional(nn.Module):
+    """Parameters without modules, the weight of one layer frozen, a parameter subtracted and multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1, self.b1 = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.zeros(4))
+        self.w2, self.offset = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.zeros(3))
+        self.w1.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.offset * (torch.tanh(F.linear(x, self.w1, self.b1)).matmul(self.w2) - self.offset)
+
+
+class Transformerlike(nn.Module):
+    """A class token, position embeddings, single-head attention from plain calls, layer norms; outputs of each token or of the first."""
+
+    def __init__(self, per_token: bool):
+        super().__init__()
+        self.per_token = per_token
+        self.embed = nn.Embedding(6, 4)
+        self.token, self.position = nn.Parameter(torch.zeros(1, 1, 4)), nn.Parameter(torch.zeros(1, 4, 4))
+        self.norm, self.qkv, self.out = nn.LayerNorm(4), nn.Linear(4, 12), nn.Linear(4, 4)
+        self.norm2, self.up, self.down = nn.RMSNorm(4), nn.Linear(4, 6), nn.Linear(6, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], 1) + self.position
+        q, k, v = self.qkv(self.norm(h)).chunk(3, -1)
+        h = h + self.out(F.scaled_dot_product_attention(q, k, v))
+        h = h + self.down(F.gelu(self.up(self.norm2(h))))
+        return self.head(h if self.per_token else h[:, 0])
+
+
+class FoldedTime(nn.Module):
+    """Examples and time folded into one axis, grouped by example."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale, self.head = nn.Linear(3, 4), nn.Parameter(torch.ones(4)), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inner(x.flatten(0, 1)) * self.scale)
+        return self.head(h).unflatten(0, x.shape[:2]).sum(1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A nonlinear model, a batch and a likelihood."""
+
+    name: str
+    make_model: Callable[[], nn.Module]
+    make_x: Callable[[], Tensor]
+    likelihood: str = "classification"
+    target_shape: tuple[int, ...] = (N,)
+
+    def make(self) -> tuple[nn.Module, Tensor, Tensor]:
+        """Model in float64 (statistics of normalisations set), inputs and targets."""
+        model, x = double(self.make_model()), self.make_x()
+        model.train()
+        with torch.no_grad():
+            model(x)
+        if self.likelihood == "classification":
+            y = torch.randint(0, 2, self.target_shape)
+        elif self.likelihood == "binary":
+            y = torch.randint(0, 2, self.target_shape).double()
+        else:
+            y = torch.randn(self.target_shape, dtype=torch.float64)
+        return model, x, y
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _images() -> Tensor:
+    return torch.randn(N, 2, 4, 4, dtype=torch.float64)
+
+
+def _vectors() -> Tensor:
+    return torch.randn(N, 3, dtype=torch.float64)
+
+
+def _mlp(n_outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, n_outputs))
+
+
+CASES = [
+    Case("mlp", lambda: _mlp(3), _vectors),
+    Case("mlp-regression", lambda: _mlp(2), _vectors, "regression", (N, 2)),
+    Case("mlp-one-output", lambda: _mlp(1), _vectors, "regression", (N, 1)),
+    Case("mlp-binary", lambda: _mlp(1), _vectors, "binary", (N, 1)),
+    Case("mlp-flat-binary", lambda: nn.Sequential(_mlp(1), nn.Flatten(0)), _vectors, "binary", (N,)),
+    Case("mlp-tokens", lambda: _mlp(3), lambda: torch.randn(N, 2, 3, dtype=torch.float64), target_shape=(N, 2)),
+    Case("fixup", Fixup, _images),
+    Case("inplace-batchnorm", lambda: InplaceResidual(nn.BatchNorm2d), _images),
+    Case("inplace-groupnorm", lambda: InplaceResidual(lambda c: nn.GroupNorm(2, c)), _images),
+    Case(
+        "grouped-conv",
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)),
+        _images,
+    ),
+    Case("functional", Functional, _vectors, "regression", (N, 3)),
+    Case("transformer-first-token", lambda: Transformerlike(False), lambda: torch.randint(0, 6, (N, 3))),
+    Case("transformer-tokens", lambda: Transformerlike(True), lambda: torch.randint(0, 6, (N, 3)), target_shape=(N, 4)),
+    Case("folded-time", FoldedTime, lambda: torch.randn(N, 2, 3, dtype=torch.float64), "regression", (N, 2)),
+    Case("tied-weights", lambda: TiedWeights("reduce"), lambda: torch.randn(N, 5, 3, dtype=torch.float64)),
+]
