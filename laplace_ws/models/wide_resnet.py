@@ -102,7 +102,7 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.classifier.bias)
         if norm in (Norm.FIXUP, Norm.NONE):
             nn.init.zeros_(self.classifier.weight)
-            for block in self.blocks:
+            for block in (module for module in self.blocks if isinstance(module, ResidualBlock)):
                 block.conv1.weight.mul_(len(self.blocks) ** (-1 / (2 * _CONVS_PER_BRANCH - 2)))
                 nn.init.zeros_(block.conv2.weight)
 
