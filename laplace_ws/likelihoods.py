@@ -167,7 +167,9 @@ class Gaussian(Likelihood):
         """See `Likelihood.check`."""
         _check_same_shape("regression", f, y)
         if not y.is_floating_point():
-            raise InvalidBatchError(f"regression targets must be floating point, but they are {y.dtype}; use y.float().")
+            raise InvalidBatchError(
+                f"regression targets must be floating point, but they are {y.dtype}; use y.float()."
+            )
 
     def nll_sum(self, f: Tensor, y: Tensor) -> Tensor:
         """See `Likelihood.nll_sum`."""

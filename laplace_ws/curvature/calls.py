@@ -199,7 +199,9 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> list[Use]:
     if training or running_mean is None:
-        raise UnreadableCallError("with statistics of the batch, which tie the examples together (keep running statistics)")
+        raise UnreadableCallError(
+            "with statistics of the batch, which tie the examples together (keep running statistics)"
+        )
     return _affine(call, F.batch_norm(input, running_mean, running_var, eps=eps), weight, bias, at=1)
 
 

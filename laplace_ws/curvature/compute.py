@@ -114,7 +114,9 @@ class CurvatureSum:
         for x, y in data:
             self.add(x, y)
         if not self.n_examples:
-            raise InvalidBatchError("the data hold no example; give an iterable of batches (x, y) that is not empty or used up.")
+            raise InvalidBatchError(
+                "the data hold no example; give an iterable of batches (x, y) that is not empty or used up."
+            )
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add one batch."""
@@ -125,7 +127,9 @@ class CurvatureSum:
             self.likelihood.check(f, y)
             nll = self.likelihood.nll_sum(f, y).item()
             if not torch.isfinite(torch.tensor(nll)):
-                raise InvalidBatchError(f"the negative log likelihood of a batch is {nll}; the model or its inputs are not finite.")
+                raise InvalidBatchError(
+                    f"the negative log likelihood of a batch is {nll}; the model or its inputs are not finite."
+                )
             if not self.n_examples:
                 check_rows_by_example(linearisation)
             self.accumulator.start_batch(uses, f.ndim)

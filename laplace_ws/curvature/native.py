@@ -40,7 +40,9 @@ class NativeBackend(Backend):
 class NativeLinearisation(Linearisation):
     """Outputs of one forward pass, with the autograd graph behind them."""
 
-    def __init__(self, f: Tensor, uses: Sequence[Use], edges: Sequence[GradientEdge], output_shapes: Sequence[torch.Size]):
+    def __init__(
+        self, f: Tensor, uses: Sequence[Use], edges: Sequence[GradientEdge], output_shapes: Sequence[torch.Size]
+    ):
         self.outputs = f.detach()
         self.uses = uses
         self._f = f
@@ -73,7 +75,9 @@ class _UseRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        operands = {id(t): self._operands[id(t)] for t in _tensors((*args, *kwargs.values())) if id(t) in self._operands}
+        operands = {
+            id(t): self._operands[id(t)] for t in _tensors((*args, *kwargs.values())) if id(t) in self._operands
+        }
         if not operands:
             return func(*args, **kwargs)
         before = (args[0].clone(), *args[1:]) if func in OVERWRITES_INPUT else args
@@ -124,8 +128,15 @@ class _UseRecorder(TorchFunctionMode):
         covered = {name for use in self.uses for name in use.parameters}
         missing = {name: p for name, p in parameters.items() if name not in covered}
         for name, parameter in missing.items():
-            seen = f.requires_grad and torch.autograd.grad(f.sum(), parameter, retain_graph=True, allow_unused=True)[0] is not None
-            why = "reaches the output through a call that cannot be seen from Python" if seen else "is not used in the forward pass"
+            seen = (
+                f.requires_grad
+                and torch.autograd.grad(f.sum(), parameter, retain_graph=True, allow_unused=True)[0] is not None
+            )
+            why = (
+                "reaches the output through a call that cannot be seen from Python"
+                if seen
+                else "is not used in the forward pass"
+            )
             raise UnsupportedParameterError(f"{name!r} requires grad but {why}; {FREEZE_HINT}.")
         for tensor, version, name in self._versions:
             if tensor._version != version:

@@ -1,6 +1,12 @@
 """K-FAC-expand and K-FAC-reduce as pure functions of inputs and output gradients."""
 
-from laplace_ws.kfac.accumulate import Accumulator, DenseAccumulator, DiagAccumulator, KronAccumulator, example_gradients
+from laplace_ws.kfac.accumulate import (
+    Accumulator,
+    DenseAccumulator,
+    DiagAccumulator,
+    KronAccumulator,
+    example_gradients,
+)
 from laplace_ws.kfac.approximation import KfacApprox, KfacApproxSpec, approximation_by_parameter, parse_kfac_approx
 from laplace_ws.kfac.sharing import ConvUse, ElementwiseUse, EmbeddingUse, LinearUse, MatrixUse, Use
 

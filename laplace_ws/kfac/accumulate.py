@@ -146,10 +146,15 @@ def _empty_block(parameter: Tensor, role: _Role, uses: Sequence[Use]) -> KronBlo
         A_sum = factors.input_gram_reduce([use.input_sum() for use in matrix_uses], n_positions)
     else:
         n_inputs = first.n_examples * n_positions
-        A_sum = sum(use.input_sum().sum(0) if role.diagonal_A else factors.input_gram_expand(use.inputs()) for use in matrix_uses)
+        A_sum = sum(
+            use.input_sum().sum(0) if role.diagonal_A else factors.input_gram_expand(use.inputs())
+            for use in matrix_uses
+        )
     n_outputs = parameter.shape[-1 if first.transposed else 0] // first.groups
     B = parameter.new_zeros(*([first.groups] if first.groups > 1 else []), n_outputs, n_outputs)
-    return KronBlock(parameter.shape, B, A_sum / n_inputs, n_inputs, transposed=first.transposed, diagonal_A=role.diagonal_A)
+    return KronBlock(
+        parameter.shape, B, A_sum / n_inputs, n_inputs, transposed=first.transposed, diagonal_A=role.diagonal_A
+    )
 
 
 def _gradient_gram(name: str, role: _Role, uses: Sequence[tuple[Use, Tensor]]) -> Tensor:

@@ -29,7 +29,9 @@ def parse_kfac_approx(value: str | KfacApprox) -> KfacApprox:
         return KfacApprox(value)
     except ValueError:
         names = ", ".join(repr(member.value) for member in KfacApprox)
-        raise ValueError(f"unknown kfac_approx {value!r}: choose one of {names}, or map patterns of names to them.") from None
+        raise ValueError(
+            f"unknown kfac_approx {value!r}: choose one of {names}, or map patterns of names to them."
+        ) from None
 
 
 def approximation_by_parameter(spec: KfacApproxSpec, names: Sequence[str]) -> dict[str, KfacApprox]:

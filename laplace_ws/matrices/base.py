@@ -45,7 +45,7 @@ class CurvatureMatrix(ABC):
         """The matrix in full."""
 
     @abstractmethod
-    def log_det(self, scale: Float[Tensor, ""], delta: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+    def log_det(self, scale: Float[Tensor, ""], delta: Float[Tensor, ...]) -> Float[Tensor, ""]:
         """log det(scale·H + diag(δ)) in float64, differentiable in both arguments."""
 
     @abstractmethod
@@ -73,7 +73,7 @@ class CurvatureMatrix(ABC):
         return f"{type(self).__name__}({len(self.shapes)} parameters, {self.n_params} weights)"
 
 
-def expand_per_weight(delta: Tensor, shapes: Mapping[str, torch.Size]) -> Float[Tensor, "P"]:
+def expand_per_weight(delta: Tensor, shapes: Mapping[str, torch.Size]) -> Float[Tensor, P]:
     """Damping of every weight, given a scalar, one number a parameter tensor, or one a weight."""
     n_params = sum(shape.numel() for shape in shapes.values())
     if delta.ndim == 0:
@@ -97,6 +97,8 @@ def clamp_eigenvalues(values: Tensor, what: str) -> Tensor:
     rounding = 10 * values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().max().item()
     if -lowest > math.sqrt(torch.finfo(values.dtype).eps) * values.abs().max().item() and -lowest > rounding:
         warnings.warn(
-            f"{what} has an eigenvalue of {lowest:.3g} where none can be negative; set to 0.", NumericalRepairWarning, stacklevel=2
+            f"{what} has an eigenvalue of {lowest:.3g} where none can be negative; set to 0.",
+            NumericalRepairWarning,
+            stacklevel=2,
         )
     return values.clamp_min(0)

@@ -76,7 +76,9 @@ class KronBlock:
     def filter(self, vectors: Float[Tensor, "S D"], gains: Float[Tensor, "*G O I"]) -> Float[Tensor, "S D"]:
         """Q diag(gains) Qᵀ v with Q the eigenvectors of the block, for each row v."""
         (b_values, Q_B), (a_values, Q_A) = self._eigen
-        out_in = (a_values.shape[-1], b_values.shape[-1]) if self.transposed else (b_values.shape[-1], a_values.shape[-1])
+        out_in = (
+            (a_values.shape[-1], b_values.shape[-1]) if self.transposed else (b_values.shape[-1], a_values.shape[-1])
+        )
         x = vectors.double().reshape(len(vectors), *gains.shape[:-2], *out_in)
         x = x.mT if self.transposed else x
         x = _multiply(x, Q_B, Q_A, adjoint=True) * gains

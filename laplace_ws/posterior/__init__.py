@@ -12,10 +12,12 @@ from laplace_ws.posterior.diag import DiagLaplace
 from laplace_ws.posterior.full import FullLaplace
 from laplace_ws.posterior.kron import KronLaplace, KronPrecision
 
-STRUCTURES: dict[str, type[BaseLaplace]] = {cls.hessian_structure: cls for cls in (KronLaplace, DiagLaplace, FullLaplace)}
+STRUCTURES: dict[str, type[BaseLaplace]] = {
+    cls.hessian_structure: cls for cls in (KronLaplace, DiagLaplace, FullLaplace)
+}
 
 
-def Laplace(  # noqa: N802 - the field's name
+def Laplace(
     model: nn.Module,
     likelihood: str | Likelihood,
     subset_of_weights: str = "all",
@@ -37,7 +39,9 @@ def Laplace(  # noqa: N802 - the field's name
             "cover (requires_grad_(False))."
         )
     if hessian_structure not in STRUCTURES:
-        raise ValueError(f"unknown hessian_structure {hessian_structure!r}: choose one of {', '.join(map(repr, STRUCTURES))}.")
+        raise ValueError(
+            f"unknown hessian_structure {hessian_structure!r}: choose one of {', '.join(map(repr, STRUCTURES))}."
+        )
     return STRUCTURES[hessian_structure](model, likelihood, **options)
 
 

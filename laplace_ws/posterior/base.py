@@ -107,7 +107,9 @@ class BaseLaplace(ABC):
         with evaluation_mode(self.model):
             linearisation = self.backend.linearise(self.model, x, trainable_parameters(self.model))
             check_rows_by_example(linearisation)
-            self._make_accumulator(trainable_parameters(self.model)).start_batch(linearisation.uses, linearisation.outputs.ndim)
+            self._make_accumulator(trainable_parameters(self.model)).start_batch(
+                linearisation.uses, linearisation.outputs.ndim
+            )
 
     def fit(self, train_loader: Batches, *, n_data: int | None = None) -> None:
         """Take the curvature at the present weights, in one pass over the data; a fit replaces the one before.
@@ -141,7 +143,7 @@ class BaseLaplace(ABC):
         self.n_outputs = total.output_shape[-1] if total.output_shape else 1
         self.mean = self._flat_parameters()
 
-    def _flat_parameters(self) -> Float[Tensor, "P"]:
+    def _flat_parameters(self) -> Float[Tensor, P]:
         return torch.cat([p.detach().flatten() for p in trainable_parameters(self.model).values()])
 
     # ---------------------------------------------------------------- hyperparameters
@@ -186,8 +188,7 @@ class BaseLaplace(ABC):
         self._temperature = self._check_positive_scalar("temperature", value)
 
     def _tensor(self, value: float | Tensor) -> Tensor:
-        value = torch.as_tensor(value, device=self._device)
-        value = value.double()
+        value = torch.as_tensor(value, dtype=torch.float64, device=self._device)
         return value.squeeze() if value.numel() == 1 else value
 
     def _check_positive_scalar(self, name: str, value: float | Tensor) -> Tensor:
@@ -217,7 +218,7 @@ class BaseLaplace(ABC):
         return value
 
     @property
-    def prior_precision_diag(self) -> Float[Tensor, "P"]:
+    def prior_precision_diag(self) -> Float[Tensor, P]:
         """Δ of every weight."""
         return expand_per_weight(self._prior_precision, self.shapes)
 
@@ -331,7 +332,9 @@ class BaseLaplace(ABC):
         if list(shapes.items()) != list(self.shapes.items()):
             differing = sorted(set(shapes.items()) ^ set(self.shapes.items()))
             which = differing[0][0] if differing else "their order"
-            raise ValueError(f"the saved posterior is of a model with other parameters; they differ first in {which!r}.")
+            raise ValueError(
+                f"the saved posterior is of a model with other parameters; they differ first in {which!r}."
+            )
         self._H = type(self)._matrix.from_state_dict(self.shapes, state["H"])
         self.mean = state["mean"].to(self._device, self._dtype)
         self._unit_nll_sum, self._n_targets = state["unit_nll_sum"], state["n_targets"]

@@ -57,7 +57,9 @@ def test_fails_in_the_other_setting(case, setting):
     assert min(weights.values()) > 1e-2, errors
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.target_shape == c.target_shape[:1] or c.likelihood == "regression"], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.target_shape == c.target_shape[:1] or c.likelihood == "regression"], ids=str
+)
 def test_vector_blocks_of_reduce_are_exact(case: Case):
     """Biases of layers used once, scales, biases, affine parameters: on any network."""
     model, x, y = case.make()

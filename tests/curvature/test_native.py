@@ -51,7 +51,10 @@ def test_kron_of_one_example_and_position_is_the_gradient_outer_product(case):
 @pytest.mark.parametrize("mc_samples", [1, 2, 5])
 @pytest.mark.parametrize("likelihood", ["classification", "regression", "binary"])
 def test_ggn_mc_is_unbiased_for_every_number_of_samples(likelihood, mc_samples):
-    model, x = double(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))), torch.randn(1, 3, dtype=torch.float64)
+    model, x = (
+        double(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))),
+        torch.randn(1, 3, dtype=torch.float64),
+    )
     y = torch.zeros(1, dtype=torch.long) if likelihood == "classification" else torch.zeros(1, 3, dtype=torch.float64)
     n = 20_000 // mc_samples
     many = [(x.expand(n, -1), y.expand(n, *y.shape[1:]))]
@@ -79,7 +82,9 @@ def test_batch_split_and_permutation_change_nothing(case, kfac_approx):
     model, x, y = case.make()
     whole = kron_factors(model, case.likelihood, [(x, y)], kfac_approx=kfac_approx).to_dense()
     order = torch.randperm(len(x))
-    split = kron_factors(model, case.likelihood, [(x[i], y[i]) for i in order.split(2)], kfac_approx=kfac_approx).to_dense()
+    split = kron_factors(
+        model, case.likelihood, [(x[i], y[i]) for i in order.split(2)], kfac_approx=kfac_approx
+    ).to_dense()
     torch.testing.assert_close(split, whole, rtol=1e-10, atol=1e-12)
     halves = [kron_factors(model, case.likelihood, [(x[i], y[i])], kfac_approx=kfac_approx) for i in order.split(3)]
     torch.testing.assert_close((halves[0] + halves[1]).to_dense(), whole, rtol=1e-10, atol=1e-12)
@@ -177,13 +182,19 @@ def weight(*shape):
 
 
 UNSUPPORTED = {
-    "lstm": (Wrapped(lambda m, x: m.rnn(x)[0][:, -1], rnn=nn.LSTM(3, 2, batch_first=True)), r"'rnn.weight_ih_l0' is used by lstm"),
+    "lstm": (
+        Wrapped(lambda m, x: m.rnn(x)[0][:, -1], rnn=nn.LSTM(3, 2, batch_first=True)),
+        r"'rnn.weight_ih_l0' is used by lstm",
+    ),
     "attention": (
         Wrapped(lambda m, x: m.attention(x, x, x)[0].mean(1), attention=nn.MultiheadAttention(3, 1, batch_first=True)),
         r"'attention.*' is used by multi_head_attention_forward",
     ),
     "weight norm": (weight_norm(nn.Linear(3, 2)), r"'parametrizations.weight.original[01]' is used by _weight_norm"),
-    "unused": (Wrapped(lambda m, x: m.a(x), a=nn.Linear(3, 2), b=nn.Linear(3, 2)), r"'b.weight' requires grad but is not used"),
+    "unused": (
+        Wrapped(lambda m, x: m.a(x), a=nn.Linear(3, 2), b=nn.Linear(3, 2)),
+        r"'b.weight' requires grad but is not used",
+    ),
     "indexing": (Wrapped(lambda m, x: F.linear(x, m.w[:2]), w=weight(3, 3)), r"'w' is used by __getitem__"),
     "two parameters": (Wrapped(lambda m, x: x * (m.a * m.b), a=weight(3), b=weight(3)), r"'a' is used by mul"),
     "batch statistics": (

@@ -1,0 +1,192 @@
+"""Posteriors against analytic evidence, dense algebra and finite differences."""
+
+import math
+
+import pytest
+import torch
+from cases import CASES, double
+from scipy import stats
+from torch import nn
+
+from laplace_ws import InvalidBatchError, Laplace, NotFittedError, UnsupportedParameterError
+from laplace_ws.curvature import exact
+
+STRUCTURES = ["kron", "diag", "full"]
+
+
+def fitted(structure="kron", case=None, **options):
+    model, x, y = (case or CASES[0]).make()
+    la = Laplace(model, (case or CASES[0]).likelihood, hessian_structure=structure, **options)
+    la.fit([(x, y)])
+    return la, x, y
+
+
+def map_of_linear_model(X, y, delta, sigma):
+    """Ridge regression: the mode of a linear-Gaussian model."""
+    precision = X.T @ X / sigma**2 + torch.diag(delta)
+    return torch.linalg.solve(precision, X.T @ y / sigma**2)
+
+
+@pytest.mark.parametrize("structure", ["full", "kron"])
+def test_linear_gaussian_evidence_is_analytic(structure):
+    """y = Xw + ε: the evidence is a normal density. One output and no bias: the Kronecker block is the Hessian itself."""
+    X, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 1, dtype=torch.float64)
+    sigma, delta = 0.6, torch.tensor([0.3, 2.0, 5.0], dtype=torch.float64)
+    if structure == "kron":
+        delta = delta[:1].expand(3)
+    model = nn.Linear(3, 1, bias=False).double()
+    model.weight.data = map_of_linear_model(X, y, delta, sigma).T
+    la = Laplace(model, "regression", hessian_structure=structure, sigma_noise=sigma)
+    la.prior_precision = delta if structure == "full" else delta[0]
+    la.fit([(X[:5], y[:5]), (X[5:], y[5:])])
+    covariance = sigma**2 * torch.eye(12, dtype=torch.float64) + X @ torch.diag(1 / delta) @ X.T
+    evidence = stats.multivariate_normal(cov=covariance.numpy()).logpdf(y[:, 0].numpy())
+    assert la.log_marginal_likelihood().item() == pytest.approx(evidence, rel=1e-10)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", ["mlp", "mlp-regression", "mlp-binary", "fixup", "transformer-tokens"])
+def test_log_marginal_likelihood_is_the_formula(name, structure):
+    case = next(c for c in CASES if c.name == name)
+    tau, delta = 1.7, 0.4
+    sigma = 0.5 if case.likelihood == "regression" else 1.0
+    la, x, y = fitted(structure, case, prior_precision=delta, sigma_noise=sigma, temperature=tau, prior_mean=0.1)
+    scale = 1 / (sigma**2 * tau)
+    precision = la.H.to_dense() * scale + delta * torch.eye(la.n_params, dtype=torch.float64)
+    with torch.no_grad():
+        f = la.model.eval()(x)
+    if case.likelihood == "regression":
+        nll = -stats.norm(f.numpy(), sigma).logpdf(y.numpy()).sum()
+    else:
+        nll = la.likelihood.nll_sum(f, y).item()
+    expected = (
+        -nll / tau
+        - delta / 2 * (la.mean - 0.1).square().sum()
+        - 0.5 * (torch.logdet(precision) - la.n_params * math.log(delta))
+    )
+    assert la.log_marginal_likelihood().item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("curvature", ["ggn", "ef"])
+def test_gradients_equal_finite_differences(structure, curvature):
+    case = next(c for c in CASES if c.name == "mlp-regression")
+    la, _, _ = fitted(structure, case, curvature=curvature)
+    sizes = [(), (4,)] + ([(la.n_params,)] if structure != "kron" else [])
+    for size in sizes:
+        inputs = [torch.rand(s, dtype=torch.float64) + 0.5 for s in (size, (), ())]
+        assert torch.autograd.gradcheck(la.log_marginal_likelihood, [i.requires_grad_(True) for i in inputs])
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "ef"])
+def test_noise_enters_the_curvature_as_the_likelihood_says(curvature):
+    case = next(c for c in CASES if c.name == "mlp-regression")
+    la, x, y = fitted("full", case, curvature=curvature, sigma_noise=0.5, prior_precision=1.0)
+    from laplace_ws import Gaussian
+
+    oracle = {"ggn": exact.ggn, "ef": exact.empirical_fisher}[curvature]
+    truth = oracle(la.model, Gaussian(0.5), x, y) + torch.eye(la.n_params, dtype=torch.float64)
+    torch.testing.assert_close(la.posterior_precision, truth, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_samples_have_the_posterior_covariance(structure):
+    la, _, _ = fitted(structure, prior_precision=2.0)
+    samples = la.sample(40_000, generator=torch.Generator().manual_seed(0))
+    precision = la.posterior_precision
+    dense = precision if structure == "full" else precision.diag() if structure == "diag" else precision.to_dense()
+    covariance = torch.linalg.inv(dense)
+    assert (samples.mean(0) - la.mean).abs().max() < 0.02
+    torch.testing.assert_close(torch.cov(samples.T), covariance, rtol=0, atol=0.02)
+    if structure == "kron":
+        torch.testing.assert_close(precision.log_det(), torch.logdet(dense))
+        vectors = torch.randn(2, la.n_params, dtype=torch.float64)
+        torch.testing.assert_close(precision.solve(vectors), vectors @ covariance)
+
+
+def test_structures_agree_where_they_must():
+    """One weight an output and input: diagonal, Kronecker and dense curvature are the same number."""
+    model, x, y = double(nn.Linear(1, 1, bias=False)), torch.randn(6, 1).double(), torch.randn(6, 1).double()
+    values = []
+    for structure in STRUCTURES:
+        la = Laplace(model, "regression", hessian_structure=structure)
+        la.fit([(x, y)])
+        values.append(la.log_marginal_likelihood().item())
+    assert values == pytest.approx([values[0]] * 3, rel=1e-12)
+
+
+def test_scaling_up_a_subset():
+    la, x, y = fitted()
+    whole = Laplace(la.model, "classification")
+    whole.fit([(x, y), (x, y), (x, y)])
+    la.fit([(x, y)], n_data=15)
+    assert la.n_data == whole.n_data == 15
+    assert la.log_marginal_likelihood().item() == pytest.approx(whole.log_marginal_likelihood().item(), rel=1e-12)
+
+
+def test_evaluating_leaves_the_hyperparameters_alone():
+    la, _, _ = fitted(prior_precision=3.0)
+    before = la.log_marginal_likelihood()
+    la.log_marginal_likelihood(prior_precision=9.0)
+    assert la.prior_precision == 3.0
+    assert la.log_marginal_likelihood() == before
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_save_and_load(structure, tmp_path):
+    case = next(c for c in CASES if c.name == "mlp-regression")
+    la, _, _ = fitted(structure, case, sigma_noise=0.3, prior_precision=2.0, temperature=1.2)
+    torch.save(la.state_dict(), tmp_path / "posterior.pt")
+    restored = Laplace(la.model, "regression", hessian_structure=structure)
+    restored.load_state_dict(torch.load(tmp_path / "posterior.pt", weights_only=True))
+    assert restored.log_marginal_likelihood() == la.log_marginal_likelihood()
+    draws = [p.sample(2, generator=torch.Generator().manual_seed(3)) for p in (la, restored)]
+    assert torch.equal(*draws)
+
+
+def test_loading_says_what_does_not_match():
+    la, _, _ = fitted()
+    state = la.state_dict()
+    with pytest.raises(ValueError, match="hessian_structure='kron', this one 'diag'"):
+        Laplace(la.model, "classification", hessian_structure="diag").load_state_dict(state)
+    other = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+    with pytest.raises(ValueError, match="other parameters; they differ first in '0.bias'"):
+        Laplace(other, "classification").load_state_dict(state)
+    with pytest.raises(ValueError, match="not a posterior of format 1"):
+        Laplace(la.model, "classification").load_state_dict({"weights": 1})
+
+
+def test_bad_input_is_said_in_one_sentence():
+    model, x, y = CASES[0].make()
+    la = Laplace(model, "classification")
+    with pytest.raises(NotFittedError, match="call fit"):
+        la.log_marginal_likelihood()
+    with pytest.raises(InvalidBatchError, match="the data hold no example"):
+        la.fit([])
+    with pytest.raises(InvalidBatchError, match="labels must lie in 0 … 2"):
+        la.fit([(x, y + 5)])
+    with pytest.raises(InvalidBatchError, match="the negative log likelihood of a batch is nan"):
+        la.fit([(x * math.nan, y)])
+    with pytest.raises(InvalidBatchError, match="the batch is on meta and the model on cpu; move one of them"):
+        la.fit([(x.to("meta"), y)])
+    with pytest.raises(
+        InvalidBatchError, match=r"one row of outputs for each of the 5 examples, but it returned shape \(1, 15\)"
+    ):
+        Laplace(nn.Sequential(model, nn.Flatten(0), nn.Unflatten(0, (1, 15))), "classification").fit([(x, y)])
+    with pytest.raises(ValueError, match=r"one of the shapes \[\[\], \[4\]\]"):
+        la.prior_precision = torch.ones(7)
+    with pytest.raises(ValueError, match="must be positive, but its smallest entry is -1"):
+        la.prior_precision = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="classification likelihood has no sigma_noise"):
+        la.sigma_noise = 0.5
+    for options, message in (
+        ({"hessian_structure": "block"}, "unknown hessian_structure 'block'"),
+        ({"subset_of_weights": "last"}, "unknown subset_of_weights 'last'"),
+        ({"curvature": "fisher"}, "unknown curvature 'fisher'"),
+        ({"kfac_approx": "expanded"}, "unknown kfac_approx 'expanded'"),
+        ({"backend": "native2"}, "unknown backend 'native2'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Laplace(model, "classification", **options)
+    with pytest.raises(UnsupportedParameterError, match="Sequential has no parameter that requires grad"):
+        Laplace(model.requires_grad_(False), "classification")
