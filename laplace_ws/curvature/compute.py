@@ -165,8 +165,8 @@ def check_rows_by_example(linearisation: Linearisation) -> None:
         by_example = g.reshape(use.n_examples, -1)
         if by_example[::2].count_nonzero():
             raise UnsupportedParameterError(
-                f"{use.parameters[0]!r} is used by {use.call} with rows that are not grouped by example: put the batch axis first, and keep "
-                "the examples of a batch apart, or freeze it (requires_grad_(False))."
+                f"{use.parameters[0]!r} is used by {use.call} with rows that are not grouped by example: put the batch axis "
+                "first, and keep the examples of a batch apart, or freeze it (requires_grad_(False))."
             )
 
 

@@ -40,7 +40,7 @@ class Accumulator(ABC):
         self.parameters = {name: p.detach() for name, p in parameters.items()}
         self.shapes = {name: p.shape for name, p in parameters.items()}
 
-    def start_batch(self, uses: Sequence[Use], output_ndim: int) -> None:
+    def start_batch(self, uses: Sequence[Use], output_ndim: int) -> None:  # noqa: B027 - most need nothing
         """Take note of the uses in the forward pass of a batch whose outputs have `output_ndim` dimensions."""
 
     @abstractmethod
@@ -161,14 +161,14 @@ def _gradient_gram(name: str, role: _Role, uses: Sequence[tuple[Use, Tensor]]) -
     if role.kind == "vector" or role.diagonal_B:
         total = sum(use.example_gradients(name, g) for use, g in uses).flatten(2)  # [K, N, D]
         return total.square().sum((0, 1)) if role.diagonal_B else factors.gram(total.flatten(0, 1))
-    canonical = [
-        use.output_gradients(g) if role.kind == "matrix" else use.bias_gradients(g)
-        for use, g in uses
-        if isinstance(use, MatrixUse)
-    ]
+    matrix_uses = [(use, g) for use, g in uses if isinstance(use, MatrixUse)]
     if role.approx is KfacApprox.EXPAND:
-        return sum(factors.gradient_gram_expand(g) for g in canonical)
-    return factors.gradient_gram_reduce([g.sum(-2) for g in canonical])
+        by_position = (
+            use.output_gradients(g) if role.kind == "matrix" else use.bias_gradients(g) for use, g in matrix_uses
+        )
+        return sum(factors.gradient_gram_expand(g) for g in by_position)
+    sums = [use.output_gradient_sum(g) if role.kind == "matrix" else use.bias_gradient_sum(g) for use, g in matrix_uses]
+    return factors.gradient_gram_reduce(sums)
 
 
 class DiagAccumulator(Accumulator):

@@ -84,16 +84,25 @@ class MatrixUse(Use):
     def output_gradients(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "*G K N R O"]:
         """Gradients at the use's output in canonical form."""
 
+    def output_gradient_sum(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "*G K N O"]:
+        """Gradients at the use's output summed over the sharing positions."""
+        return self.output_gradients(g).sum(-2)
+
     def bias_gradients(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "K N R O"]:
         """Gradients at the use's output with the channels of all groups side by side."""
         out = self.output_gradients(g)
+        return out if self.groups == 1 else out.movedim(0, -2).flatten(-2)
+
+    def bias_gradient_sum(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "K N O"]:
+        """`bias_gradients` summed over the sharing positions."""
+        out = self.output_gradient_sum(g)
         return out if self.groups == 1 else out.movedim(0, -2).flatten(-2)
 
     def example_gradients(self, name: str, g: Tensor) -> Tensor:
         """See `Use.example_gradients`."""
         grads = []
         if name == self.bias:
-            grads.append(self.bias_gradients(g).sum(2))
+            grads.append(self.bias_gradient_sum(g))
         if name == self.weight:
             spec = "...knro,...nri->kn...io" if self.transposed else "...knro,...nri->kn...oi"
             grad = torch.einsum(spec, self.output_gradients(g), self.inputs())
@@ -159,6 +168,12 @@ class ConvUse(MatrixUse):
         g = g.flatten(3).transpose(2, 3)  # [K, B, R, G·O]
         g = g.reshape(len(g), self.n_examples, -1, g.shape[-1])
         return g if self.groups == 1 else g.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
+
+    def output_gradient_sum(self, g: Tensor) -> Tensor:
+        """See `MatrixUse.output_gradient_sum`; sums in the layout that g has."""
+        sums = g.sum(tuple(range(3, g.ndim)))  # [K, B, G·O]
+        sums = sums.reshape(len(g), self.n_examples, -1, sums.shape[-1]).sum(2)
+        return sums if self.groups == 1 else sums.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,9 +248,10 @@ class ElementwiseUse(Use):
 
     def example_gradients(self, name: str, g: Tensor) -> Tensor:
         """See `Use.example_gradients`."""
-        products = g * self.factor  # [K, B, *out]
+        constant = self.factor.numel() == 1
+        products = g if constant else g * self.factor  # [K, B, *out]
         summed = [axis + 2 for axis, size in enumerate(self.broadcast_shape) if size == 1]
         if summed:
             products = products.sum(summed, keepdim=True)
-        by_row = products.reshape(len(g), self.n_examples, -1, *self.shape)
-        return by_row.sum(2)
+        grads = products.reshape(len(g), self.n_examples, -1, *self.shape).sum(2)
+        return grads * self.factor if constant else grads

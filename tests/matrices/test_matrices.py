@@ -101,7 +101,7 @@ def test_structures_do_not_mix():
         dense() + diag()
     with pytest.raises(ValueError, match="scalar precision or one a parameter tensor"):
         kron().log_det(torch.tensor(1.0), torch.ones(37))
-    with pytest.raises(ValueError, match="must be a scalar, 2 numbers .* or 9"):
+    with pytest.raises(ValueError, match=r"must be a scalar, 2 numbers .* or 9"):
         diag().log_det(torch.tensor(1.0), torch.ones(4))
 
 

@@ -8,7 +8,7 @@ from cases import CASES, double
 from scipy import stats
 from torch import nn
 
-from laplace_ws import InvalidBatchError, Laplace, NotFittedError, UnsupportedParameterError
+from laplace_ws import Gaussian, InvalidBatchError, Laplace, NotFittedError, UnsupportedParameterError
 from laplace_ws.curvature import exact
 
 STRUCTURES = ["kron", "diag", "full"]
@@ -55,10 +55,8 @@ def test_log_marginal_likelihood_is_the_formula(name, structure):
     precision = la.H.to_dense() * scale + delta * torch.eye(la.n_params, dtype=torch.float64)
     with torch.no_grad():
         f = la.model.eval()(x)
-    if case.likelihood == "regression":
-        nll = -stats.norm(f.numpy(), sigma).logpdf(y.numpy()).sum()
-    else:
-        nll = la.likelihood.nll_sum(f, y).item()
+    likelihood = Gaussian(sigma) if case.likelihood == "regression" else la.likelihood
+    nll = likelihood.nll_sum(f, y).item()
     expected = (
         -nll / tau
         - delta / 2 * (la.mean - 0.1).square().sum()
@@ -150,7 +148,7 @@ def test_loading_says_what_does_not_match():
     with pytest.raises(ValueError, match="hessian_structure='kron', this one 'diag'"):
         Laplace(la.model, "classification", hessian_structure="diag").load_state_dict(state)
     other = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
-    with pytest.raises(ValueError, match="other parameters; they differ first in '0.bias'"):
+    with pytest.raises(ValueError, match=r"other parameters; they differ first in '0\.bias'"):
         Laplace(other, "classification").load_state_dict(state)
     with pytest.raises(ValueError, match="not a posterior of format 1"):
         Laplace(la.model, "classification").load_state_dict({"weights": 1})
