@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser
 
 from laplace_ws._version import __version__
-from laplace_ws.config import RunConfig, UnknownKeyError, check_keys, config_keys, keys_of
-from laplace_ws.marglik.experiment import ExperimentError, run_experiment, summary_table
-from laplace_ws.marglik.trainer import TrainingDiverged
+from laplace_ws.config import RunConfig, UnknownKeyError, check_keys, config_keys, flatten
+from laplace_ws.marglik.experiment import run_experiment
+from laplace_ws.marglik.run_folder import ExperimentError, summary_table
+from laplace_ws.marglik.schedule import TrainingDiverged
 from laplace_ws.report import ReportInputError, write_report
 
 _OWN_OPTIONS = ("config", "resume", "help", "print_config")
@@ -40,9 +41,10 @@ def parse_train(args: Sequence[str]) -> tuple[RunConfig, bool]:
     """
     check_arguments(args)
     parser = make_parser()
-    values: Namespace = parser.instantiate_classes(parser.parse_args(list(args)))
+    instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
+    values = instantiate(parser.parse_args(list(args)))
     config = RunConfig(**{key: values[key] for key in RunConfig.__dataclass_fields__})
-    return config, values.resume
+    return config, values["resume"]
 
 
 def check_arguments(args: Sequence[str]) -> None:
@@ -52,8 +54,9 @@ def check_arguments(args: Sequence[str]) -> None:
         if not arg.startswith("--"):
             continue
         key, equals, value = arg[2:].partition("=")
-        if key == "config":
-            check_file(Path(value if equals else "".join(args[i + 1 : i + 2])), known)
+        values = [value] if equals else args[i + 1 : i + 2]
+        if key == "config" and values:
+            check_file(Path(values[0]), known)
         check_keys([key], [*known, *_OWN_OPTIONS])
 
 
@@ -66,7 +69,7 @@ def check_file(path: Path, known: Sequence[str]) -> None:
     if not isinstance(values, dict):
         raise UnknownKeyError(f"'{path}' must hold keys and values, such as 'name: demo'")
     try:
-        check_keys(keys_of(values, known), known)
+        check_keys(flatten(values, known), known)
     except UnknownKeyError as error:
         raise UnknownKeyError(f"'{path}': {error}") from None
 

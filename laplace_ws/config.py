@@ -173,13 +173,13 @@ def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
             raise UnknownKeyError(f"unknown key '{key}'; did you mean '{near}'?")
 
 
-def keys_of(values: Mapping[str, Any], known: Iterable[str], prefix: str = "") -> list[str]:
-    """Keys with dots of a nested mapping; goes down into sections only, not into a value that is a mapping itself."""
+def flatten(values: Mapping[str, Any], known: Iterable[str], prefix: str = "") -> dict[str, Any]:
+    """Values by keys with dots, sections included; goes down into sections only, not into a value that is a mapping."""
     known = list(known)
-    keys = []
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
-        keys.append(key)
+        flat[key] = value
         if isinstance(value, Mapping) and any(k.startswith(f"{key}.") for k in known):
-            keys += keys_of(value, known, f"{key}.")
-    return keys
+            flat |= flatten(value, known, f"{key}.")
+    return flat

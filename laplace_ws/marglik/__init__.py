@@ -9,7 +9,7 @@ from laplace_ws.marglik.hyperparameters import (
     prior_groups,
 )
 from laplace_ws.marglik.objective import neg_log_joint_mean
-from laplace_ws.marglik.trainer import Schedule, TrainingDiverged
+from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 from laplace_ws.marglik.training import MarglikResult, TemperatureWarning, marglik_training
 
 __all__ = [

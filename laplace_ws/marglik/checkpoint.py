@@ -88,8 +88,6 @@ def left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     rng = rng_state(device)
-    for parameter, _ in grads:
-        parameter.grad = None
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -151,7 +152,7 @@ class Hyperparameters(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what `get_extra_state` gave."""
         if self.optimizer:
-            self.optimizer.load_state_dict(state["adam"])
+            self.optimizer.load_state_dict(copy.deepcopy(state["adam"]))  # it would share the tensors
         self.reported = list(state["reported"])
 
     def prior_precision(self) -> Tensor:

@@ -56,11 +56,11 @@ class PriorGradient:
     @torch.no_grad()
     def add_(self) -> None:
         """Add to `.grad`; a parameter without one (not used in this step) is given it."""
-        pull = torch._foreach_mul(self.parameters, self.scalars or self.tensors)
+        pull = torch._foreach_mul(self.parameters, self.scalars or self.tensors)  # pyright: ignore
         missing = [p for p in self.parameters if p.grad is None]
         for p in missing:
             p.grad = torch.zeros_like(p)
-        torch._foreach_add_([p.grad for p in self.parameters], pull)
+        torch._foreach_add_([p.grad for p in self.parameters], pull)  # pyright: ignore
 
     @torch.no_grad()
     def penalty_mean(self) -> float:

@@ -17,7 +17,8 @@ from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.marglik.checkpoint import left_as_found
 from laplace_ws.marglik.checks import check_data
 from laplace_ws.marglik.hyperparameters import Hyperparameters, PriorStructure, prior_groups
-from laplace_ws.marglik.trainer import Progress, Record, Schedule, Trainer, same_order_after
+from laplace_ws.marglik.schedule import Schedule
+from laplace_ws.marglik.trainer import Progress, Record, Trainer, same_order_after
 from laplace_ws.posterior import BaseLaplace, Laplace
 
 SGD_DEFAULTS = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
@@ -148,12 +149,12 @@ def marglik_training(
     if tune_temperature:
         warn_of_temperature()
     with left_as_found(model, device):
+        with same_order_after(train_loader):
+            facts = check_data(model, train_loader, likelihood)
         generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
         options = {"hessian_structure": hessian_structure, "backend": backend, "mc_samples": mc_samples}
         options |= {"generator": generator} | kfac_option(hessian_structure, kfac_approx)
         la = Laplace(model, likelihood, curvature=curvature, **options)
-        with same_order_after(train_loader):
-            facts = check_data(model, train_loader, likelihood)
         la.check(facts.x_first)
         hyper = Hyperparameters(
             prior_groups(named_parameters, structure),

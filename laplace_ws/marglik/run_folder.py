@@ -1,0 +1,111 @@
+"""The folder of a run: what is written into it, and when that is allowed."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from laplace_ws.config import RunConfig, config_keys, flatten
+from laplace_ws.marglik.checkpoint import check_settings, load_checkpoint
+from laplace_ws.marglik.trainer import Record
+
+METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.json"
+NOT_PART_OF_THE_RESULT = ("name", "out", "workers", "report")
+Json = dict[str, Any]
+
+
+class ExperimentError(ValueError):
+    """The configuration, the data or the run folder does not allow the run; the message says how to mend it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One network to train.
+
+    Attributes:
+        run: "tuned", or "fixed-" and the prior precision.
+        prior_precision: fixed; None where it is tuned.
+    """
+
+    run: str
+    prior_precision: float | None = None
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of its checkpoint in the run folder."""
+        return "checkpoint.pt" if self.prior_precision is None else f"checkpoint-{self.run}.pt"
+
+
+def prepare_folder(folder: Path, config: RunConfig, tasks: Sequence[Task], resume: bool) -> None:
+    """Make the run folder and write into it, so that what could fail at the end fails now.
+
+    A finished run of the same name is replaced; an unfinished one only resumed.
+    """
+    settings = {key: value for key, value in asdict(config).items() if key not in NOT_PART_OF_THE_RESULT}
+    sections = ("data", "model", "marglik", "baselines")
+    settings = {key: value for key, value in flatten(settings, config_keys()).items() if key not in sections}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"laplace_ws")
+    except OSError as error:
+        raise ExperimentError(
+            f"the run folder '{folder}' cannot be written ({error.strerror}); set another with --out or --name"
+        ) from error
+    checkpoints = [folder / task.checkpoint for task in tasks]
+    begun = [path for path in checkpoints if path.exists()]
+    if resume:
+        if (folder / CONFIG).exists():
+            check_settings(folder / CONFIG, json.loads((folder / CONFIG).read_text()), settings)
+        histories = [load_checkpoint(path)["progress"]["history"] for path in begun]
+        write_metrics(folder, histories)
+    else:
+        if begun and not (folder / SUMMARY).exists():
+            raise ExperimentError(
+                f"'{folder}' holds an unfinished run; go on with it by --resume, choose another --name, "
+                "or remove the folder"
+            )
+        for path in [*folder.glob("checkpoint*.pt"), folder / SUMMARY, folder / "report.html"]:
+            path.unlink(missing_ok=True)
+        write_metrics(folder, [])
+    write_whole(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
+
+
+def write_metrics(folder: Path, histories: Sequence[Sequence[Record]]) -> None:
+    """Write the metrics file anew, network by network."""
+    lines = [json.dumps(record) + "\n" for history in histories for record in history]
+    write_whole(folder / METRICS, "".join(lines))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is at every moment the old one or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def summary_table(summary: Json) -> str:
+    """The main figures as text, one line a network."""
+    rows = [("", "log marglik", "test NLL", "test acc.", "test ECE", "time", "curvature")]
+    rows.append(("", "[nats]", "[nats]", "[%]", "[%]", "[s]", "[s]"))
+    models = {"tuned": summary["tuned"], **{f"fixed {delta}": m for delta, m in summary["fixed"].items()}}
+    for name, m in models.items():
+        rows.append(
+            (
+                name,
+                f"{m['log_marginal_likelihood']:.1f}",
+                f"{m['test_nll']:.4f}",
+                f"{100 * m['test_accuracy']:.1f}",
+                f"{100 * m['test_ece']:.1f}",
+                f"{m['train_seconds']:.1f}",
+                f"{m['curvature_seconds']:.1f}",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(lines)

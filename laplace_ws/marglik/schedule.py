@@ -1,0 +1,72 @@
+"""When a run tunes, and the error that ends one early."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the marginal likelihood became NaN or infinite.
+
+    Attributes:
+        epoch: the epoch in which it happened, counted from 1.
+        checkpoint_path: the last checkpoint on disk, if any.
+    """
+
+    def __init__(self, what: str, epoch: int, checkpoint_path: Path | None) -> None:
+        super().__init__(what, epoch, checkpoint_path)
+        self.what = what
+        self.epoch = epoch
+        self.checkpoint_path = checkpoint_path
+
+    def __str__(self) -> str:
+        kept = f"; the checkpoint '{self.checkpoint_path}' is kept" if self.checkpoint_path else ""
+        return (
+            f"{self.what} in epoch {self.epoch}; the model is back at its state after epoch {self.epoch - 1}{kept}; "
+            "lower the learning rate or the prior precision, or look for NaN in the data"
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a run tunes, and how far.
+
+    Attributes:
+        n_epochs: epochs of gradient steps.
+        n_epochs_burnin: epochs before the first tuning.
+        marglik_frequency: epochs between two tunings.
+        n_hypersteps: steps on the hyperparameters at each tuning; 0 trains at fixed ones.
+        fit_fraction: share of the batches that the fit before a tuning sees.
+        max_log_step: largest change of the logarithm of any hyperparameter at one tuning.
+    """
+
+    n_epochs: int
+    n_epochs_burnin: int = 0
+    marglik_frequency: int = 1
+    n_hypersteps: int = 100
+    fit_fraction: float = 1.0
+    max_log_step: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_epochs", 1), ("n_epochs_burnin", 0), ("marglik_frequency", 1), ("n_hypersteps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not 0 < self.fit_fraction <= 1:
+            raise ValueError(f"fit_fraction={self.fit_fraction} must lie in (0, 1]")
+        if not self.max_log_step > 0:
+            raise ValueError(f"max_log_step={self.max_log_step} must be positive")
+        if self.n_hypersteps and self.n_epochs_burnin > self.n_epochs:
+            raise ValueError(
+                f"n_epochs_burnin={self.n_epochs_burnin} leaves none of n_epochs={self.n_epochs} to tune in; "
+                "shorten the burn-in, or set n_hypersteps=0 to train at fixed hyperparameters"
+            )
+
+    def is_round(self, epoch: int) -> bool:
+        """Whether the marginal likelihood's turn comes after `epoch`; after the last it always does."""
+        past = epoch - self.n_epochs_burnin
+        return epoch == self.n_epochs or (past >= 0 and past % self.marglik_frequency == 0)
+
+    def tunes(self, epoch: int) -> bool:
+        """Whether the hyperparameters are tuned after `epoch`."""
+        return self.n_hypersteps > 0 and self.is_round(epoch)

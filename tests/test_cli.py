@@ -1,0 +1,303 @@
+"""The command line: what it writes, what it refuses, and that side by side equals in order."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from laplace_ws.cli import main, parse_train
+from laplace_ws.config import RunConfig, UnknownKeyError, check_keys, config_keys, flatten
+from laplace_ws.marglik import experiment
+from laplace_ws.marglik.experiment import run_experiment
+from laplace_ws.report import load_run
+
+SETTINGS = {
+    "name": "tiny",
+    "data": {"n_train": 60, "n_test": 40, "batch_size": 20},
+    "model": {"name": "mlp", "hidden": [5]},
+    "marglik": {
+        "n_epochs": 4,
+        "n_epochs_burnin": 2,
+        "marglik_frequency": 1,
+        "n_hypersteps": 3,
+        "lr": 0.01,
+        "prior_prec_init": 0.5,
+    },
+    "baselines": {"fixed_prior_precisions": [0.5, 100]},
+    "report": False,
+}
+TIMES = ("seconds", "train_seconds", "curvature_seconds", "total_seconds")
+
+
+@pytest.fixture
+def config_file(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS | {"out": str(tmp_path / "runs")}))
+    return path
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(experiment, "marglik_training", fail)
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def results(folder: Path) -> tuple[list, dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    return without_times(lines), without_times({k: summary[k] for k in ("tuned", "fixed", "data")})
+
+
+# ------------------------------------------------------------------ what it writes
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    path = out / "tiny.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS | {"out": str(out)}))
+    assert main(["train", "--config", str(path)]) == 0
+    return out / "tiny"
+
+
+def test_metrics_have_one_line_an_epoch_and_network(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["run"], r["epoch"]) for r in lines] == [
+        (run, epoch) for run in ("tuned", "fixed-0.5", "fixed-100") for epoch in (1, 2, 3, 4)
+    ]
+    names = {"0.weight", "0.bias"}
+    for r in lines:
+        assert {"train_nll", "train_accuracy", "test_nll", "test_accuracy", "lr", "seconds"} <= set(r)
+        assert all(math.isfinite(r[key]) for key in ("train_nll", "test_nll", "lr", "seconds", "temperature"))
+        assert 0 <= r["test_accuracy"] <= 1
+        assert names <= {name.replace("1.", "0.") for name in r["prior_precision"]}
+        measured = r["run"] == "tuned" and r["epoch"] >= 2
+        assert (r["log_marginal_likelihood"] is not None) == measured
+
+
+def test_summary_has_the_agreed_fields(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["format_version"] == 1
+    assert summary["data"] == {"name": "fashion-mnist-subset", "n_train": 60, "n_test": 40}
+    assert set(summary["environment"]) == {"python", "torch", "laplace_ws", "threads", "device"}
+    assert set(summary["fixed"]) == {"0.5", "100"}
+    assert summary["config"]["marglik"]["n_epochs"] == 4
+    for model in (summary["tuned"], *summary["fixed"].values()):
+        for key in ("log_marginal_likelihood", "test_nll", "test_accuracy", "test_ece", "train_seconds"):
+            assert math.isfinite(model[key]), key
+        assert 0 < model["curvature_seconds"] < model["train_seconds"]
+        assert sum(model["reliability"]["count"]) == 40
+        assert model["collapsed"] == []
+    assert list(summary["fixed"]["100"]["prior_precision"].values()) == pytest.approx([100.0] * 4)
+    assert load_run(finished).tuned.test_nll == summary["tuned"]["test_nll"]  # the report reads it
+
+
+def test_networks_start_alike_and_see_the_same_batches(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    tuned, same = ([r for r in lines if r["run"] == run and r["epoch"] <= 2] for run in ("tuned", "fixed-0.5"))
+    assert [r["test_nll"] for r in tuned] == [r["test_nll"] for r in same]  # until the first tuning ends epoch 2
+    assert lines[2]["test_nll"] != lines[6]["test_nll"]
+
+
+def test_side_by_side_equals_in_order(finished, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS | {"out": str(tmp_path), "workers": 2}))
+    assert main(["train", "--config", str(path)]) == 0
+    assert results(tmp_path / "tiny") == results(finished)
+
+
+def test_a_finished_run_is_replaced_whole(config_file, tmp_path):
+    folder = tmp_path / "runs" / "tiny"
+    assert main(["train", "--config", str(config_file)]) == 0
+    before = results(folder)
+    assert (
+        main(
+            [
+                "train",
+                "--config",
+                str(config_file),
+                "--marglik.n_epochs",
+                "3",
+                "--baselines.fixed_prior_precisions",
+                "[]",
+            ]
+        )
+        == 0
+    )
+    lines, summary = results(folder)
+    assert len(lines) == 3
+    assert summary["fixed"] == {}
+    assert (lines, summary) != before
+    assert not list(folder.glob("checkpoint-*.pt"))
+
+
+def test_resume_after_an_interrupt_gives_the_same_files(config_file, finished, tmp_path, monkeypatch, capsys):
+    real = experiment.epoch_logger
+
+    def interrupted_logger(run, *args):
+        log = real(run, *args)
+
+        def logged(record):
+            log(record)
+            if run == "fixed-0.5" and record["epoch"] == 4:
+                raise KeyboardInterrupt
+
+        return logged
+
+    monkeypatch.setattr(experiment, "epoch_logger", interrupted_logger)
+    arguments = ["train", "--config", str(config_file)]
+    assert main(arguments) == 130
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(experiment, "epoch_logger", real)
+    assert main(arguments) == 2
+    assert "unfinished run; go on with it by --resume" in capsys.readouterr().err
+    assert main([*arguments, "--resume", "--marglik.lr", "0.02"]) == 2
+    assert "marglik.lr was 0.01 and is 0.02" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    assert results(tmp_path / "runs" / "tiny") == results(finished)
+
+
+def test_report_is_written_and_named(config_file, tmp_path, capsys):
+    assert (
+        main(["train", "--config", str(config_file), "--report", "true", "--baselines.fixed_prior_precisions", "[]"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    path = tmp_path / "runs" / "tiny" / "report.html"
+    assert f"report: {path}" in out
+    assert "tuned" in out
+    path.unlink()
+    assert main(["report", str(path.parent)]) == 0
+    assert path.exists()
+
+
+# ------------------------------------------------------------------ what it reads
+
+
+def test_every_field_can_be_overridden(config_file):
+    config, resume = parse_train(
+        [f"--config={config_file}", "--data.n_train=30", "--model.norm", "none", "--marglik.kfac_approx", "reduce",
+         "--baselines.fixed_prior_precisions", "[1, 2.5]", "--resume"]
+    )  # fmt: skip
+    assert resume
+    assert config.data.n_train == 30
+    assert config.data.batch_size == 20  # from the file
+    assert config.model.norm == "none"
+    assert config.marglik.kfac_approx == "reduce"
+    assert config.baselines.fixed_prior_precisions == [1.0, 2.5]
+
+
+def test_mapping_of_layers_to_approximations(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("marglik:\n  kfac_approx:\n    'conv*': expand\n    '*': reduce\n")
+    config, _ = parse_train([f"--config={path}"])
+    assert config.marglik.kfac_approx == {"conv*": "expand", "*": "reduce"}
+
+
+def test_demo_file_is_valid():
+    config, _ = parse_train([f"--config={Path(__file__).parents[1] / 'configs' / 'demo.yaml'}"])
+    assert config.name == "demo"
+    assert len(config.baselines.fixed_prior_precisions) == 3
+    assert max(config.baselines.fixed_prior_precisions) >= 999 * min(config.baselines.fixed_prior_precisions)
+
+
+def test_keys_cover_the_whole_configuration():
+    assert set(flatten(asdict(RunConfig()), config_keys())) == set(config_keys())
+    with pytest.raises(UnknownKeyError, match=r"'data\.nane'; did you mean 'data\.name'"):
+        check_keys(["data.nane"], config_keys())
+
+
+# ------------------------------------------------------------------ what it refuses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--marglik.n_epoch", "3"], "unknown key 'marglik.n_epoch'; did you mean 'marglik.n_epochs'?"),
+        (["--marglik.n_epoch=3"], "unknown key 'marglik.n_epoch'; did you mean 'marglik.n_epochs'?"),
+        (["--confg", "x"], "did you mean 'config'?"),
+        (["--marglik", '{"n_epoch": 3}'], "n_epoch"),
+        (["--marglik.n_epochs", "many"], "marglik.n_epochs"),
+        (["--marglik.curvature", "hessian"], "curvature"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config"], "config"),
+        (["--data.n_train", "99999"], "n_train=99999"),
+        (["--data.name", "cifar10", "--data.root", "/nowhere"], "/nowhere"),
+        (["--model.depth", "11"], "depth=11"),
+        (["--model.name", "mlpp"], "did you mean 'mlp'?"),
+        (["--marglik.n_epochs", "0"], "n_epochs=0"),
+        (["--marglik.prior_structure", "weight"], "diag"),
+        (["--baselines.fixed_prior_precisions", "[1, 1.0]"], "twice"),
+        (["--baselines.fixed_prior_precisions", "[-1]"], "positive"),
+        (["--workers", "0"], "workers=0"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(arguments, says, no_training, tmp_path, capsys):
+    assert main(["train", "--out", str(tmp_path), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("marglik:\n  n_epoch: 3\n", "unknown key 'marglik.n_epoch'; did you mean 'marglik.n_epochs'?"),
+        ("modle: {}\n", "did you mean 'model'?"),
+        ("marglik:\n  n_epochs: many\n", "marglik.n_epochs"),
+        ("name: [\n", "not valid YAML"),
+        ("demo\n", "must hold keys and values"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(text, says, no_training, tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert main(["train", "--out", str(tmp_path), "--config", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_unwritable_folder_is_refused_before_training(no_training, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(["train", "--out", str(tmp_path / "file"), "--data.n_train", "50"]) == 2
+    assert f"the run folder '{tmp_path / 'file' / 'run'}' cannot be written" in capsys.readouterr().err
+
+
+def test_divergence_names_the_network_and_keeps_what_there_is(config_file, tmp_path, capsys):
+    assert main(["train", "--config", str(config_file), "--baselines.fixed_prior_precisions", "[1.0e+9]"]) == 1
+    err = capsys.readouterr().err
+    assert "fixed-1e+09: the " in err
+    assert "in epoch" in err
+    folder = tmp_path / "runs" / "tiny"
+    assert (folder / "checkpoint.pt").exists()
+    assert sum('"tuned"' in line for line in (folder / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_commands(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert main(["--version"]) == 0
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+    assert main(["report", "nowhere"]) == 2
+
+
+def test_run_experiment_returns_what_it_writes(tmp_path):
+    config, _ = parse_train(["--out", str(tmp_path), "--data.n_train", "40", "--data.n_test", "20", "--model.name", "mlp",
+                             "--marglik.n_epochs", "1", "--marglik.n_epochs_burnin", "0"])  # fmt: skip
+    folder, summary = run_experiment(config)
+    assert json.loads((folder / "summary.json").read_text()) == summary
