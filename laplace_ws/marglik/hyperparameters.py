@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 BOUNDS = (1e-6, 1e8)
 """No hyperparameter leaves this interval while it is tuned."""
+ELEMENTWISE = "scales and biases"
+"""Name of the group of elementwise scales and biases."""
+ELEMENTWISE_START = 1.0
+"""Where that group starts: a stiff prior at zero would shrink the scales, whose natural size is one, and with them the signal."""
 
 
 class PriorCollapseWarning(UserWarning):
@@ -59,25 +63,18 @@ class PriorGroups:
 
 
 def layer_of(name: str, shapes: dict[str, torch.Size]) -> str:
-    """The weight whose prior precision `name` shares under `prior_structure="layerwise"`.
+    """The group of a parameter under `prior_structure="layerwise"`.
 
-    A tensor of two or more dimensions is a layer of its own. A vector or a scalar follows a weight of its own module
-    (the one named like it, `bias` read as `weight`, first), else the weight registered nearest before it, else the
-    first one after it. Where the model has no such weight at all, everything follows the first tensor.
+    A tensor of two or more dimensions is a layer of its own. A vector or a scalar follows a weight of its own module (the
+    one named like it, `bias` read as `weight`, first). Where its module has none, it is a scale or a bias that acts
+    elementwise, as in normalisations and Fixup, and all of these share the group `ELEMENTWISE`.
     """
     if len(shapes[name]) >= 2:
         return name
-    order = list(shapes)
-    weights = [other for other in order if len(shapes[other]) >= 2]
-    if not weights:
-        return order[0]
     module, _, leaf = name.rpartition(".")
+    weights = [other for other in shapes if len(shapes[other]) >= 2 and other.rpartition(".")[0] == module]
     namesake = f"{module}.{leaf.replace('bias', 'weight')}".lstrip(".")
-    if namesake in weights:
-        return namesake
-    candidates = [w for w in weights if w.rpartition(".")[0] == module] or weights
-    before = [w for w in candidates if order.index(w) < order.index(name)]
-    return before[-1] if before else candidates[0]
+    return namesake if namesake in weights else weights[0] if weights else ELEMENTWISE
 
 
 def prior_groups(named_parameters: Iterable[tuple[str, Tensor]], structure: PriorStructure | str) -> PriorGroups:
@@ -104,7 +101,7 @@ class Hyperparameters(nn.Module):
 
     Args:
         groups: which prior precision governs which parameter.
-        prior_precision: the value that every group starts from.
+        prior_precision: the value that every group starts from; `ELEMENTWISE`, beside others, from `ELEMENTWISE_START`.
         sigma_noise: standard deviation of Gaussian observation noise at the start.
         temperature: of the likelihood, at the start.
         tune_prior, tune_sigma, tune_temperature: what `ascend` may change.
@@ -139,6 +136,8 @@ class Hyperparameters(nn.Module):
                 raise ValueError(f"{name} starts at {start}; it must be a positive number")
             shape = (len(groups.names),) if name == "prior_precision" else ()
             value = torch.full(shape, math.log(start), dtype=torch.float64, device=device)
+            if name == "prior_precision" and ELEMENTWISE in groups.names and len(groups.names) > 1:
+                value[groups.names.index(ELEMENTWISE)] = math.log(ELEMENTWISE_START)
             self.register_parameter(f"log_{name}", nn.Parameter(value, requires_grad=tuned[name]))
         self.tuned_names = [name for name, is_tuned in tuned.items() if is_tuned]
         self.tuned = [p for p in self.parameters() if p.requires_grad]

@@ -119,7 +119,8 @@ def marglik_training(
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction: see `Schedule`.
             `n_hypersteps=0` trains at fixed hyperparameters.
         lr_hyp: step size of Adam on the logarithms.
-        prior_structure: "scalar", "layerwise" (a bias or scale shares its layer's), "parameter" (one a tensor), or
+        prior_structure: "scalar", "layerwise" (a bias shares its layer's; the scales and biases of
+            normalisations and Fixup share one, which starts at 1), "parameter" (one a tensor), or
             "weight" (for "diag" and "full").
         prior_prec_init: start of all prior precisions; 0.01·N where not given, because tuning finds its way better from
             a stiff start than from a loose one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -89,16 +88,16 @@ def expand_per_weight(delta: Tensor, shapes: Mapping[str, torch.Size]) -> Float[
     )
 
 
-def clamp_eigenvalues(values: Tensor, what: str) -> Tensor:
-    """Set negative eigenvalues of a positive semi-definite matrix to zero; warn when they exceed rounding."""
+def eigenvalues(matrix: Float[Tensor, "*G D D"], what: str) -> Float[Tensor, "*G D"]:
+    """Eigenvalues of a positive semi-definite matrix, in float64; see `clamp_eigenvalues`."""
+    return clamp_eigenvalues(torch.linalg.eigvalsh(matrix.double()), torch.finfo(matrix.dtype).eps, what)
+
+
+def clamp_eigenvalues(values: Float[Tensor, "*G D"], eps: float, what: str) -> Float[Tensor, "*G D"]:
+    """Set negative eigenvalues to zero; warn when they exceed the rounding of a matrix with D rows and precision `eps`."""
     lowest = values.min().item()
-    if lowest >= 0:
-        return values
-    rounding = 10 * values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().max().item()
-    if -lowest > math.sqrt(torch.finfo(values.dtype).eps) * values.abs().max().item() and -lowest > rounding:
-        warnings.warn(
-            f"{what} has an eigenvalue of {lowest:.3g} where none can be negative; set to 0.",
-            NumericalRepairWarning,
-            stacklevel=2,
-        )
+    rounding = 10 * values.shape[-1] * eps * values.abs().max().item()
+    if -lowest > rounding:
+        message = f"{what} has an eigenvalue of {lowest:.3g} where none can be negative; set to 0."
+        warnings.warn(message, NumericalRepairWarning, stacklevel=2)
     return values.clamp_min(0)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace_ws.matrices.base import CurvatureMatrix, clamp_eigenvalues, expand_per_weight
+from laplace_ws.matrices.base import CurvatureMatrix, eigenvalues, expand_per_weight
 
 
 class Dense(CurvatureMatrix):
@@ -38,7 +38,7 @@ class Dense(CurvatureMatrix):
 
     @cached_property
     def _eigenvalues(self) -> Tensor:
-        return clamp_eigenvalues(torch.linalg.eigvalsh(self.matrix.double()), "the dense curvature")
+        return eigenvalues(self.matrix, "the dense curvature")
 
     def damped(self, scale: Tensor, delta: Tensor) -> Float[Tensor, "P P"]:
         """scale·H + diag(δ), float64."""

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace_ws.matrices.base import CurvatureMatrix, clamp_eigenvalues
+from laplace_ws.matrices.base import CurvatureMatrix, clamp_eigenvalues, eigenvalues
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +157,7 @@ class Kron(CurvatureMatrix, Mapping[str, KronBlock]):
 def _eigenvalues(factor: Tensor | None, diagonal: bool, like: Tensor | None = None) -> Tensor:
     if factor is None or diagonal:
         return _eigen(factor, diagonal, like)[0]
-    return clamp_eigenvalues(torch.linalg.eigvalsh(factor.double()), "a Kronecker factor")
+    return eigenvalues(factor, "a Kronecker factor")
 
 
 def _eigen(factor: Tensor | None, diagonal: bool, like: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -167,7 +167,7 @@ def _eigen(factor: Tensor | None, diagonal: bool, like: Tensor | None = None) ->
     if diagonal:
         return factor.double(), None
     values, vectors = torch.linalg.eigh(factor.double())
-    return clamp_eigenvalues(values, "a Kronecker factor"), vectors
+    return clamp_eigenvalues(values, torch.finfo(factor.dtype).eps, "a Kronecker factor"), vectors
 
 
 def _multiply(x: Tensor, Q_B: Tensor | None, Q_A: Tensor | None, *, adjoint: bool) -> Tensor:

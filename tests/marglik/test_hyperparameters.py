@@ -11,6 +11,7 @@ from torch import nn
 
 from laplace_ws.curvature.backend import trainable_parameters
 from laplace_ws.marglik import Hyperparameters, PriorCollapseWarning, PriorGroups, prior_groups
+from laplace_ws.marglik.hyperparameters import ELEMENTWISE
 from laplace_ws.models import WideResNet
 from laplace_ws.posterior import Laplace
 
@@ -22,15 +23,19 @@ def group_names(model: nn.Module, structure: str) -> dict[str, str]:
     return {name: groups.names[i] for (name, _), i in zip(named, groups.index.tolist(), strict=True)}
 
 
-def test_layerwise_on_fixup_net_gives_scalars_to_the_weight_before_them():
-    got = group_names(WideResNet(depth=10, width=1, in_channels=1), "layerwise")
-    assert set(got.values()) == {name for name in got if name.endswith("weight") and "scale" not in name}
+def test_layerwise_on_fixup_net_gives_scalars_one_prior_that_starts_at_one():
+    model = WideResNet(depth=10, width=1, in_channels=1)
+    got = group_names(model, "layerwise")
+    layers = [name for name, p in model.named_parameters() if p.ndim >= 2]
+    scalars = [name for name, p in model.named_parameters() if p.numel() == 1]
+    assert len(layers) == 10
+    assert {name: got[name] for name in layers} == {name: name for name in layers}
     assert got["classifier.bias"] == "classifier.weight"
-    order = list(got)
-    for name, head in got.items():
-        if name != head and name != "classifier.bias":
-            weights_before = [w for w in order[: order.index(name)] if got[w] == w]
-            assert head == weights_before[-1], name
+    assert {got[name] for name in scalars} == {ELEMENTWISE}
+    assert len(got) == len(layers) + len(scalars) + 1
+    named = list(trainable_parameters(model).items())
+    start = Hyperparameters(prior_groups(named, "layerwise"), prior_precision=10.0).by_parameter(named)
+    assert start == pytest.approx({name: 1.0 if name in scalars else 10.0 for name in start})
 
 
 class Odd(nn.Module):
@@ -48,11 +53,11 @@ class Odd(nn.Module):
 
 def test_layerwise_covers_the_odd_cases():
     assert group_names(Odd(), "layerwise") == {
-        "first_scale": "a.weight",
+        "first_scale": ELEMENTWISE,
         "a.weight": "a.weight",
         "a.bias": "a.weight",
-        "norm.weight": "a.weight",
-        "norm.bias": "a.weight",
+        "norm.weight": ELEMENTWISE,
+        "norm.bias": ELEMENTWISE,
         "attention.in_proj_weight": "attention.in_proj_weight",
         "attention.in_proj_bias": "attention.in_proj_weight",
         "attention.out_proj.weight": "attention.out_proj.weight",
@@ -60,8 +65,10 @@ def test_layerwise_covers_the_odd_cases():
     }
 
 
-def test_layerwise_without_any_matrix_is_one_group():
-    assert set(group_names(nn.LayerNorm(3), "layerwise").values()) == {"weight"}
+def test_layerwise_without_any_matrix_is_one_group_that_starts_as_told():
+    named = list(trainable_parameters(nn.LayerNorm(3)).items())
+    hyper = Hyperparameters(prior_groups(named, "layerwise"), prior_precision=3.0)
+    assert hyper.by_parameter(named) == pytest.approx({"weight": 3.0, "bias": 3.0})
 
 
 @pytest.mark.parametrize(
