@@ -123,6 +123,7 @@ class RunConfig:
         device: auto takes a GPU if there is one.
         threads: of torch in each process.
         workers: processes that train side by side; the numbers are those of one.
+        test_every: epochs between two looks at the test set, for the report's curves; nothing is tuned by them.
         likelihood: of the labels; images have classes.
         data: images to train and test on.
         model: the network.
@@ -137,6 +138,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1
     workers: int = 1
+    test_every: int = 1
     likelihood: Literal["classification"] = "classification"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

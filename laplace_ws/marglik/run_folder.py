@@ -15,7 +15,7 @@ from laplace_ws.marglik.checkpoint import check_settings, load_checkpoint
 from laplace_ws.marglik.trainer import Record
 
 METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.json"
-NOT_PART_OF_THE_RESULT = ("name", "out", "workers", "report")
+NOT_PART_OF_THE_RESULT = ("name", "out", "workers", "test_every", "report")
 Json = dict[str, Any]
 
 
