@@ -277,8 +277,8 @@ OVERWRITES_INPUT = {torch.Tensor.mul_}
 TRANSPOSES: dict[Callable[..., Any], Callable[..., bool]] = {
     torch.Tensor.t: lambda matrix: True,
     torch.t: lambda matrix: True,
-    torch.Tensor.T.__get__: lambda matrix, *owner: True,
-    torch.Tensor.mT.__get__: lambda matrix, *owner: True,
+    torch.Tensor.T.__get__: lambda matrix, *owner: True,  # pyright: ignore
+    torch.Tensor.mT.__get__: lambda matrix, *owner: True,  # pyright: ignore
     torch.Tensor.transpose: lambda matrix, dim0, dim1: dim0 % 2 != dim1 % 2,
     torch.transpose: lambda matrix, dim0, dim1: dim0 % 2 != dim1 % 2,
 }

@@ -21,7 +21,7 @@ def jacobian(model: nn.Module, x: Tensor) -> Float[Tensor, "N D P"]:
     parameters = list(trainable_parameters(model).values())
     with evaluation_mode(model):
         f = model(x)
-        rows = [_gradient(output, parameters) for output in f.flatten()]
+        rows: list[Tensor] = [_gradient(output, parameters) for output in f.flatten()]
     return torch.stack(rows).reshape(len(f), -1, rows[0].numel())
 
 
@@ -29,12 +29,12 @@ def ggn(model: nn.Module, likelihood: str | Likelihood, x: Tensor, y: Tensor) ->
     """Generalised Gauss-Newton matrix Σ_n J_nᵀ Λ_n J_n, Λ the Hessian of −log p in f by double differentiation."""
     likelihood = make_likelihood(likelihood)
     J = jacobian(model, x)
-    with torch.no_grad():
-        f = _evaluate(model, x)
+    with evaluation_mode(model):
+        f = model(x).detach()
     total = J.new_zeros(J.shape[2], J.shape[2])
     for n in range(len(x)):
-        hessian = torch.autograd.functional.hessian(_nll(likelihood, y[n : n + 1]), f[n : n + 1])
-        total += J[n].T @ hessian.reshape(J.shape[1], J.shape[1]) @ J[n]
+        H_f = torch.autograd.functional.hessian(_nll(likelihood, y[n : n + 1]), f[n : n + 1])
+        total += J[n].T @ H_f.reshape(J.shape[1], J.shape[1]) @ J[n]  # pyright: ignore
     return total
 
 
@@ -74,11 +74,6 @@ def _gradient(scalar: Tensor, parameters: list[nn.Parameter], create_graph: bool
         scalar, parameters, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
     return torch.cat([g.flatten() for g in grads])
-
-
-def _evaluate(model: nn.Module, x: Tensor) -> Tensor:
-    with evaluation_mode(model):
-        return model(x).detach()
 
 
 def _nll(likelihood: Likelihood, y: Tensor) -> Callable[[Tensor], Tensor]:

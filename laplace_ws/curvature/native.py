@@ -52,7 +52,9 @@ class NativeLinearisation(Linearisation):
     def pullback(self, columns: Tensor) -> list[Tensor]:
         """See `Linearisation.pullback`."""
         pulled = [self._pull(column) for column in columns]
-        return [torch.stack(g) if len(g) > 1 else g[0][None] for g in zip(*pulled, strict=True)]
+        if len(pulled) == 1:
+            return [g[None] for g in pulled[0]]
+        return [torch.stack(g) for g in zip(*pulled, strict=True)]
 
     def _pull(self, column: Tensor) -> list[Tensor]:
         grads = torch.autograd.grad(self._f, self._edges, column, retain_graph=True, allow_unused=True)

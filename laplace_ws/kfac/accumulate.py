@@ -146,7 +146,7 @@ def _empty_block(parameter: Tensor, role: _Role, uses: Sequence[Use]) -> KronBlo
         A_sum = factors.input_gram_reduce([use.input_sum() for use in matrix_uses], n_positions)
     else:
         n_inputs = first.n_examples * n_positions
-        A_sum = sum(
+        A_sum = factors.total(
             use.input_sum().sum(0) if role.diagonal_A else factors.input_gram_expand(use.inputs())
             for use in matrix_uses
         )
@@ -159,14 +159,14 @@ def _empty_block(parameter: Tensor, role: _Role, uses: Sequence[Use]) -> KronBlo
 
 def _gradient_gram(name: str, role: _Role, uses: Sequence[tuple[Use, Tensor]]) -> Tensor:
     if role.kind == "vector" or role.diagonal_B:
-        total = sum(use.example_gradients(name, g) for use, g in uses).flatten(2)  # [K, N, D]
-        return total.square().sum((0, 1)) if role.diagonal_B else factors.gram(total.flatten(0, 1))
+        grads = factors.total(use.example_gradients(name, g) for use, g in uses).flatten(2)  # [K, N, D]
+        return grads.square().sum((0, 1)) if role.diagonal_B else factors.gram(grads.flatten(0, 1))
     matrix_uses = [(use, g) for use, g in uses if isinstance(use, MatrixUse)]
     if role.approx is KfacApprox.EXPAND:
         by_position = (
             use.output_gradients(g) if role.kind == "matrix" else use.bias_gradients(g) for use, g in matrix_uses
         )
-        return sum(factors.gradient_gram_expand(g) for g in by_position)
+        return factors.total(factors.gradient_gram_expand(g) for g in by_position)
     sums = [use.output_gradient_sum(g) if role.kind == "matrix" else use.bias_gradient_sum(g) for use, g in matrix_uses]
     return factors.gradient_gram_reduce(sums)
 
@@ -209,5 +209,5 @@ class DenseAccumulator(Accumulator):
 
 def example_gradients(name: str, uses: Sequence[Use], g: Gradients) -> Float[Tensor, "K N ..."]:
     """Vector-Jacobian products of each example with respect to one parameter, all its uses together."""
-    grads = [use.example_gradients(name, grad) for use, grad in zip(uses, g, strict=True) if name in use.parameters]
-    return sum(grads[1:], start=grads[0])
+    own = [(use, grad) for use, grad in zip(uses, g, strict=True) if name in use.parameters]
+    return factors.total(use.example_gradients(name, grad) for use, grad in own)

@@ -40,12 +40,13 @@ class ConvGeometry:
     ) -> ConvGeometry:
         """Read the arguments of `torch.nn.functional.conv{1,2,3}d` for a weight `[O, I, *kernel]`."""
         kernel = tuple(weight.shape[2:])
+        pads: tuple[tuple[int, int], ...]
         dilations = _per_axis(dilation, len(kernel))
-        if padding == "valid":
-            pads = ((0, 0),) * len(kernel)
-        elif padding == "same":
+        if padding == "same":
             totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
             pads = tuple((total // 2, total - total // 2) for total in totals)  # torch puts the odd zero after
+        elif isinstance(padding, str):  # "valid"
+            pads = ((0, 0),) * len(kernel)
         else:
             pads = tuple((p, p) for p in _per_axis(padding, len(kernel)))
         return cls(kernel, _per_axis(stride, len(kernel)), pads, dilations, groups)
@@ -95,7 +96,7 @@ def patch_sum(x: Float[Tensor, "N C *S"], geometry: ConvGeometry) -> Float[Tenso
     for axis, size in enumerate(x.shape[2:]):
         taps = geometry.taps(axis, size)
         reads = (taps[None] == torch.arange(size)[:, None, None]).sum(-1).to(x)  # [size, K]
-        out = torch.tensordot(out, reads, dims=([2], [0]))  # the treated axis moves last: [N, C, *rest, K]
+        out = out.movedim(2, -1) @ reads  # the treated axis moves last: [N, C, *rest, K]
     sums = out.reshape(len(x), geometry.groups, -1)
     return _groups_first(sums, geometry.groups)
 

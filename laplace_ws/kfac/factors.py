@@ -6,10 +6,17 @@ positions, K columns, and, for layers with channel groups alone, a leading axis 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import add
 
 from jaxtyping import Float
 from torch import Tensor
+
+
+def total(tensors: Iterable[Tensor]) -> Tensor:
+    """Sum of one tensor or more of one shape."""
+    return reduce(add, tensors)
 
 
 def gram(rows: Float[Tensor, "*G M D"]) -> Float[Tensor, "*G D D"]:
@@ -34,9 +41,9 @@ def input_gram_reduce(a_sums: Sequence[Float[Tensor, "*G N I"]], n_positions: in
         a_sums: for each use of the weight, its inputs summed over the positions of the use.
         n_positions: number of positions, all uses together.
     """
-    return gram(sum(a_sums[1:], start=a_sums[0]) / n_positions)
+    return gram(total(a_sums) / n_positions)
 
 
 def gradient_gram_reduce(g_sums: Sequence[Float[Tensor, "*G K N O"]]) -> Float[Tensor, "*G O O"]:
     """Σ_c Σ_n (Σ_r g)(Σ_r g)ᵀ, r over the positions of all uses: the gradient factor of K-FAC-reduce."""
-    return gram(sum(g_sums[1:], start=g_sums[0]).flatten(-3, -2))
+    return gram(total(g_sums).flatten(-3, -2))

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace_ws.kfac.conv import ConvGeometry, n_positions, patch_sum, patches
+from laplace_ws.kfac.factors import total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ class MatrixUse(Use):
             spec = "...knro,...nri->kn...io" if self.transposed else "...knro,...nri->kn...oi"
             grad = torch.einsum(spec, self.output_gradients(g), self.inputs())
             grads.append(grad.reshape(*grad.shape[:2], *self.weight_shape))
-        return sum(grads[1:], start=grads[0])
+        return total(grads)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ class KronBlock:
     def __add__(self, other: KronBlock) -> KronBlock:
         """Combine the factors of two data sets: sums of B, and the mean A over the inputs of both."""
         A, n_inputs = self.A, self.n_inputs + other.n_inputs
-        if A is not None and n_inputs:
+        if A is not None and other.A is not None:
             A = (A * self.n_inputs + other.A * other.n_inputs) / n_inputs
         return replace(self, A=A, B=self.B + other.B, n_inputs=n_inputs)
 
@@ -106,6 +106,7 @@ class Kron(CurvatureMatrix, Mapping[str, KronBlock]):
     def __add__(self, other: CurvatureMatrix) -> Kron:
         """See `CurvatureMatrix.__add__`; the factors of both data sets, not a sum of Kronecker products."""
         self._check_same_parameters(other)
+        assert isinstance(other, Kron)
         return Kron({name: block + other[name] for name, block in self.blocks.items()})
 
     def __mul__(self, factor: float) -> Kron:
