@@ -18,6 +18,7 @@ class DataConfig:
         download: whether missing data may be downloaded into `root`.
         n_train: size of a class-balanced subset of the training images; all of them if not given.
         n_test: the same for the test images.
+        held_out: whether to test on the training images that n_train leaves out, as long as settings are being chosen.
         batch_size: images a batch.
         augment: whether to crop and flip the training images at random.
     """
@@ -27,6 +28,7 @@ class DataConfig:
     download: bool = False
     n_train: int | None = None
     n_test: int | None = None
+    held_out: bool = False
     batch_size: int = 128
     augment: bool = False
 

@@ -61,6 +61,7 @@ def load_dataset(
     download: bool = False,
     n_train: int | None = None,
     n_test: int | None = None,
+    held_out: bool = False,
     seed: int = 0,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -76,20 +77,24 @@ def load_dataset(
         download: Whether a missing torchvision data set may be downloaded into `root`.
         n_train: Size of a random, class-balanced subset of the training split; all of it by default.
         n_test: The same for the test split.
+        held_out: Whether the training images that `n_train` leaves out take the place of the test split: what to look
+            at while choosing settings, so that the test set is kept for the end.
         seed: Seed of those subsets. The global random state is neither used nor changed.
         device: Where the tensors are put.
         dtype: Type of the images; labels are int64.
 
     Raises:
         DatasetNotFoundError: the data are not there; says where it looked and how to get them.
-        ValueError: unknown name, a subset larger than its split, or a folder of unequal images.
+        ValueError: unknown name, a subset larger than its split, a folder of unequal images, or nothing to hold out.
     """
     if name not in _SOURCES:
         near = difflib.get_close_matches(name, DATASET_NAMES, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown data set '{name}'; did you mean '{near}'? Known: {', '.join(DATASET_NAMES)}")
     raw = _SOURCES[name](Path(root).absolute(), download)
-    train = _subset(raw.train, n_train, "n_train", seed)
-    test = _subset(raw.test, n_test, "n_test", seed)
+    train, rest = _split(raw.train, n_train, "n_train", seed)
+    if held_out and not len(rest.y):
+        raise ValueError(f"held_out needs n_train below {len(raw.train.y)}, the size of the training split")
+    test, _ = _split(rest if held_out else raw.test, n_test, "n_test", seed)
     mean, std = (value.to(device=device, dtype=dtype) for value in channel_statistics(train.x))
     return ImageData(
         name=name,
@@ -103,10 +108,12 @@ def load_dataset(
     )
 
 
-def _subset(split: RawSplit, n: int | None, option: str, seed: int) -> RawSplit:
-    if n is None:
-        return split
-    if not 1 <= n <= len(split.y):
-        raise ValueError(f"{option}={n} must be from 1 to {len(split.y)}, the size of the split")
-    index = balanced_indices(split.y, n, seed=seed)
-    return RawSplit(split.x[index], split.y[index])
+def _split(split: RawSplit, n: int | None, option: str, seed: int) -> tuple[RawSplit, RawSplit]:
+    """A balanced choice of n examples (all by default), and the rest."""
+    chosen = torch.ones(len(split.y), dtype=torch.bool)
+    if n is not None:
+        if not 1 <= n <= len(split.y):
+            raise ValueError(f"{option}={n} must be from 1 to {len(split.y)}, the size of the split")
+        chosen[:] = False
+        chosen[balanced_indices(split.y, n, seed=seed)] = True
+    return RawSplit(split.x[chosen], split.y[chosen]), RawSplit(split.x[~chosen], split.y[~chosen])

@@ -143,6 +143,7 @@ def load_data(config: RunConfig) -> ImageData:
         download=d.download,
         n_train=d.n_train,
         n_test=d.n_test,
+        held_out=d.held_out,
         seed=config.seed,
         device=device_of(config),
     )

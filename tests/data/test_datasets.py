@@ -183,3 +183,14 @@ def test_image_folder_of_unequal_classes_names_them(tmp_path):
     write_images(tmp_path, {("train", "a"): [random_bytes(6, 6)], ("test", "b"): [random_bytes(6, 6)]})
     with pytest.raises(ValueError, match=r"only one has \['a', 'b'\]"):
         load_dataset("image-folder", root=tmp_path)
+
+
+def test_held_out_images_are_the_rest_of_the_training_split():
+    whole = load_dataset()
+    part, held = load_dataset(n_train=1000, seed=3), load_dataset(n_train=1000, seed=3, held_out=True)
+    assert torch.equal(part.x_train, held.x_train)
+    pixels = lambda data, x: (x * data.std[:, None, None] + data.mean[:, None, None]).mul(255).round().flatten(1)  # noqa: E731
+    rows = torch.cat([pixels(held, held.x_train), pixels(held, held.x_test)])
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, pixels(whole, whole.x_train).tolist()))
+    with pytest.raises(ValueError, match="held_out needs n_train below 4000"):
+        load_dataset(held_out=True)
