@@ -5,6 +5,7 @@ from laplace_ws.curvature import Curvature, kron_factors
 from laplace_ws.errors import InvalidBatchError, NotFittedError, NumericalRepairWarning, UnsupportedParameterError
 from laplace_ws.kfac import KfacApprox
 from laplace_ws.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, make_likelihood
+from laplace_ws.marglik import marglik_training
 from laplace_ws.matrices import Kron
 from laplace_ws.posterior import DiagLaplace, FullLaplace, KronLaplace, Laplace
 
@@ -27,4 +28,5 @@ __all__ = [
     "__version__",
     "kron_factors",
     "make_likelihood",
+    "marglik_training",
 ]

@@ -10,9 +10,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from laplace_ws._version import __version__
-from laplace_ws.config import RunConfig, UnknownKeyError, check_keys, config_keys, flatten
-from laplace_ws.marglik.experiment import run_experiment
-from laplace_ws.marglik.run_folder import ExperimentError, summary_table
+from laplace_ws.experiment.config import RunConfig, UnknownKeyError, check_keys, config_keys, flatten
+from laplace_ws.experiment.folder import ExperimentError, summary_table
+from laplace_ws.experiment.run import run_experiment
 from laplace_ws.marglik.schedule import TrainingDiverged
 from laplace_ws.report import ReportInputError, write_report
 

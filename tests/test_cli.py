@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from laplace_ws.cli import main, parse_train
-from laplace_ws.config import RunConfig, UnknownKeyError, check_keys, config_keys, flatten
-from laplace_ws.marglik import experiment
-from laplace_ws.marglik.experiment import run_experiment
+from laplace_ws.experiment import run as experiment
+from laplace_ws.experiment.config import RunConfig, UnknownKeyError, check_keys, config_keys, flatten
+from laplace_ws.experiment.run import run_experiment
 from laplace_ws.report import load_run
 
 SETTINGS = {
@@ -147,8 +147,8 @@ def test_a_finished_run_is_replaced_whole(config_file, tmp_path):
 def test_resume_after_an_interrupt_gives_the_same_files(config_file, finished, tmp_path, monkeypatch, capsys):
     real = experiment.epoch_logger
 
-    def interrupted_logger(run, *args):
-        log = real(run, *args)
+    def interrupted_logger(config, run, *args):
+        log = real(config, run, *args)
 
         def logged(record):
             log(record)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from laplace_ws.config import RunConfig, config_keys, flatten
+from laplace_ws.experiment.config import RunConfig, config_keys, flatten
 from laplace_ws.marglik.checkpoint import check_settings, load_checkpoint
 from laplace_ws.marglik.trainer import Record
 

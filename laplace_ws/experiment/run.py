@@ -19,12 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laplace_ws._version import __version__
-from laplace_ws.config import ModelConfig, RunConfig
 from laplace_ws.data import ImageData, TensorLoader, load_dataset, random_crop_flip
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
-from laplace_ws.marglik.checkpoint import CheckpointError
-from laplace_ws.marglik.hyperparameters import PriorStructure
-from laplace_ws.marglik.run_folder import (
+from laplace_ws.experiment.config import ModelConfig, RunConfig
+from laplace_ws.experiment.folder import (
     METRICS,
     SUMMARY,
     ExperimentError,
@@ -34,6 +32,8 @@ from laplace_ws.marglik.run_folder import (
     write_metrics,
     write_whole,
 )
+from laplace_ws.marglik.checkpoint import CheckpointError
+from laplace_ws.marglik.hyperparameters import PriorStructure
 from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 from laplace_ws.marglik.trainer import Record
 from laplace_ws.marglik.training import MarglikResult, marglik_training

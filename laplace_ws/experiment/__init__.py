@@ -1,0 +1,1 @@
+"""Runs of the command line: a configuration in, a folder of figures and checkpoints out."""
