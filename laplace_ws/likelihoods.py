@@ -6,6 +6,7 @@ Outputs are `[N, C]` (one loss term per example), `[N, T, C]` (T terms per examp
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -55,11 +56,11 @@ class Likelihood(ABC):
     def predictive_mean(self, f: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
         """E[y | f]: class probabilities, or the regression mean."""
 
-    def at_unit_noise(self) -> Likelihood:
-        """This likelihood with σ = 1."""
+    def at_noise(self, sigma_noise: float) -> Likelihood:
+        """This likelihood with another σ; itself, where there is no noise."""
         return self
 
-    def nll_at_noise(self, unit_nll_sum: Tensor, n_targets: int, sigma_noise: Tensor) -> Tensor:
+    def nll_at_noise(self, unit_nll_sum: Tensor, n_targets: float, sigma_noise: Tensor) -> Tensor:
         """Turn the summed NLL at σ = 1 into the one at `sigma_noise` (the same, where there is no noise)."""
         return unit_nll_sum
 
@@ -96,10 +97,15 @@ class Categorical(Likelihood):
 
     def check(self, f: Tensor, y: Tensor) -> None:
         """See `Likelihood.check`."""
-        if f.ndim < 2 or f.shape[-1] < 2:
+        if f.ndim not in (2, 3) or f.shape[-1] < 2:
+            mend = (
+                "flatten the positions and put the classes last (f.flatten(2).mT for [N, C, H, W])"
+                if f.ndim > 3
+                else 'use likelihood="binary" for a single logit'
+            )
             raise InvalidBatchError(
                 f"the classification likelihood needs outputs [N, C] or [N, T, C] with C of at least 2, but the model gave "
-                f'{tuple(f.shape)}; use likelihood="binary" for a single logit.'
+                f"{tuple(f.shape)}; {mend}."
             )
         if y.shape != f.shape[:-1]:
             raise InvalidBatchError(
@@ -173,8 +179,8 @@ class Gaussian(Likelihood):
 
     def nll_sum(self, f: Tensor, y: Tensor) -> Tensor:
         """See `Likelihood.nll_sum`."""
-        unit = 0.5 * (f - y).square().sum() + y.numel() * _HALF_LOG_TWO_PI
-        return self.nll_at_noise(unit, y.numel(), torch.as_tensor(self.sigma_noise, dtype=f.dtype, device=f.device))
+        half_square_error = 0.5 * (f - y).square().sum()
+        return half_square_error / self.sigma_noise**2 + y.numel() * (math.log(self.sigma_noise) + _HALF_LOG_TWO_PI)
 
     def hessian_columns(self, f: Tensor) -> Iterator[Tensor]:
         """Unit vectors divided by σ."""
@@ -192,11 +198,13 @@ class Gaussian(Likelihood):
         """The outputs themselves."""
         return f
 
-    def at_unit_noise(self) -> Gaussian:
-        """See `Likelihood.at_unit_noise`."""
-        return Gaussian()
+    def at_noise(self, sigma_noise: float) -> Gaussian:
+        """See `Likelihood.at_noise`."""
+        other = copy.copy(self)
+        other.sigma_noise = float(sigma_noise)
+        return other
 
-    def nll_at_noise(self, unit_nll_sum: Tensor, n_targets: int, sigma_noise: Tensor) -> Tensor:
+    def nll_at_noise(self, unit_nll_sum: Tensor, n_targets: float, sigma_noise: Tensor) -> Tensor:
         """See `Likelihood.nll_at_noise`."""
         half_square_error = unit_nll_sum - n_targets * _HALF_LOG_TWO_PI
         return half_square_error / sigma_noise**2 + n_targets * (sigma_noise.log() + _HALF_LOG_TWO_PI)

@@ -73,12 +73,19 @@ def check_devices(model: nn.Module, *tensors: Tensor) -> None:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode with gradients enabled, and leave each in the mode it was in."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "curvature needs gradients, which torch.inference_mode() rules out; leave it, or use torch.no_grad()."
+        )
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with torch.enable_grad():
             yield
     finally:
+        for module, training in modes:
+            if type(module).train is not nn.Module.train:  # it may do more than set the flag
+                module.train(training)
         for module, training in modes:
             module.training = training
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 
@@ -9,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace_ws.curvature.backend import Backend, Linearisation, check_devices, evaluation_mode, trainable_parameters
+from laplace_ws.curvature.backend import Backend, check_devices, evaluation_mode, trainable_parameters
+from laplace_ws.curvature.checks import check_linearisation
 from laplace_ws.curvature.native import NativeBackend
-from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
+from laplace_ws.errors import InvalidBatchError
 from laplace_ws.kfac.accumulate import Accumulator, DenseAccumulator, DiagAccumulator, KronAccumulator
 from laplace_ws.kfac.approximation import KfacApproxSpec, approximation_by_parameter
 from laplace_ws.likelihoods import Likelihood, make_likelihood
@@ -55,8 +58,12 @@ def make_backend(backend: str | Backend) -> Backend:
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """A generator of our own, seeded as torch is: reproducible after `torch.manual_seed`, which it leaves alone."""
-    return torch.Generator(device).manual_seed(torch.initial_seed() % 2**63)
+    """A generator of our own: reproducible after `torch.manual_seed`, and independent of what torch itself draws.
+
+    Two that are made under one seed give the same numbers; pass a generator where a second draw is to be a fresh one.
+    """
+    seed = hashlib.sha256(f"laplace_ws {torch.initial_seed()}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(seed[:8], "big") % 2**63)
 
 
 class CurvatureSum:
@@ -103,6 +110,7 @@ class CurvatureSum:
         self.n_examples = 0
         self.n_targets = 0
         self.output_shape: tuple[int, ...] | None = None
+        self._checked = False
 
     def add_all(self, data: Batches) -> None:
         """Add every batch of an iterable.
@@ -122,19 +130,21 @@ class CurvatureSum:
         """Add one batch."""
         check_devices(self.model, x, y)
         with evaluation_mode(self.model):
+            if not self._checked and len(x) > 1:  # one example alone says nothing of how rows belong to examples
+                check_linearisation(self.backend, self.model, x, self.parameters)
+                self._checked = True
             linearisation = self.backend.linearise(self.model, x, self.parameters)
             f, uses = linearisation.outputs, linearisation.uses
             self.likelihood.check(f, y)
-            nll = self.likelihood.nll_sum(f, y).item()
-            if not torch.isfinite(torch.tensor(nll)):
+            nll = self.likelihood.nll_sum(f.double(), y).item()
+            if not math.isfinite(nll):
                 raise InvalidBatchError(
-                    f"the negative log likelihood of a batch is {nll}; the model or its inputs are not finite."
+                    f"the negative log likelihood of a batch is {nll}; look for NaN in its inputs or targets."
                 )
-            if not self.n_examples:
-                check_rows_by_example(linearisation)
-            self.accumulator.start_batch(uses, f.ndim)
-            for column in self._columns(f, y):
-                self.accumulator.add_columns(uses, linearisation.pullback(column[None]))
+            with torch.autocast(x.device.type, enabled=False):
+                self.accumulator.start_batch(uses, f.ndim)
+                for column in self._columns(f, y):
+                    self.accumulator.add_columns(uses, linearisation.pullback(column[None]))
         self.nll_sum += nll
         self.n_examples += len(x)
         self.n_targets += y.numel()
@@ -148,26 +158,6 @@ class CurvatureSum:
         else:
             for _ in range(self.mc_samples):
                 yield self.likelihood.sampled_column(f, self.generator) / self.mc_samples**0.5
-
-
-def check_rows_by_example(linearisation: Linearisation) -> None:
-    """Raise unless the rows of every use belong to the examples that their position says.
-
-    A model that puts another axis first (time, say), or that mixes examples, would give factors of a wrong scale in silence. So pull back
-    a vector that is zero for every other example: their rows must be zero at every use.
-    """
-    f = linearisation.outputs
-    if len(f) == 1:
-        return
-    probe = torch.ones_like(f)
-    probe[::2] = 0
-    for use, (g,) in zip(linearisation.uses, linearisation.pullback(probe[None]), strict=True):
-        by_example = g.reshape(use.n_examples, -1)
-        if by_example[::2].count_nonzero():
-            raise UnsupportedParameterError(
-                f"{use.parameters[0]!r} is used by {use.call} with rows that are not grouped by example: put the batch axis "
-                "first, and keep the examples of a batch apart, or freeze it (requires_grad_(False))."
-            )
 
 
 def kron_factors(

@@ -137,7 +137,7 @@ class _UseRecorder(TorchFunctionMode):
             why = (
                 "reaches the output through a call that cannot be seen from Python"
                 if seen
-                else "is not used in the forward pass"
+                else "has no gradient (it is not used in the forward pass, or a reentrant checkpoint hides it: use_reentrant=False)"
             )
             raise UnsupportedParameterError(f"{name!r} requires grad but {why}; {FREEZE_HINT}.")
         for tensor, version, name in self._versions:

@@ -17,7 +17,7 @@ from torch import Tensor
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import factors
 from laplace_ws.kfac.approximation import KfacApprox
-from laplace_ws.kfac.sharing import EmbeddingUse, MatrixUse, Use
+from laplace_ws.kfac.sharing import EmbeddingUse, MatrixUse, Use, at_least_float32
 from laplace_ws.matrices import CurvatureMatrix, Dense, Diag, Kron, KronBlock
 
 LARGEST_DENSE_VECTOR = 4096
@@ -37,7 +37,7 @@ class Accumulator(ABC):
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]):
-        self.parameters = {name: p.detach() for name, p in parameters.items()}
+        self.parameters = {name: at_least_float32(p.detach()) for name, p in parameters.items()}
         self.shapes = {name: p.shape for name, p in parameters.items()}
 
     def start_batch(self, uses: Sequence[Use], output_ndim: int) -> None:  # noqa: B027 - most need nothing
@@ -176,7 +176,7 @@ class DiagAccumulator(Accumulator):
 
     def __init__(self, parameters: Mapping[str, Tensor]):
         super().__init__(parameters)
-        self._diagonals = {name: torch.zeros_like(p.detach()) for name, p in parameters.items()}
+        self._diagonals = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
 
     def add_columns(self, uses: Sequence[Use], g: Gradients) -> None:
         """See `Accumulator.add_columns`."""
@@ -193,7 +193,7 @@ class DenseAccumulator(Accumulator):
 
     def __init__(self, parameters: Mapping[str, Tensor]):
         super().__init__(parameters)
-        first = next(iter(parameters.values()))
+        first = next(iter(self.parameters.values()))
         n_params = sum(shape.numel() for shape in self.shapes.values())
         self._matrix = torch.zeros(n_params, n_params, dtype=first.dtype, device=first.device)
 

@@ -21,6 +21,11 @@ from laplace_ws.kfac.conv import ConvGeometry, n_positions, patch_sum, patches
 from laplace_ws.kfac.factors import total
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, half precision widened: sums over data need more digits than activations have."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Use(ABC):
     """One call that reads parameters.
@@ -130,11 +135,11 @@ class LinearUse(MatrixUse):
 
     def inputs(self) -> Tensor:
         """See `MatrixUse.inputs`."""
-        return self.x.reshape(self.n_examples, -1, self.x.shape[-1])
+        return at_least_float32(self.x).reshape(self.n_examples, -1, self.x.shape[-1])
 
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""
-        return g.reshape(len(g), self.n_examples, -1, g.shape[-1])
+        return at_least_float32(g).reshape(len(g), self.n_examples, -1, g.shape[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,23 +161,23 @@ class ConvUse(MatrixUse):
 
     def inputs(self) -> Tensor:
         """See `MatrixUse.inputs`."""
-        a = patches(self.x, self.geometry)  # [*G, B, R, I]
+        a = patches(at_least_float32(self.x), self.geometry)  # [*G, B, R, I]
         return a.reshape(*a.shape[:-3], self.n_examples, -1, a.shape[-1])
 
     def input_sum(self) -> Tensor:
         """See `MatrixUse.input_sum`."""
-        a = patch_sum(self.x, self.geometry)  # [*G, B, I]
+        a = patch_sum(at_least_float32(self.x), self.geometry)  # [*G, B, I]
         return a.reshape(*a.shape[:-2], self.n_examples, -1, a.shape[-1]).sum(-2)
 
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""
-        g = g.flatten(3).transpose(2, 3)  # [K, B, R, G·O]
+        g = at_least_float32(g).flatten(3).transpose(2, 3)  # [K, B, R, G·O]
         g = g.reshape(len(g), self.n_examples, -1, g.shape[-1])
         return g if self.groups == 1 else g.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
 
     def output_gradient_sum(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradient_sum`; sums in the layout that g has."""
-        sums = g.sum(tuple(range(3, g.ndim)))  # [K, B, G·O]
+        sums = at_least_float32(g).sum(tuple(range(3, g.ndim)))  # [K, B, G·O]
         sums = sums.reshape(len(g), self.n_examples, -1, sums.shape[-1]).sum(2)
         return sums if self.groups == 1 else sums.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
 
@@ -198,7 +203,7 @@ class EmbeddingUse(MatrixUse):
 
     def inputs(self) -> Tensor:
         """One-hot inputs; zero at `padding_idx`, which gets no gradient."""
-        a = F.one_hot(self._rows(), self.weight_shape[0]).to(self.dtype)
+        a = F.one_hot(self._rows(), self.weight_shape[0]).to(torch.promote_types(self.dtype, torch.float32))
         if self.padding_idx is not None:
             a[..., self.padding_idx] = 0
         return a
@@ -206,15 +211,16 @@ class EmbeddingUse(MatrixUse):
     def input_sum(self) -> Tensor:
         """How often each example holds each index."""
         rows = self._rows()
-        counts = torch.zeros(self.n_examples, self.weight_shape[0], dtype=self.dtype, device=rows.device)
-        counts.scatter_add_(1, rows, torch.ones_like(rows, dtype=self.dtype))
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        counts = torch.zeros(self.n_examples, self.weight_shape[0], dtype=dtype, device=rows.device)
+        counts.scatter_add_(1, rows, torch.ones_like(rows, dtype=dtype))
         if self.padding_idx is not None:
             counts[:, self.padding_idx] = 0
         return counts
 
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""
-        return g.reshape(len(g), self.n_examples, -1, g.shape[-1])
+        return at_least_float32(g).reshape(len(g), self.n_examples, -1, g.shape[-1])
 
     def example_gradients(self, name: str, g: Tensor) -> Tensor:
         """See `Use.example_gradients`; gathers rows instead of multiplying by one-hot inputs."""
@@ -249,10 +255,11 @@ class ElementwiseUse(Use):
 
     def example_gradients(self, name: str, g: Tensor) -> Tensor:
         """See `Use.example_gradients`."""
-        constant = self.factor.numel() == 1
-        products = g if constant else g * self.factor  # [K, B, *out]
+        g, factor = at_least_float32(g), at_least_float32(self.factor)
+        constant = factor.numel() == 1
+        products = g if constant else g * factor  # [K, B, *out]
         summed = [axis + 2 for axis, size in enumerate(self.broadcast_shape) if size == 1]
         if summed:
             products = products.sum(summed, keepdim=True)
         grads = products.reshape(len(g), self.n_examples, -1, *self.shape).sum(2)
-        return grads * self.factor if constant else grads
+        return grads * factor.reshape(()) if constant else grads

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace_ws.matrices.base import CurvatureMatrix, eigenvalues, expand_per_weight
+from laplace_ws.matrices.base import CurvatureMatrix, clamp_eigenvalues, eigenvalues, expand_per_weight
 
 
 class Dense(CurvatureMatrix):
@@ -40,9 +40,17 @@ class Dense(CurvatureMatrix):
     def _eigenvalues(self) -> Tensor:
         return eigenvalues(self.matrix, "the dense curvature")
 
+    @cached_property
+    def _psd(self) -> Float[Tensor, "P P"]:
+        """H in float64 without the negative eigenvalues that rounding gives, so that every δ > 0 makes it definite."""
+        H = self.matrix.double()
+        values, vectors = torch.linalg.eigh((H + H.mT) / 2)
+        values = clamp_eigenvalues(values, torch.finfo(self.matrix.dtype).eps, "the dense curvature")
+        return (vectors * values) @ vectors.mT
+
     def damped(self, scale: Tensor, delta: Tensor) -> Float[Tensor, "P P"]:
         """scale·H + diag(δ), float64."""
-        return self.matrix.double() * scale.double() + torch.diag(expand_per_weight(delta, self.shapes).double())
+        return self._psd * scale.double() + torch.diag(expand_per_weight(delta, self.shapes).double())
 
     def log_det(self, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.log_det`; a scalar δ needs the eigenvalues only, which are kept."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from laplace_ws.curvature import Backend, CurvatureSum, make_backend, parse_curvature
 from laplace_ws.curvature.backend import check_devices, evaluation_mode, trainable_parameters
-from laplace_ws.curvature.compute import Batches, check_rows_by_example, default_generator
+from laplace_ws.curvature.checks import check_linearisation
+from laplace_ws.curvature.compute import Batches, default_generator
 from laplace_ws.errors import NotFittedError
 from laplace_ws.kfac import Accumulator
 from laplace_ws.likelihoods import Likelihood, make_likelihood
@@ -88,7 +89,7 @@ class BaseLaplace(ABC):
         self.n_outputs: int | None = None
         self._H: CurvatureMatrix | None = None
         self._unit_nll_sum = 0.0
-        self._n_targets = 0
+        self._n_targets = 0.0
 
     @abstractmethod
     def _make_accumulator(self, parameters: Mapping[str, nn.Parameter]) -> Accumulator:
@@ -104,12 +105,10 @@ class BaseLaplace(ABC):
             InvalidBatchError: the batch is on another device, or the outputs do not fit.
         """
         check_devices(self.model, x)
+        parameters = trainable_parameters(self.model)
         with evaluation_mode(self.model):
-            linearisation = self.backend.linearise(self.model, x, trainable_parameters(self.model))
-            check_rows_by_example(linearisation)
-            self._make_accumulator(trainable_parameters(self.model)).start_batch(
-                linearisation.uses, linearisation.outputs.ndim
-            )
+            linearisation = check_linearisation(self.backend, self.model, x, parameters)
+            self._make_accumulator(parameters).start_batch(linearisation.uses, linearisation.outputs.ndim)
 
     def fit(self, train_loader: Batches, *, n_data: int | None = None) -> None:
         """Take the curvature at the present weights, in one pass over the data; a fit replaces the one before.
@@ -124,7 +123,7 @@ class BaseLaplace(ABC):
         """
         total = CurvatureSum(
             self.model,
-            self.likelihood.at_unit_noise(),
+            self.likelihood.at_noise(1.0),
             self._make_accumulator,
             curvature=self.curvature,
             backend=self.backend,
@@ -138,7 +137,7 @@ class BaseLaplace(ABC):
         H = total.accumulator.result()
         self._H = H if factor == 1.0 else H * factor
         self._unit_nll_sum = total.nll_sum * factor
-        self._n_targets = round(total.n_targets * factor)
+        self._n_targets = total.n_targets * factor
         self.n_data = total.n_examples if n_data is None else n_data
         self.n_outputs = total.output_shape[-1] if total.output_shape else 1
         self.mean = self._flat_parameters()

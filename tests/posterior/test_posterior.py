@@ -77,13 +77,13 @@ def test_gradients_equal_finite_differences(structure, curvature):
 
 
 @pytest.mark.parametrize("curvature", ["ggn", "ef"])
-def test_noise_enters_the_curvature_as_the_likelihood_says(curvature):
+def test_noise_and_temperature_enter_the_curvature_as_the_likelihood_says(curvature):
     case = next(c for c in CASES if c.name == "mlp-regression")
-    la, x, y = fitted("full", case, curvature=curvature, sigma_noise=0.5, prior_precision=1.0)
+    la, x, y = fitted("full", case, curvature=curvature, sigma_noise=0.5, prior_precision=1.0, temperature=1.5)
     from laplace_ws import Gaussian
 
     oracle = {"ggn": exact.ggn, "ef": exact.empirical_fisher}[curvature]
-    truth = oracle(la.model, Gaussian(0.5), x, y) + torch.eye(la.n_params, dtype=torch.float64)
+    truth = oracle(la.model, Gaussian(0.5), x, y) / 1.5 + torch.eye(la.n_params, dtype=torch.float64)
     torch.testing.assert_close(la.posterior_precision, truth, rtol=1e-10, atol=1e-10)
 
 
@@ -163,8 +163,10 @@ def test_bad_input_is_said_in_one_sentence():
         la.fit([])
     with pytest.raises(InvalidBatchError, match="labels must lie in 0 … 2"):
         la.fit([(x, y + 5)])
-    with pytest.raises(InvalidBatchError, match="the negative log likelihood of a batch is nan"):
+    with pytest.raises(InvalidBatchError, match="outputs that are not finite; look for NaN"):
         la.fit([(x * math.nan, y)])
+    with pytest.raises(InvalidBatchError, match="the negative log likelihood of a batch is nan"):
+        la.fit([(x[:2], y[:2]), (x * math.nan, y)])
     with pytest.raises(InvalidBatchError, match="the batch is on meta and the model on cpu; move one of them"):
         la.fit([(x.to("meta"), y)])
     with pytest.raises(

@@ -1,0 +1,86 @@
+"""What a backend says of a model, held against autograd on a few examples, before any of it is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from laplace_ws.curvature.backend import Backend, Linearisation
+from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
+from laplace_ws.kfac.accumulate import example_gradients
+
+N_PROBED = 4
+"""Examples of the batch that are probed: few enough to cost nothing, enough to tell examples apart."""
+
+
+def check_linearisation(
+    backend: Backend, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]
+) -> Linearisation:
+    """Hold uses and gradients of the first few examples of a batch against autograd; returns their linearisation.
+
+    A use that a backend cannot see, an operation that mixes examples, or rows in another order than by example would give curvature
+    of a wrong scale in silence.
+
+    Raises:
+        UnsupportedParameterError: names the parameter, and what is wrong with its uses.
+        InvalidBatchError: the outputs are not finite.
+    """
+    x = x[:N_PROBED]
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        linearisation = backend.linearise(model, x, parameters)
+        f = model(x)
+    if not f.isfinite().all():
+        raise InvalidBatchError(
+            f"{type(model).__name__} gives outputs that are not finite; look for NaN in its weights or inputs."
+        )
+    if not torch.allclose(f, linearisation.outputs, rtol=_tolerance(f), atol=_tolerance(f) * f.abs().max().item()):
+        raise UnsupportedParameterError(
+            f"{type(model).__name__} gives other outputs for the same inputs, in eval mode; take out what is random in its forward pass."
+        )
+    generator = torch.Generator(f.device).manual_seed(0)
+    v = torch.randn(f.shape, dtype=torch.float32, device=f.device, generator=generator).to(f.dtype)
+    check_rows_by_example(linearisation, v)
+    check_gradients(linearisation, f, v, parameters)
+    return linearisation
+
+
+def check_rows_by_example(linearisation: Linearisation, v: Float[Tensor, "N ..."]) -> None:
+    """Raise unless a vector that is zero but for one example is pulled back to that example's rows alone."""
+    for n in {0, len(v) - 1}:
+        probe = torch.zeros_like(v)
+        probe[n] = v[n]
+        for use, (g,) in zip(linearisation.uses, linearisation.pullback(probe[None]), strict=True):
+            others = g.reshape(use.n_examples, -1).clone()
+            others[n] = 0
+            if others.count_nonzero():
+                raise UnsupportedParameterError(
+                    f"{use.parameters[0]!r} is used by {use.call} with rows that are not grouped by example: put the batch axis first, "
+                    "and keep the examples of a batch apart, or freeze it (requires_grad_(False))."
+                )
+
+
+def check_gradients(
+    linearisation: Linearisation, f: Tensor, v: Float[Tensor, "N ..."], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Raise unless the gradients that the uses give add up to those of autograd."""
+    expected = torch.autograd.grad(f, list(parameters.values()), v, allow_unused=True, materialize_grads=True)
+    g = linearisation.pullback(v[None])
+    largest = max(gradient.abs().max().item() for gradient in expected)
+    for (name, parameter), truth in zip(parameters.items(), expected, strict=True):
+        found = example_gradients(name, linearisation.uses, g).sum((0, 1)).to(truth.dtype)
+        allowed = _tolerance(parameter) * (truth.norm() + found.norm()) + torch.finfo(truth.dtype).eps * largest
+        if not (found - truth).norm() <= allowed:
+            calls = ", ".join(sorted({use.call for use in linearisation.uses if name in use.parameters}))
+            raise UnsupportedParameterError(
+                f"{name!r} is used by {calls}, but not by that alone: part of its gradient comes from a call that cannot be seen (compiled "
+                "or traced code, a custom autograd function, an in-place operation on a view); write it with plain calls, or freeze it "
+                "(requires_grad_(False))."
+            )
+
+
+def _tolerance(x: Tensor) -> float:
+    """Relative rounding error that two orders of the same sums may differ by."""
+    return 10 * torch.finfo(x.dtype).eps ** 0.5
