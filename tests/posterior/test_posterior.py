@@ -170,9 +170,9 @@ def test_bad_input_is_said_in_one_sentence():
     with pytest.raises(InvalidBatchError, match="the batch is on meta and the model on cpu; move one of them"):
         la.fit([(x.to("meta"), y)])
     with pytest.raises(
-        InvalidBatchError, match=r"one row of outputs for each of the 5 examples, but it returned shape \(1, 15\)"
+        InvalidBatchError, match=r"one row of outputs for each of the 4 examples, but it returned shape \(1, 12\)"
     ):
-        Laplace(nn.Sequential(model, nn.Flatten(0), nn.Unflatten(0, (1, 15))), "classification").fit([(x, y)])
+        Laplace(nn.Sequential(model, nn.Flatten(0), nn.Unflatten(0, (1, -1))), "classification").fit([(x, y)])
     with pytest.raises(ValueError, match=r"one of the shapes \[\[\], \[4\]\]"):
         la.prior_precision = torch.ones(7)
     with pytest.raises(ValueError, match="must be positive, but its smallest entry is -1"):
