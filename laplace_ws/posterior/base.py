@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from laplace_ws.curvature import Backend, CurvatureSum, make_backend, parse_curvature
 from laplace_ws.curvature.backend import check_devices, evaluation_mode, trainable_parameters
@@ -110,12 +112,13 @@ class BaseLaplace(ABC):
             linearisation = check_linearisation(self.backend, self.model, x, parameters)
             self._make_accumulator(parameters).start_batch(linearisation.uses, linearisation.outputs.ndim)
 
-    def fit(self, train_loader: Batches, *, n_data: int | None = None) -> None:
+    def fit(self, train_loader: Batches, *, n_data: int | None = None, progress_bar: bool = False) -> None:
         """Take the curvature at the present weights, in one pass over the data; a fit replaces the one before.
 
         Args:
             train_loader: iterable of batches (x, y).
             n_data: N that the data stand for, where they are a sample of a larger set: likelihood and curvature are scaled up to it.
+            progress_bar: show one, if stderr is a terminal.
 
         Raises:
             UnsupportedParameterError: a parameter that requires grad cannot be covered.
@@ -132,7 +135,8 @@ class BaseLaplace(ABC):
         )
         if tuple(total.parameters) != self.parameter_names:
             raise ValueError("other parameters require grad now than when the posterior was made; make a new one.")
-        total.add_all(train_loader)
+        hidden = not (progress_bar and sys.stderr.isatty())
+        total.add_all(tqdm(train_loader, desc="Laplace fit", unit="batch", disable=hidden))
         factor = 1.0 if n_data is None else n_data / total.n_examples
         H = total.accumulator.result()
         self._H = H if factor == 1.0 else H * factor
