@@ -243,6 +243,9 @@ def test_keys_cover_the_whole_configuration():
         (["--baselines.fixed_prior_precisions", "[1, 1.0]"], "twice"),
         (["--baselines.fixed_prior_precisions", "[-1]"], "positive"),
         (["--workers", "0"], "workers=0"),
+        (["--data.n_train", "60", "--marglik.prior_prec_init", "601"], "above its limit of 600"),
+        (["--data.n_train", "60", "--marglik.temperature_init", "-1"], "temperature starts at -1"),
+        (["--data.n_train", "60", "--marglik.lr", "0"], "marglik.lr=0"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(arguments, says, no_training, tmp_path, capsys):

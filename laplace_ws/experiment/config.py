@@ -67,9 +67,10 @@ class MarglikConfig:
         max_log_step: largest change of a logarithm at one tuning.
         fit_fraction: share of the batches that a tuning sees.
         prior_structure: which parameters share a prior precision; weight is for diag and full.
-        prior_prec_init: start of the prior precisions; 0.01 times the number of images if not given.
+        prior_prec_init: start of the prior precisions; 0.01 times the number of images if not given. With layerwise, the
+            elementwise scales and biases of norms and Fixup start at 1 whatever is given.
         temperature_init: temperature of the likelihood, at the start.
-        tune_temperature: whether to tune it.
+        tune_temperature: whether to tune it; the last epoch's network is kept then, not the best.
         hessian_structure: of the Laplace approximation.
         curvature: exact GGN, GGN by sampled labels, or empirical Fisher.
         kfac_approx: auto, expand or reduce, or a mapping from a pattern of layers to one of them.
@@ -108,7 +109,9 @@ class BaselinesConfig:
     """Networks trained beside the tuned one, from the same start and in the same order of batches.
 
     Attributes:
-        fixed_prior_precisions: one network each; divided by the number of images it is the weight decay.
+        fixed_prior_precisions: one network each; divided by the number of images it is the weight decay. With
+            marglik.prior_structure=layerwise it does not reach the elementwise scales and biases of norms and Fixup,
+            whose prior precision stays at 1 in all of these networks.
     """
 
     fixed_prior_precisions: list[float] = field(default_factory=list)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -15,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from laplace_ws._version import __version__
 from laplace_ws.data import ImageData, TensorLoader, load_dataset, random_crop_flip
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.experiment.config import ModelConfig, RunConfig
+from laplace_ws.experiment.evaluate import epoch_logger, figures
 from laplace_ws.experiment.folder import (
     METRICS,
     SUMMARY,
@@ -33,15 +32,13 @@ from laplace_ws.experiment.folder import (
     write_whole,
 )
 from laplace_ws.marglik.checkpoint import CheckpointError
-from laplace_ws.marglik.hyperparameters import PriorStructure
+from laplace_ws.marglik.hyperparameters import Hyperparameters, PriorGroups, PriorStructure
 from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 from laplace_ws.marglik.trainer import Record
-from laplace_ws.marglik.training import MarglikResult, marglik_training
-from laplace_ws.metrics import evaluate_classification, reliability_curve
+from laplace_ws.marglik.training import STIFF_START, marglik_training
 from laplace_ws.models import build_model
 
 FORMAT_VERSION = 1
-TEST_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,7 @@ def run_experiment(config: RunConfig, *, resume: bool = False) -> tuple[Path, Js
     with explained(ValueError, OSError, CheckpointError):
         check_config(config, tasks)
         data = load_data(config)
+        check_start(config, len(data.y_train))
         make_model(config, data)
         prepare_folder(folder, config, tasks, resume)
     with explained(UnsupportedParameterError, InvalidBatchError, CheckpointError, BrokenProcessPool):
@@ -120,6 +118,18 @@ def check_config(config: RunConfig, tasks: Sequence[Task]) -> None:
     marglik = config.marglik
     PriorStructure(marglik.prior_structure).check(marglik.hessian_structure)
     make_schedule(config)
+
+
+def check_start(config: RunConfig, n_train: int) -> None:
+    """Refuse a start that training would, while no worker has begun and nothing is written."""
+    m = config.marglik
+    if not m.lr > 0:
+        raise ValueError(f"marglik.lr={m.lr} must be positive")
+    start = STIFF_START * n_train if m.prior_prec_init is None else m.prior_prec_init
+    one_group = PriorGroups(("all",), torch.zeros(1, dtype=torch.long))
+    hyper = Hyperparameters(one_group, prior_precision=start, temperature=m.temperature_init)
+    if m.n_hypersteps:
+        hyper.check_start(n_train / m.lr)
 
 
 def make_schedule(config: RunConfig) -> Schedule:
@@ -259,59 +269,3 @@ def torch_settings(threads: int, seed: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads_before)
-
-
-def epoch_logger(
-    config: RunConfig, run: str, model: nn.Module, data: ImageData, path: Path
-) -> Callable[[Record], None]:
-    """Completes the record of an epoch by the test set's figures and appends it to the metrics file."""
-
-    def log(record: Record) -> None:
-        rest = dict(record)
-        record.clear()
-        record |= {"run": run, "epoch": rest.pop("epoch")}
-        record |= {"train_nll": rest.pop("train_nll"), "train_accuracy": rest.pop("train_accuracy")}
-        record |= {"test_nll": None, "test_accuracy": None}
-        if record["epoch"] % config.test_every == 0 or record["epoch"] == config.marglik.n_epochs:
-            f = outputs(model, data.x_test)
-            record["test_nll"] = finite_or_none(F.cross_entropy(f.double(), data.y_test).item())
-            record["test_accuracy"] = (f.argmax(-1) == data.y_test).double().mean().item()
-        record |= rest
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    return log
-
-
-def finite_or_none(value: float) -> float | None:
-    """JSON has no infinities."""
-    return value if math.isfinite(value) else None
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's outputs in eval mode, batch by batch; leaves every module's mode as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    f = torch.cat([model(part) for part in x.split(TEST_BATCH)])
-    for module, training in modes:
-        module.training = training
-    return f
-
-
-def figures(result: MarglikResult, data: ImageData) -> Json:
-    """The entry of one network in summary.json."""
-    f = outputs(result.model, data.x_test)
-    scores = evaluate_classification(f, data.y_test, kind="logits")
-    return {
-        "log_marginal_likelihood": result.la.log_marginal_likelihood().item(),
-        "test_nll": scores["nll"],
-        "test_accuracy": scores["accuracy"],
-        "test_ece": scores["ece"],
-        "train_seconds": result.train_seconds,
-        "curvature_seconds": result.curvature_seconds,
-        "best_epoch": result.best_epoch,
-        "prior_precision": result.prior_precision,
-        "collapsed": result.collapsed,
-        "reliability": reliability_curve(f.double().softmax(-1), data.y_test).to_dict(),
-    }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 FORMAT_VERSION = 1
+_SETTINGS_TO_NAME = 4
 
 
 class CheckpointError(RuntimeError):
@@ -53,10 +54,21 @@ def check_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) ->
     Raises:
         CheckpointError: names the settings that differ.
     """
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    differing = [sentence for key in wanted for sentence in differences(key, found.get(key), wanted[key])]
     if differing:
-        listed = ", ".join(f"{key} was {found.get(key)!r} and is {wanted[key]!r}" for key in differing)
-        raise CheckpointError(f"'{path}' belongs to a run with other settings ({listed}); remove it or set them back")
+        listed = ", ".join(differing[:_SETTINGS_TO_NAME])
+        more = f", and {len(differing) - _SETTINGS_TO_NAME} more" if len(differing) > _SETTINGS_TO_NAME else ""
+        raise CheckpointError(
+            f"'{path}' belongs to a run with other settings ({listed}{more}); remove it or set them back"
+        )
+
+
+def differences(key: str, found: Any, wanted: Any) -> list[str]:
+    """What differs, as "key was … and is …"; in sections of equal name, entry by entry."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = dict.fromkeys([*wanted, *found])
+        return [s for k in keys for s in differences(f"{key}.{k}", found.get(k), wanted.get(k))]
+    return [] if found == wanted else [f"{key} was {found!r} and is {wanted!r}"]
 
 
 def snapshot(module: nn.Module) -> dict[str, Any]:

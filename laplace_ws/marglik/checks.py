@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ class DataFacts:
     """What one pass over a loader tells.
 
     Attributes:
-        n_data: number of examples N, also of those that `drop_last` leaves out where the loader knows them (`n_data`).
+        n_data: number of examples N, also of those that `drop_last` leaves out where the loader knows them.
         n_batches: batches an epoch.
         x_first: inputs of one batch.
     """
@@ -33,17 +33,15 @@ def check_data(model: nn.Module, loader: Iterable[Any], likelihood: Likelihood) 
     """Go through the data once; the model runs on the first batch only, all targets are held against its outputs.
 
     Raises:
-        InvalidBatchError: no batch, a batch that is no pair, data on another device than the model, outputs or targets
-            that do not fit the likelihood.
+        InvalidBatchError: no batch, a batch that is no pair of tensors, a loader that can be iterated only once, data
+            on another device than the model, outputs or targets that do not fit the likelihood.
     """
+    if isinstance(loader, Generator):  # at once, as it may never end
+        raise one_pass_error(loader)
     n_data, n_batches = 0, 0
     x_first = row = torch.empty(0)
     for batch in loader:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise InvalidBatchError(
-                f"the loader must give pairs (x, y), but batch {n_batches} is a {type(batch).__name__}"
-            )
-        x, y = batch
+        x, y = check_pair(batch, n_batches)
         check_devices(model, x, y)
         if n_batches == 0:
             x_first, row = x, first_output(model, x, y, likelihood)
@@ -55,7 +53,43 @@ def check_data(model: nn.Module, loader: Iterable[Any], likelihood: Likelihood) 
         raise InvalidBatchError(
             "the loader gives no batch: is the data set empty, or smaller than a batch with drop_last?"
         )
-    return DataFacts(int(getattr(loader, "n_data", n_data)), n_batches, x_first)
+    # Some loaders are their own iterator and begin anew at each `iter`; only a second pass tells them from the others.
+    if isinstance(loader, Iterator) and sum(1 for _ in loader) == 0:
+        raise one_pass_error(loader)
+    return DataFacts(n_examples(loader, n_data), n_batches, x_first)
+
+
+def check_pair(batch: Any, number: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a batch."""
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        raise InvalidBatchError(f"the loader must give pairs (x, y), but batch {number} is a {type(batch).__name__}")
+    for name, value in zip("xy", batch, strict=True):
+        if not isinstance(value, Tensor):
+            raise InvalidBatchError(
+                f"{name} of batch {number} is a {type(value).__name__} but must be one tensor; "
+                "join its parts into one, and take them apart in the model"
+            )
+    return batch[0], batch[1]
+
+
+def one_pass_error(loader: Iterable[Any]) -> InvalidBatchError:
+    """The error for a loader that is used up after one pass."""
+    return InvalidBatchError(
+        f"the loader, a {type(loader).__name__}, can be iterated only once; pass the loader itself, "
+        "or a list of the batches"
+    )
+
+
+def n_examples(loader: Iterable[Any], n_seen: int) -> int:
+    """Number of examples N of a loader that gave `n_seen` in one pass."""
+    n_data = getattr(loader, "n_data", None)
+    if n_data is not None:
+        return int(n_data)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(batch_sampler, "sampler", None)
+    if getattr(batch_sampler, "drop_last", False) and isinstance(sampler, Sized):
+        return len(sampler)
+    return n_seen
 
 
 def first_output(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:

@@ -101,7 +101,8 @@ class Hyperparameters(nn.Module):
 
     Args:
         groups: which prior precision governs which parameter.
-        prior_precision: the value that every group starts from; `ELEMENTWISE`, beside others, from `ELEMENTWISE_START`.
+        prior_precision: the value that every group starts from, except that `ELEMENTWISE`, beside others, starts from
+            `ELEMENTWISE_START` whatever is given here, and stays there unless `ascend` changes it.
         sigma_noise: standard deviation of Gaussian observation noise at the start.
         temperature: of the likelihood, at the start.
         tune_prior, tune_sigma, tune_temperature: what `ascend` may change.
@@ -128,7 +129,7 @@ class Hyperparameters(nn.Module):
         super().__init__()
         self.groups = groups
         self.index = groups.index.to(device)
-        self.lr = lr
+        self.lr = float(lr)  # numpy's would go into Adam's state, and no checkpoint with it could be read back
         self.starts = {"prior_precision": prior_precision, "sigma_noise": sigma_noise, "temperature": temperature}
         tuned = {"prior_precision": tune_prior, "sigma_noise": tune_sigma, "temperature": tune_temperature}
         for name, start in self.starts.items():
@@ -141,7 +142,7 @@ class Hyperparameters(nn.Module):
             self.register_parameter(f"log_{name}", nn.Parameter(value, requires_grad=tuned[name]))
         self.tuned_names = [name for name, is_tuned in tuned.items() if is_tuned]
         self.tuned = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.tuned, lr=lr, maximize=True) if self.tuned else None
+        self.optimizer = torch.optim.Adam(self.tuned, lr=self.lr, maximize=True) if self.tuned else None
         self.reported: list[str] = []
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -213,6 +214,20 @@ class Hyperparameters(nn.Module):
         if self.log_prior_precision.requires_grad:
             self._report_collapse(stiffness)
         self.assign_to(la)
+
+    def check_start(self, stiffness: float) -> None:
+        """Refuse prior precisions that the first tuning would cut to their upper limit, see `ascend`.
+
+        Raises:
+            ValueError: names start, limit and mend.
+        """
+        highest, limit = self.log_prior_precision.max().exp().item(), math.exp(self._log_limit(stiffness))
+        if self.log_prior_precision.requires_grad and highest > limit * (1 + 1e-9):
+            raise ValueError(
+                f"a prior precision starts at {highest:.3g}, above its limit of {limit:.3g} (N/(lr·τ·σ²), where gradient "
+                f"steps become unstable, or {BOUNDS[1]:g}), to which tuning would cut it; lower prior_prec_init or the "
+                "learning rate"
+            )
 
     def collapsed(self, stiffness: float = math.inf) -> list[str]:
         """Names of the groups whose prior precision stands at its upper limit."""

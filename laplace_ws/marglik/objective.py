@@ -7,13 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from laplace_ws.likelihoods import Gaussian, Likelihood
-
-
-def with_noise(likelihood: Likelihood, sigma_noise: float) -> Likelihood:
-    """`likelihood` at another observation noise; itself where it has none."""
-    return Gaussian(sigma_noise) if isinstance(likelihood, Gaussian) else likelihood
-
 
 def neg_log_joint_mean(
     nll_mean: Tensor,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +24,11 @@ from laplace_ws.marglik.checkpoint import (
     set_rng_state,
     snapshot,
 )
-from laplace_ws.marglik.checks import DataFacts
+from laplace_ws.marglik.checks import DataFacts, one_pass_error
 from laplace_ws.marglik.hyperparameters import Hyperparameters
-from laplace_ws.marglik.objective import PriorGradient, with_noise
+from laplace_ws.marglik.objective import PriorGradient
+from laplace_ws.marglik.passes import pick, same_order_after
+from laplace_ws.marglik.plain import plain_record
 from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ class Progress:
 class Trainer:
     """Everything that one run holds; `run` trains.
 
-    `la` must be a posterior of `model`; its hyperparameters are kept equal to `hyper`.
+    `la` must be a posterior of `model`; its hyperparameters are kept equal to `hyper`. What `run` leaves is the state with
+    the highest log marginal likelihood, or the last one where the temperature is tuned: values at different τ do not
+    compare. With `fit_fraction` below 1 each is an estimate from its own subset of batches.
     """
 
     model: nn.Module
@@ -67,6 +70,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     schedule: Schedule
+    settings: dict[str, Any]
     checkpoint_path: Path | None = None
     on_epoch: Callable[[Record], None] | None = None
     progress_bar: bool = True
@@ -75,39 +79,23 @@ class Trainer:
         self.parameters = [p for _, p in self.named_parameters]
         self.n_data = self.facts.n_data
         self.device = self.parameters[0].device
-        self.stiffness = self.n_data / max(g.get("initial_lr", g["lr"]) for g in self.optimizer.param_groups)
+        lr = max(float(g.get("initial_lr", g["lr"])) for g in self.optimizer.param_groups)
+        self.stiffness = self.n_data / lr if lr > 0 else math.inf
+        self.keeps_last = "temperature" in self.hyper.tuned_names
         self.subset_generator = torch.Generator().manual_seed(self.la.generator.initial_seed())
         shuffler = getattr(self.loader, "generator", None)
         self.generators = [self.la.generator, self.subset_generator]
         self.generators += [shuffler] if isinstance(shuffler, torch.Generator) else []
-        self.settings = self._settings()
         self.progress = Progress()
         self.hyper.assign_to(self.la)
-
-    def _settings(self) -> dict[str, Any]:
-        """What must be the same for a run to be resumed; plain values."""
-        return {
-            **asdict(self.schedule),
-            "n_data": self.n_data,
-            "n_batches": self.facts.n_batches,
-            "n_params": self.la.n_params,
-            "likelihood": self.likelihood.name,
-            "hessian_structure": self.la.hessian_structure,
-            "curvature": self.la.curvature.value,
-            "mc_samples": self.la.mc_samples,
-            "optimizer": type(self.optimizer).__name__,
-            "lr": self.n_data / self.stiffness,
-            "lr_hyp": self.hyper.lr,
-            "tuned": self.hyper.tuned_names,
-            "n_prior_precisions": len(self.hyper.groups.names),
-            "starts": self.hyper.starts,
-        }
 
     def run(self) -> Progress:
         """Train to the last epoch, and leave model and hyperparameters at their best.
 
         Raises:
-            TrainingDiverged: a loss or a marginal likelihood is NaN or infinite.
+            TrainingDiverged: a loss or a marginal likelihood is NaN or infinite, or has no factorisation.
+            InvalidBatchError: the loader gave no batch.
+            TypeError: `on_epoch` put something into the record that a checkpoint cannot hold.
         """
         bar = tqdm(
             total=self.schedule.n_epochs,
@@ -157,6 +145,7 @@ class Trainer:
         }
         if self.on_epoch is not None:
             self.on_epoch(record)
+        record = plain_record(record)
         self.progress.history.append(record)
         if self.checkpoint_path is not None and self.schedule.is_round(epoch):
             save_checkpoint(self.checkpoint_path, self.state_dict())
@@ -169,7 +158,7 @@ class Trainer:
         """
         sigma, temperature = self.hyper.sigma_noise().item(), self.hyper.temperature().item()
         variance = sigma**2 if self.likelihood.has_noise else 1.0
-        likelihood = with_noise(self.likelihood, sigma)
+        likelihood = self.likelihood.at_noise(sigma)
         prior = PriorGradient(
             self.parameters, self.hyper.prior_precision(), n_data=self.n_data, scale=temperature * variance
         )
@@ -188,6 +177,8 @@ class Trainer:
             n_seen += len(y)
             if step % _STEPS_BETWEEN_LOSS_CHECKS == 0:
                 self._check_finite("the training loss", totals[0].item(), epoch)
+        if n_seen == 0:
+            raise one_pass_error(self.loader)
         nll_sum, correct = totals.tolist()
         self._check_finite("the training loss", nll_sum, epoch)
         self._check_finite("the regulariser", penalty := prior.penalty_mean(), epoch)
@@ -199,18 +190,14 @@ class Trainer:
         if not self.schedule.tunes(epoch):
             return None, 0.0
         start = time.perf_counter()
-        with same_order_after(self.loader):
-            try:
-                self.la.fit(self._some_batches(), n_data=self.n_data)
-            except InvalidBatchError as error:
-                raise TrainingDiverged(f"no fit was possible ({error})", epoch, self.checkpoint_on_disk()) from error
-        self.hyper.ascend(
-            self.la, self.schedule.n_hypersteps, max_log_step=self.schedule.max_log_step, stiffness=self.stiffness
-        )
-        log_marglik = self.la.log_marginal_likelihood().item()
+        try:
+            log_marglik = self._fit_and_ascend()
+        except (InvalidBatchError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise TrainingDiverged(f"no tuning was possible ({error})", epoch, self.checkpoint_on_disk()) from error
         self._check_finite("the log marginal likelihood", log_marglik, epoch)
         self.progress.margliks.append(log_marglik)
-        if self.progress.best is None or log_marglik > self.progress.best["log_marginal_likelihood"]:
+        best = self.progress.best
+        if best is None or self.keeps_last or log_marglik > best["log_marginal_likelihood"]:
             self.progress.best = {
                 "epoch": epoch,
                 "log_marginal_likelihood": log_marglik,
@@ -219,13 +206,22 @@ class Trainer:
             }
         return log_marglik, time.perf_counter() - start
 
+    def _fit_and_ascend(self) -> float:
+        """Tune at the present weights; returns the log marginal likelihood after it."""
+        with same_order_after(self.loader):
+            self.la.fit(self._some_batches(), n_data=self.n_data)
+        self.hyper.ascend(
+            self.la, self.schedule.n_hypersteps, max_log_step=self.schedule.max_log_step, stiffness=self.stiffness
+        )
+        return self.la.log_marginal_likelihood().item()
+
     def _some_batches(self) -> Iterable[tuple[Any, Tensor]]:
         """The loader, or a fresh random choice of its batches."""
         n_chosen = math.ceil(self.schedule.fit_fraction * self.facts.n_batches)
         if n_chosen == self.facts.n_batches:
             return self.loader
         order = torch.randperm(self.facts.n_batches, generator=self.subset_generator)
-        return _pick(self.loader, set(order[:n_chosen].tolist()))
+        return pick(self.loader, set(order[:n_chosen].tolist()))
 
     def _check_finite(self, what: str, value: float, epoch: int) -> None:
         if not math.isfinite(value):
@@ -279,23 +275,3 @@ def n_correct(f: Tensor, y: Tensor) -> Tensor:
         return torch.full((), math.nan, device=f.device)
     right = f.argmax(-1) == y if f.ndim == y.ndim + 1 else (f > 0) == (y > 0)
     return right.double().reshape(len(y), -1).mean(1).sum()
-
-
-@contextmanager
-def same_order_after(loader: Any) -> Iterator[None]:
-    """Let an extra pass over a loader that can save its state change nothing in the passes after it."""
-    state = loader.state_dict() if hasattr(loader, "load_state_dict") else None
-    try:
-        yield
-    finally:
-        if state is not None:
-            loader.load_state_dict(state)
-
-
-def _pick(loader: Iterable[tuple[Any, Tensor]], chosen: set[int]) -> Iterator[tuple[Any, Tensor]]:
-    last = max(chosen)
-    for i, batch in enumerate(loader):
-        if i in chosen:
-            yield batch
-        if i == last:
-            return

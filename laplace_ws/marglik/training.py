@@ -17,11 +17,13 @@ from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.marglik.checkpoint import left_as_found
 from laplace_ws.marglik.checks import check_data
 from laplace_ws.marglik.hyperparameters import Hyperparameters, PriorStructure, prior_groups
+from laplace_ws.marglik.optimizers import make_optimizer, make_scheduler, scheduler_options
+from laplace_ws.marglik.passes import same_order_after
 from laplace_ws.marglik.schedule import Schedule
-from laplace_ws.marglik.trainer import Progress, Record, Trainer, same_order_after
+from laplace_ws.marglik.settings import run_settings
+from laplace_ws.marglik.trainer import Progress, Record, Trainer
 from laplace_ws.posterior import BaseLaplace, Laplace
 
-SGD_DEFAULTS = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
 STIFF_START = 0.01
 """Prior precision at the start, in units of the number of examples."""
 
@@ -39,9 +41,10 @@ class MarglikResult:
         model: the model that was passed, now at its best.
         margliks: log marginal likelihood in nats at each tuning; higher is better.
         losses: the MAP objective of each epoch, in nats per example.
-        history: one record an epoch, as `on_epoch` got them.
+        history: one record an epoch, as `on_epoch` left them.
         prior_precision: of every parameter by name, at the best; a geometric mean where every weight has its own.
-        best_epoch: the epoch whose weights and hyperparameters were kept.
+        best_epoch: the epoch whose weights and hyperparameters were kept: the one with the highest log marginal likelihood,
+            or the last where the temperature was tuned.
         collapsed: groups of parameters whose prior precision ended at its upper limit.
         train_seconds: wall time of it all, without `on_epoch`.
         curvature_seconds: the part of it that went into fits and steps on the hyperparameters.
@@ -101,20 +104,23 @@ def marglik_training(
     learning rate means the same throughout. After `n_epochs_burnin` epochs, every `marglik_frequency` epochs and
     after the last one, the Laplace approximation is fitted at the present weights and the logarithms of the
     hyperparameters take `n_hypersteps` steps of Adam up its log marginal likelihood. The weights and hyperparameters
-    with the highest log marginal likelihood are kept, and the posterior is fitted there on all the data.
+    with the highest log marginal likelihood are kept, and the posterior is fitted there on all the data. With
+    `fit_fraction` below 1 that is the highest among estimates from different subsets of the batches, so it owes
+    something to chance. With `tune_temperature` the last weights and hyperparameters are kept instead: values at
+    different τ do not compare, and the highest is mostly the one at the largest τ.
 
     The model is trained in place. The mode of its modules, its `.grad` and torch's global random state are left as
     they were. Gradient steps run with all modules in train mode, curvature with all in eval mode.
 
     Args:
         model: the network; what does not require grad stays as it is and gets no prior.
-        train_loader: gives pairs (x, y) on the model's device, anew each time it is iterated.
+        train_loader: gives pairs (x, y) of tensors on the model's device, anew each time it is iterated.
         likelihood: "classification", "regression", "binary", or a likelihood.
         hessian_structure: "kron", "diag" or "full".
         curvature, kfac_approx, backend, mc_samples: as for `Laplace`.
         final_curvature: of the posterior that is returned; `curvature` where not given.
         optimizer_cls, optimizer_kwargs: for the weights; SGD with lr 0.1 and Nesterov momentum 0.9 where not given.
-            Without weight decay: that is the prior's part.
+            Without weight decay, that is the prior's part, and without a closure, which rules out LBFGS.
         scheduler_cls, scheduler_kwargs: stepped after every batch; a cosine to zero where not given.
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction: see `Schedule`.
             `n_hypersteps=0` trains at fixed hyperparameters.
@@ -122,22 +128,29 @@ def marglik_training(
         prior_structure: "scalar", "layerwise" (a bias shares its layer's; the scales and biases of
             normalisations and Fixup share one, which starts at 1), "parameter" (one a tensor), or
             "weight" (for "diag" and "full").
-        prior_prec_init: start of all prior precisions; 0.01·N where not given, because tuning finds its way better from
-            a stiff start than from a loose one.
+        prior_prec_init: start of the prior precisions; 0.01·N where not given, because tuning finds its way better from
+            a stiff start than from a loose one. Where something is tuned, at most N/(lr·τ·σ²), the limit of stable
+            steps. With prior_structure="layerwise" it does not reach the group of elementwise scales and biases: that
+            one starts at 1, and with `n_hypersteps=0` it stays at 1, whatever is given here. "scalar" and "parameter"
+            give these the same start as all others.
         sigma_noise_init, temperature_init: start of noise (the likelihood's own where not given) and temperature.
         fix_sigma_noise, tune_temperature: what is tuned besides the priors; the noise is, the temperature is not (its
             likelihood is not normalised: `TemperatureWarning`).
         checkpoint_path: where to keep a checkpoint, written after every tuning.
-        resume: go on from `checkpoint_path` if it exists. The result is that of the uninterrupted run.
-        on_epoch: called after every epoch with a record of it, to which it may add.
+        resume: go on from `checkpoint_path` if it exists; it must be of the same settings. The result is that of the
+            uninterrupted run.
+        on_epoch: called after every epoch with a record of it, to which it may add numbers, strings, None, and dicts and
+            lists of them.
         progress_bar: show one, if stderr is a terminal.
 
     Raises:
         UnsupportedParameterError: a parameter has no curvature block; before training.
-        InvalidBatchError: the data do not fit model or likelihood; before training.
+        InvalidBatchError: the data do not fit model or likelihood, or can be iterated only once; before training.
         ValueError: an option is out of its range; before training.
         CheckpointError: the checkpoint is damaged or belongs to another run.
-        TrainingDiverged: the loss became NaN or infinite; the model is back at its last good epoch.
+        TrainingDiverged: the loss became NaN or infinite, or the curvature could not be factorised; the model is back at
+            its last good epoch.
+        TypeError: `on_epoch` put something else into the record, which is named.
 
     Source: Immer et al. 2021, "Scalable marginal likelihood estimation for model selection in deep learning".
     """
@@ -168,6 +181,18 @@ def marglik_training(
             device=device,
         )
         optimizer = make_optimizer(optimizer_cls, optimizer_kwargs, named_parameters)
+        lr_options = scheduler_options(scheduler_cls, scheduler_kwargs, n_epochs * facts.n_batches)
+        scheduler = make_scheduler(scheduler_cls, lr_options, optimizer)
+        settings = run_settings(
+            schedule=schedule,
+            facts=facts,
+            la=la,
+            final_curvature=final_curvature or curvature,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            scheduler_kwargs=lr_options,
+            hyper=hyper,
+        )
         trainer = Trainer(
             model=model,
             loader=train_loader,
@@ -177,12 +202,15 @@ def marglik_training(
             hyper=hyper,
             la=la,
             optimizer=optimizer,
-            scheduler=make_scheduler(scheduler_cls, scheduler_kwargs, optimizer, n_epochs * facts.n_batches),
+            scheduler=scheduler,
             schedule=schedule,
+            settings=settings,
             checkpoint_path=None if checkpoint_path is None else Path(checkpoint_path),
             on_epoch=on_epoch,
             progress_bar=progress_bar,
         )
+        if n_hypersteps:
+            hyper.check_start(trainer.stiffness)
         if resume and trainer.checkpoint_on_disk() is not None:
             trainer.resume()
         progress = trainer.run()
@@ -215,43 +243,6 @@ def kfac_option(hessian_structure: str, kfac_approx: str | Mapping[str, str]) ->
     if kfac_approx != "auto":
         raise ValueError(f'kfac_approx={kfac_approx!r} is for hessian_structure="kron", not "{hessian_structure}"')
     return {}
-
-
-def make_optimizer(
-    optimizer_cls: type[torch.optim.Optimizer],
-    optimizer_kwargs: Mapping[str, Any] | None,
-    named_parameters: list[tuple[str, nn.Parameter]],
-) -> torch.optim.Optimizer:
-    """The optimiser of the weights.
-
-    Raises:
-        ValueError: it would decay the weights a second time.
-    """
-    if optimizer_kwargs is None:
-        optimizer_kwargs = SGD_DEFAULTS if optimizer_cls is torch.optim.SGD else {}
-    optimizer = optimizer_cls([p for _, p in named_parameters], **optimizer_kwargs)
-    decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
-    if decay:
-        raise ValueError(
-            f"{optimizer_cls.__name__} has weight_decay={decay}, but the prior is the weight decay: "
-            "pass weight_decay=0 and set prior_prec_init to weight decay times the number of examples"
-        )
-    return optimizer
-
-
-def make_scheduler(
-    scheduler_cls: type[Any] | None,
-    scheduler_kwargs: Mapping[str, Any] | None,
-    optimizer: torch.optim.Optimizer,
-    n_steps: int,
-) -> Any:
-    """The learning rate's schedule over `n_steps` gradient steps."""
-    if scheduler_cls is None:
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    kwargs = dict(scheduler_kwargs or {})
-    if scheduler_cls is torch.optim.lr_scheduler.CosineAnnealingLR:
-        kwargs.setdefault("T_max", n_steps)
-    return scheduler_cls(optimizer, **kwargs)
 
 
 def make_result(la: BaseLaplace, trainer: Trainer, progress: Progress, refit_seconds: float) -> MarglikResult:

@@ -1,0 +1,77 @@
+"""How well a network predicts the test set: after each epoch, and at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laplace_ws.data import ImageData
+from laplace_ws.experiment.config import RunConfig
+from laplace_ws.experiment.folder import Json
+from laplace_ws.marglik.trainer import Record
+from laplace_ws.marglik.training import MarglikResult
+from laplace_ws.metrics import evaluate_classification, reliability_curve
+
+TEST_BATCH = 500
+
+
+def epoch_logger(
+    config: RunConfig, run: str, model: nn.Module, data: ImageData, path: Path
+) -> Callable[[Record], None]:
+    """Completes the record of an epoch by the test set's figures and appends it to the metrics file."""
+
+    def log(record: Record) -> None:
+        rest = dict(record)
+        record.clear()
+        record |= {"run": run, "epoch": rest.pop("epoch")}
+        record |= {"train_nll": rest.pop("train_nll"), "train_accuracy": rest.pop("train_accuracy")}
+        record |= {"test_nll": None, "test_accuracy": None}
+        if record["epoch"] % config.test_every == 0 or record["epoch"] == config.marglik.n_epochs:
+            f = outputs(model, data.x_test)
+            record["test_nll"] = finite_or_none(F.cross_entropy(f.double(), data.y_test).item())
+            record["test_accuracy"] = (f.argmax(-1) == data.y_test).double().mean().item()
+        record |= rest
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    return log
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no infinities."""
+    return value if math.isfinite(value) else None
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's outputs in eval mode, batch by batch; leaves every module's mode as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    f = torch.cat([model(part) for part in x.split(TEST_BATCH)])
+    for module, training in modes:
+        module.training = training
+    return f
+
+
+def figures(result: MarglikResult, data: ImageData) -> Json:
+    """The entry of one network in summary.json."""
+    f = outputs(result.model, data.x_test)
+    scores = evaluate_classification(f, data.y_test, kind="logits")
+    return {
+        "log_marginal_likelihood": result.la.log_marginal_likelihood().item(),
+        "test_nll": scores["nll"],
+        "test_accuracy": scores["accuracy"],
+        "test_ece": scores["ece"],
+        "train_seconds": result.train_seconds,
+        "curvature_seconds": result.curvature_seconds,
+        "best_epoch": result.best_epoch,
+        "prior_precision": result.prior_precision,
+        "collapsed": result.collapsed,
+        "reliability": reliability_curve(f.double().softmax(-1), data.y_test).to_dict(),
+    }

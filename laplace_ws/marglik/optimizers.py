@@ -1,0 +1,65 @@
+"""The optimiser of the weights, and the schedule of its learning rate."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_ws.marglik.plain import unwrapped
+
+SGD_DEFAULTS = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+
+
+def make_optimizer(
+    optimizer_cls: type[torch.optim.Optimizer],
+    optimizer_kwargs: Mapping[str, Any] | None,
+    named_parameters: list[tuple[str, nn.Parameter]],
+) -> torch.optim.Optimizer:
+    """The optimiser of the weights.
+
+    Raises:
+        ValueError: it would decay the weights a second time, or cannot step without a closure.
+    """
+    if optimizer_kwargs is None:
+        optimizer_kwargs = SGD_DEFAULTS if optimizer_cls is torch.optim.SGD else {}
+    optimizer = optimizer_cls([p for _, p in named_parameters], **without_numpy(optimizer_kwargs))
+    name = type(optimizer).__name__
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{name} cannot step without a closure that computes the loss again, which training does not give; "
+            "choose another optimizer_cls, such as torch.optim.SGD or torch.optim.Adam"
+        )
+    decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
+    if decay:
+        raise ValueError(
+            f"{name} has weight_decay={decay}, but the prior is the weight decay: "
+            "pass weight_decay=0 and set prior_prec_init to weight decay times the number of examples"
+        )
+    return optimizer
+
+
+def scheduler_options(
+    scheduler_cls: type[Any] | None, scheduler_kwargs: Mapping[str, Any] | None, n_steps: int
+) -> dict[str, Any]:
+    """The scheduler's options, with what is not given set for a run of `n_steps` gradient steps."""
+    if scheduler_cls is None:
+        return {"factor": 1.0}
+    is_cosine = scheduler_cls is torch.optim.lr_scheduler.CosineAnnealingLR
+    return without_numpy(({"T_max": n_steps} if is_cosine else {}) | dict(scheduler_kwargs or {}))
+
+
+def make_scheduler(
+    scheduler_cls: type[Any] | None, options: Mapping[str, Any], optimizer: torch.optim.Optimizer
+) -> Any:
+    """The learning rate's schedule, stepped once a gradient step; constant for None."""
+    return (scheduler_cls or torch.optim.lr_scheduler.ConstantLR)(optimizer, **options)
+
+
+def without_numpy(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with numpy's scalars made plain, so that a checkpoint with them in it can be read back."""
+    return {key: value if isinstance(value, Tensor) else unwrapped(value) for key, value in options.items()}

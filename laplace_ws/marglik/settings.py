@@ -1,0 +1,64 @@
+"""What a run must have in common with the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from laplace_ws.marglik.checks import DataFacts
+from laplace_ws.marglik.hyperparameters import Hyperparameters
+from laplace_ws.marglik.plain import described
+from laplace_ws.marglik.schedule import Schedule
+
+if TYPE_CHECKING:
+    from laplace_ws.posterior import BaseLaplace
+
+
+def run_settings(
+    *,
+    schedule: Schedule,
+    facts: DataFacts,
+    la: BaseLaplace,
+    final_curvature: str,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    scheduler_kwargs: Mapping[str, Any],
+    hyper: Hyperparameters,
+) -> dict[str, Any]:
+    """All options that the result depends on, as plain values; of a function only its name."""
+    return described(
+        {
+            **asdict(schedule),
+            "n_data": facts.n_data,
+            "n_batches": facts.n_batches,
+            "n_params": la.n_params,
+            **la._options(),
+            "backend": la.backend.name,
+            "final_curvature": final_curvature,
+            "optimizer": type(optimizer).__name__,
+            "optimizer_kwargs": optimizer_options(optimizer),
+            "scheduler": type(scheduler).__name__,
+            "scheduler_kwargs": scheduler_kwargs,
+            "lr_hyp": hyper.lr,
+            "tuned": hyper.tuned_names,
+            # One name a weight would be long; the number of groups tells "weight" from "parameter".
+            "prior_groups": list(dict.fromkeys(hyper.groups.names)),
+            "n_prior_precisions": len(hyper.groups.names),
+            "starts": hyper.starts,
+        }
+    )
+
+
+def optimizer_options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Options of an optimiser before its first step, by the number of the group where there are several."""
+    options = [_options_of(group) for group in optimizer.param_groups]
+    return options[0] if len(options) == 1 else {str(i): group for i, group in enumerate(options)}
+
+
+def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    # A scheduler has already set "lr" to that of the first step, and keeps the one given as "initial_lr".
+    options = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
+    return options | {"lr": group.get("initial_lr", group["lr"])}
