@@ -72,6 +72,7 @@ def figures(result: MarglikResult, data: ImageData) -> Json:
         "curvature_seconds": result.curvature_seconds,
         "best_epoch": result.best_epoch,
         "prior_precision": result.prior_precision,
+        "prior_group": result.prior_group,
         "collapsed": result.collapsed,
         "reliability": reliability_curve(f.double().softmax(-1), data.y_test).to_dict(),
     }

@@ -61,6 +61,12 @@ class PriorGroups:
     names: tuple[str, ...] | list[str]
     index: Tensor
 
+    def by_parameter(self, parameter_names: Sequence[str]) -> dict[str, str]:
+        """Name of each parameter's group; its own where every weight has a prior precision."""
+        if len(self.index) != len(parameter_names):
+            return {name: name for name in parameter_names}
+        return {name: self.names[i] for name, i in zip(parameter_names, self.index.tolist(), strict=True)}
+
 
 def layer_of(name: str, shapes: dict[str, torch.Size]) -> str:
     """The group of a parameter under `prior_structure="layerwise"`.

@@ -43,6 +43,7 @@ class MarglikResult:
         losses: the MAP objective of each epoch, in nats per example.
         history: one record an epoch, as `on_epoch` left them.
         prior_precision: of every parameter by name, at the best; a geometric mean where every weight has its own.
+        prior_group: which group each parameter shares its prior precision with.
         best_epoch: the epoch whose weights and hyperparameters were kept: the one with the highest log marginal likelihood,
             or the last where the temperature was tuned.
         collapsed: groups of parameters whose prior precision ended at its upper limit.
@@ -56,6 +57,7 @@ class MarglikResult:
     losses: list[float]
     history: list[Record]
     prior_precision: dict[str, float]
+    prior_group: dict[str, str]
     best_epoch: int
     collapsed: list[str]
     train_seconds: float
@@ -254,6 +256,7 @@ def make_result(la: BaseLaplace, trainer: Trainer, progress: Progress, refit_sec
         losses=progress.losses,
         history=progress.history,
         prior_precision=trainer.hyper.by_parameter(trainer.named_parameters),
+        prior_group=trainer.hyper.groups.by_parameter([name for name, _ in trainer.named_parameters]),
         best_epoch=progress.best["epoch"] if progress.best else progress.epoch,
         collapsed=trainer.hyper.collapsed(trainer.stiffness) if trainer.schedule.n_hypersteps else [],
         train_seconds=progress.train_seconds + refit_seconds,

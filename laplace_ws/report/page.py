@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from laplace_ws.marglik.hyperparameters import ELEMENTWISE, ELEMENTWISE_START
 from laplace_ws.report.figures import reliability_pictures, training_pictures
 from laplace_ws.report.precision_figures import precision_pictures
 from laplace_ws.report.records import RunRecord, load_run
@@ -120,7 +121,12 @@ def _head(record: RunRecord) -> str:
 def _table_notes(record: RunRecord) -> str:
     if not record.fixed:
         return ""
+    shared = record.tuned.prior_precision.get(ELEMENTWISE)
     notes = [
+        f"Prior precision and weight decay are of the layers. Elementwise scales and biases share one prior precision of their own: "
+        f"{shared:.3g} in the tuned network, {ELEMENTWISE_START:g} in the fixed ones."
+        if shared is not None
+        else None,
         "Best value of a column in bold. Each row is one training run, so small differences may be noise of the seed.",
         evidence_check(record),
     ]

@@ -22,6 +22,7 @@ from laplace_ws.report.style import (
     report_style,
     to_svg,
 )
+from laplace_ws.report.table import layers_of
 
 _MOST_LINES = 8
 _MOST_NAMES = 64
@@ -245,7 +246,7 @@ def _best_fixed(record: RunRecord) -> tuple[str, float] | None:
     if not models:
         return None
     best = min(models, key=nll)
-    values = set(best.prior_precision.values())
+    values = set(layers_of(best.prior_precision).values())
     if len(values) != 1 or not _is_positive(value := values.pop()):
         return None
     return f"best {plain(best.label)}", value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,10 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """Final figures of one trained model; None where a figure was not computed."""
+    """Final figures of one trained model; None where a figure was not computed.
+
+    `prior_precision` is by group where the run says which parameters share one (`prior_group`), else by parameter.
+    """
 
     run: str
     label: str
@@ -49,6 +52,7 @@ class ModelSummary:
     train_seconds: float | None = None
     curvature_seconds: float | None = None
     prior_precision: Mapping[str, float] = field(default_factory=dict)
+    prior_group: Mapping[str, str] = field(default_factory=dict)
     weight_decay: Mapping[str, float] = field(default_factory=dict)
     collapsed: tuple[str, ...] = ()
     reliability: ReliabilityCurve | None = None
@@ -101,7 +105,7 @@ def load_run(run_dir: str | Path) -> RunRecord:
         total_seconds=_number(summary_path, summary, "total_seconds"),
         tuned=tuned,
         fixed=fixed,
-        history=_match_runs(history, (tuned, *fixed)),
+        history=_match_runs(_grouped(history, tuned.prior_group), (tuned, *fixed)),
         notes=tuple(notes),
     )
 
@@ -200,15 +204,27 @@ def _model(path: Path, values: Any, run: str) -> ModelSummary:
             "curvature_seconds",
         )
     }
+    groups = values.get("prior_group") or {}
+    if not isinstance(groups, dict):
+        raise ReportInputError(f"{where}: 'prior_group' is {groups!r}; write an object from parameter to group")
     return ModelSummary(
         run=run,
         label=run_label(run),
-        prior_precision=_numbers(where, values, "prior_precision"),
+        prior_precision=by_group(_numbers(where, values, "prior_precision"), groups),
+        prior_group=groups,
         weight_decay=_numbers(where, values, "weight_decay"),
         collapsed=tuple(str(name) for name in values.get("collapsed") or ()),
         reliability=reliability if reliability is not None and reliability.n_examples else None,
         **numbers,
     )
+
+
+def by_group(precision: Mapping[str, float], groups: Mapping[str, str]) -> dict[str, float]:
+    """One entry a group of parameters that share a prior precision, in the order of their first parameters."""
+    grouped: dict[str, float] = {}
+    for name, value in precision.items():
+        grouped.setdefault(groups.get(name, name), value)
+    return grouped
 
 
 def _number(where: str | Path, values: Mapping[str, Any], key: str) -> float | None:
@@ -246,6 +262,15 @@ def _sorted(summary: Mapping[str, Any]) -> list[str]:
     """Keys of the fixed models by value; those that are no number come last."""
     values = {delta: _as_float(delta) for delta in summary["fixed"]}
     return sorted(values, key=lambda delta: (values[delta] is None, values[delta] or 0.0))
+
+
+def _grouped(
+    history: Mapping[str, Mapping[int, EpochRecord]], groups: Mapping[str, str]
+) -> dict[str, dict[int, EpochRecord]]:
+    return {
+        run: {i: replace(e, prior_precision=by_group(e.prior_precision, groups)) for i, e in epochs.items()}
+        for run, epochs in history.items()
+    }
 
 
 def _match_runs(

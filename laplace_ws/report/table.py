@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from statistics import median
 
+from laplace_ws.marglik.hyperparameters import ELEMENTWISE
 from laplace_ws.report.records import ModelSummary, RunRecord
 
 _ABSENT = "–"
@@ -59,7 +60,8 @@ def model_table(record: RunRecord) -> str:
     best = [column.best(record.models) for column in columns]
     rows = []
     for model in record.models:
-        cells = [_spread_cell(precision_of(model)), _spread_cell(weight_decay_of(model, record.n_train))]
+        precisions = precision_of(model), weight_decay_of(model, record.n_train)
+        cells = [_spread_cell(layers_of(values)) for values in precisions]
         cells += [
             f"<strong>{escape(text)}</strong>" if (text := column.text(model)) == best_text else escape(text)
             for column, best_text in zip(columns, best, strict=True)
@@ -75,7 +77,7 @@ def model_table(record: RunRecord) -> str:
 
 
 def precision_table(record: RunRecord) -> str:
-    """Every parameter of the tuned model with its prior precision and weight decay, folded away."""
+    """Every parameter or group of the tuned model with its prior precision and weight decay, folded away."""
     precision = record.tuned.prior_precision
     if not precision:
         return ""
@@ -93,6 +95,11 @@ def precision_table(record: RunRecord) -> str:
         '<th scope="col">prior precision<small>δ</small></th><th scope="col">weight decay<small>δ/N</small></th>'
         "<th></th></tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div></details>"
     )
+
+
+def layers_of(precision: Mapping[str, float]) -> Mapping[str, float]:
+    """The prior precisions of layers: without that of elementwise scales and biases, unless there is no other."""
+    return {name: value for name, value in precision.items() if name != ELEMENTWISE} or precision
 
 
 def precision_of(model: ModelSummary) -> Mapping[str, float]:

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 
+from laplace_ws.marglik.hyperparameters import ELEMENTWISE
 from laplace_ws.metrics import ReliabilityCurve
 from laplace_ws.report import ReportInputError, load_run, write_report
 from laplace_ws.report.figures import readable_limit, wilson_interval
@@ -347,3 +348,21 @@ def test_reads_what_the_metrics_write(tmp_path):
     curve = ReliabilityCurve.from_dict(RELIABILITY)
     summary["tuned"]["reliability"] = curve.to_dict()
     assert load_run(write_run(tmp_path, summary)).tuned.reliability == curve
+
+
+def test_parameters_that_share_a_prior_are_shown_as_one(tmp_path):
+    """The layers' precision is what the table says, not the median of scalars that outnumber them."""
+    groups = {name: name if name.endswith("weight") else ELEMENTWISE for name in NAMES}
+    summary = make_summary()
+    for entry in (summary["tuned"], *summary["fixed"].values()):
+        entry["prior_group"] = groups
+        entry["prior_precision"] |= {name: 1.0 for name, group in groups.items() if group == ELEMENTWISE}
+    folder = write_run(tmp_path, summary)
+    record = load_run(folder)
+    layers = [name for name in NAMES if name.endswith("weight")]
+    assert set(record.tuned.prior_precision) == {*layers, ELEMENTWISE}
+    assert set(record.history["tuned"][0].prior_precision) == {*layers, ELEMENTWISE}
+    text = text_of(page_of(folder))
+    assert "fixed δ = 5 5 0.005" in text
+    assert "Elementwise scales and biases share one prior precision of their own: 1 in the tuned network, 1 in" in text
+    assert f"All {len(layers) + 1} prior precisions" in text
