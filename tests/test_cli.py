@@ -246,6 +246,9 @@ def test_keys_cover_the_whole_configuration():
         (["--data.n_train", "60", "--marglik.prior_prec_init", "601"], "above its limit of 600"),
         (["--data.n_train", "60", "--marglik.temperature_init", "-1"], "temperature starts at -1"),
         (["--data.n_train", "60", "--marglik.lr", "0"], "marglik.lr=0"),
+        (["--marglik.kfac_approx", '{"layer.*": "reduce"}'], "matches no parameter"),
+        (["--marglik.kfac_approx", "reduce", "--marglik.hessian_structure", "diag"], "kfac_approx"),
+        (["--marglik.backend", "natve"], "unknown backend 'natve'"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(arguments, says, no_training, tmp_path, capsys):

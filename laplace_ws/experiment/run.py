@@ -35,8 +35,9 @@ from laplace_ws.marglik.checkpoint import CheckpointError
 from laplace_ws.marglik.hyperparameters import Hyperparameters, PriorGroups, PriorStructure
 from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 from laplace_ws.marglik.trainer import Record
-from laplace_ws.marglik.training import STIFF_START, marglik_training
+from laplace_ws.marglik.training import STIFF_START, kfac_option, marglik_training
 from laplace_ws.models import build_model
+from laplace_ws.posterior import Laplace
 
 FORMAT_VERSION = 1
 
@@ -65,7 +66,7 @@ def run_experiment(config: RunConfig, *, resume: bool = False) -> tuple[Path, Js
         check_config(config, tasks)
         data = load_data(config)
         check_start(config, len(data.y_train))
-        make_model(config, data)
+        check_posterior(config, make_model(config, data))
         prepare_folder(folder, config, tasks, resume)
     with explained(UnsupportedParameterError, InvalidBatchError, CheckpointError, BrokenProcessPool):
         outcomes = train_all(config, tasks, folder, data, resume)
@@ -130,6 +131,13 @@ def check_start(config: RunConfig, n_train: int) -> None:
     hyper = Hyperparameters(one_group, prior_precision=start, temperature=m.temperature_init)
     if m.n_hypersteps:
         hyper.check_start(n_train / m.lr)
+
+
+def check_posterior(config: RunConfig, model: nn.Module) -> None:
+    """Refuse options of the curvature that do not fit the model, such as a pattern that matches no parameter."""
+    m = config.marglik
+    options = {"hessian_structure": m.hessian_structure, "curvature": m.curvature, "backend": m.backend}
+    Laplace(model, config.likelihood, **options, **kfac_option(m.hessian_structure, m.kfac_approx))
 
 
 def make_schedule(config: RunConfig) -> Schedule:

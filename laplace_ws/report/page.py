@@ -81,7 +81,7 @@ def render_page(record: RunRecord) -> str:
         ),
         _section("Training", _pictures(training_pictures(record), "three")),
         _section(
-            "Prior precision by parameter (tuned)",
+            "Prior precision by layer (tuned)",
             _pictures(precision_pictures(record), "two"),
             precision_table(record),
         ),
