@@ -181,7 +181,7 @@ def kron_factors(
         kfac_approx: "auto", "expand", "reduce", or a mapping from patterns of parameter names to them.
         backend: "native", or a `Backend`.
         mc_samples: label samples an example, for "ggn_mc".
-        generator: source of the label samples; by default one of our own, seeded as torch is.
+        generator: source of the label samples; by default one of our own, which `torch.manual_seed` makes reproducible.
 
     Returns:
         A mapping from parameter name to its block: `kron[name].to_dense()` is the block of the curvature over the parameter

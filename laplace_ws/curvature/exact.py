@@ -67,7 +67,7 @@ def parameter_slices(model: nn.Module) -> dict[str, slice]:
     return slices
 
 
-def _gradient(scalar: Tensor, parameters: list[nn.Parameter], create_graph: bool = False) -> Float[Tensor, P]:
+def _gradient(scalar: Tensor, parameters: list[nn.Parameter], create_graph: bool = False) -> Float[Tensor, " P"]:
     if not scalar.requires_grad:
         return torch.cat([torch.zeros_like(p).flatten() for p in parameters])
     grads = torch.autograd.grad(

@@ -25,7 +25,7 @@ def gram(rows: Float[Tensor, "*G M D"]) -> Float[Tensor, "*G D D"]:
 
 
 def input_gram_expand(a: Float[Tensor, "*G N R I"]) -> Float[Tensor, "*G I I"]:
-    """Σ_n Σ_r a aᵀ; divided by the number of positions, the input factor of K-FAC-expand [Eschenhagen et al. 2023, eq. 22]."""
+    """Σ_n Σ_r a aᵀ; divided by the number of positions, the input factor of K-FAC-expand [Eschenhagen et al. 2023]."""
     return gram(a.flatten(-3, -2))
 
 

@@ -72,7 +72,7 @@ class CurvatureMatrix(ABC):
         return f"{type(self).__name__}({len(self.shapes)} parameters, {self.n_params} weights)"
 
 
-def expand_per_weight(delta: Tensor, shapes: Mapping[str, torch.Size]) -> Float[Tensor, P]:
+def expand_per_weight(delta: Tensor, shapes: Mapping[str, torch.Size]) -> Float[Tensor, " P"]:
     """Damping of every weight, given a scalar, one number a parameter tensor, or one a weight."""
     n_params = sum(shape.numel() for shape in shapes.values())
     if delta.ndim == 0:

@@ -20,7 +20,7 @@ class Diag(CurvatureMatrix):
         values: h, flat.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], values: Float[Tensor, P]):
+    def __init__(self, shapes: Mapping[str, torch.Size], values: Float[Tensor, " P"]):
         self.shapes = dict(shapes)
         self.values = values
 
@@ -35,7 +35,7 @@ class Diag(CurvatureMatrix):
         """See `CurvatureMatrix.to_dense`."""
         return torch.diag(self.values)
 
-    def damped(self, scale: Tensor, delta: Tensor) -> Float[Tensor, P]:
+    def damped(self, scale: Tensor, delta: Tensor) -> Float[Tensor, " P"]:
         """The diagonal of scale·H + diag(δ), float64."""
         return self.values.double() * scale.double() + expand_per_weight(delta, self.shapes).double()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -20,11 +20,12 @@ from laplace_ws.errors import NotFittedError
 from laplace_ws.kfac import Accumulator
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.matrices import CurvatureMatrix, expand_per_weight
+from laplace_ws.posterior.hyperparameters import PosteriorHyperparameters
 
 FORMAT_VERSION = 1
 
 
-class BaseLaplace(ABC):
+class BaseLaplace(PosteriorHyperparameters):
     """Laplace approximation over all parameters that require grad.
 
     With L the summed negative log likelihood, H its curvature (sum over the data), Δ the diagonal prior precision and τ the temperature,
@@ -43,7 +44,7 @@ class BaseLaplace(ABC):
         curvature: "ggn", "ggn_mc" (sampled labels) or "ef" (empirical Fisher).
         backend: "native", or a `Backend`.
         mc_samples: label samples an example, for "ggn_mc".
-        generator: source of the label samples; by default one of our own, seeded as torch is.
+        generator: source of the label samples; by default one of our own, which `torch.manual_seed` makes reproducible.
 
     Attributes:
         parameter_names: the parameters covered, in the order of every flat vector.
@@ -52,8 +53,6 @@ class BaseLaplace(ABC):
         n_outputs: outputs of the network for one example, after a fit.
     """
 
-    hessian_structure: ClassVar[str]
-    per_weight_prior: ClassVar[bool] = True
     _matrix: ClassVar[type[CurvatureMatrix]]
 
     def __init__(
@@ -146,84 +145,8 @@ class BaseLaplace(ABC):
         self.n_outputs = total.output_shape[-1] if total.output_shape else 1
         self.mean = self._flat_parameters()
 
-    def _flat_parameters(self) -> Float[Tensor, P]:
+    def _flat_parameters(self) -> Float[Tensor, " P"]:
         return torch.cat([p.detach().flatten() for p in trainable_parameters(self.model).values()])
-
-    # ---------------------------------------------------------------- hyperparameters
-
-    @property
-    def prior_precision(self) -> Tensor:
-        """Δ, float64: a scalar, one a parameter tensor, or one a weight."""
-        return self._prior_precision
-
-    @prior_precision.setter
-    def prior_precision(self, value: float | Tensor) -> None:
-        self._prior_precision = self._check_prior_precision(value)
-
-    @property
-    def prior_mean(self) -> Tensor:
-        """μ, a scalar or one a weight."""
-        return self._prior_mean
-
-    @prior_mean.setter
-    def prior_mean(self, value: float | Tensor) -> None:
-        value = self._tensor(value)
-        if value.shape not in ((), (self.n_params,)):
-            raise ValueError(f"prior_mean must be a number or have shape [{self.n_params}], got {list(value.shape)}.")
-        self._prior_mean = value
-
-    @property
-    def sigma_noise(self) -> Tensor:
-        """σ, in the units of the targets."""
-        return self._sigma_noise
-
-    @sigma_noise.setter
-    def sigma_noise(self, value: float | Tensor) -> None:
-        self._sigma_noise = self._check_sigma_noise(value)
-
-    @property
-    def temperature(self) -> Tensor:
-        """τ."""
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: float | Tensor) -> None:
-        self._temperature = self._check_positive_scalar("temperature", value)
-
-    def _tensor(self, value: float | Tensor) -> Tensor:
-        value = torch.as_tensor(value, dtype=torch.float64, device=self._device)
-        return value.squeeze() if value.numel() == 1 else value
-
-    def _check_positive_scalar(self, name: str, value: float | Tensor) -> Tensor:
-        value = self._tensor(value)
-        if value.ndim or not value > 0:
-            raise ValueError(f"{name} must be one positive number, got {value.tolist()}.")
-        return value
-
-    def _check_sigma_noise(self, value: float | Tensor) -> Tensor:
-        value = self._check_positive_scalar("sigma_noise", value)
-        if not self.likelihood.has_noise and value != 1:
-            raise ValueError(f"the {self.likelihood.name} likelihood has no sigma_noise; leave it at 1.")
-        return value
-
-    def _check_prior_precision(self, value: float | Tensor) -> Tensor:
-        value = self._tensor(value)
-        shapes: list[tuple[int, ...]] = [(), (len(self.shapes),)]
-        if self.per_weight_prior:
-            shapes.append((self.n_params,))
-        if tuple(value.shape) not in shapes:
-            raise ValueError(
-                f"prior_precision for {self.hessian_structure!r} must be of one of the shapes {[list(s) for s in shapes]} "
-                f"(one for all, one a parameter tensor{', one a weight' if self.per_weight_prior else ''}), got {list(value.shape)}."
-            )
-        if not (value > 0).all():
-            raise ValueError(f"prior_precision must be positive, but its smallest entry is {value.min().item():g}.")
-        return value
-
-    @property
-    def prior_precision_diag(self) -> Float[Tensor, P]:
-        """Δ of every weight."""
-        return expand_per_weight(self._prior_precision, self.shapes)
 
     # ---------------------------------------------------------------- marginal likelihood
 
@@ -338,7 +261,7 @@ class BaseLaplace(ABC):
             raise ValueError(
                 f"the saved posterior is of a model with other parameters; they differ first in {which!r}."
             )
-        self._H = type(self)._matrix.from_state_dict(self.shapes, state["H"])
+        self._H = type(self)._matrix.from_state_dict(self.shapes, _on_device(state["H"], self._device))
         self.mean = state["mean"].to(self._device, self._dtype)
         self._unit_nll_sum, self._n_targets = state["unit_nll_sum"], state["n_targets"]
         self.n_data, self.n_outputs = state["n_data"], state["n_outputs"]
@@ -348,3 +271,15 @@ class BaseLaplace(ABC):
     def __repr__(self) -> str:
         fitted = f"fitted to {self.n_data} examples" if self._H is not None else "not fitted"
         return f"{type(self).__name__}({self.likelihood.name}, {len(self.shapes)} parameters, {self.n_params} weights, {fitted})"
+
+
+def _on_device(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A nested dictionary with its tensors on a device."""
+    return {
+        key: _on_device(value, device)
+        if isinstance(value, Mapping)
+        else value.to(device)
+        if isinstance(value, Tensor)
+        else value
+        for key, value in state.items()
+    }

@@ -22,6 +22,6 @@ class DiagLaplace(BaseLaplace):
         return DiagAccumulator(parameters)
 
     @property
-    def posterior_precision(self) -> Float[Tensor, P]:
+    def posterior_precision(self) -> Float[Tensor, " P"]:
         """The diagonal of H/τ + Δ, float64."""
         return self.H.damped(*self._damping)  # type: ignore[attr-defined]
