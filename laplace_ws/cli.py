@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,7 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingDiverged as error:
         return complain(error, FAILED)
     except KeyboardInterrupt:
-        print("\nlaplace-ws: interrupted; the same command with --resume goes on from the checkpoint", file=sys.stderr)
+        again = shlex.join([sys.argv[0], *[arg for arg in args if arg != "--resume"], "--resume"])
+        print(
+            f"\nlaplace-ws: interrupted; this goes on from the last checkpoint, if there is one:\n  {again}",
+            file=sys.stderr,
+        )
         return INTERRUPTED
 
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -307,3 +312,32 @@ def test_run_experiment_returns_what_it_writes(tmp_path):
                              "--marglik.n_epochs", "1", "--marglik.n_epochs_burnin", "0"])  # fmt: skip
     folder, summary = run_experiment(config)
     assert json.loads((folder / "summary.json").read_text()) == summary
+
+
+def test_an_interrupt_of_workers_stops_them_all(tmp_path):
+    """Ctrl-C reaches the whole process group; a network that is still queued must not be trained to its end."""
+    path = tmp_path / "long.yaml"
+    long = SETTINGS | {
+        "out": str(tmp_path),
+        "name": "long",
+        "workers": 2,
+        "marglik": SETTINGS["marglik"] | {"n_epochs": 4000},
+    }
+    path.write_text(yaml.safe_dump(long))
+    command = [sys.executable, "-m", "laplace_ws", "train", "--config", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    metrics = tmp_path / "long" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and {"tuned", "fixed-0.5"} <= runs_in(metrics)):
+        time.sleep(0.2)
+    assert {"tuned", "fixed-0.5"} <= runs_in(metrics)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"train --config {path} --resume" in err
+    assert "fixed-100" not in runs_in(metrics)
+
+
+def runs_in(metrics: Path) -> set[str]:
+    lines = metrics.read_text().splitlines()
+    return {json.loads(line)["run"] for line in lines if line.endswith("}")}

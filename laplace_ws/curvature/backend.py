@@ -60,6 +60,26 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
+def check_pair(batch: object, number: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a batch.
+
+    Raises:
+        InvalidBatchError: it is no pair of tensors.
+    """
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise InvalidBatchError(
+            f"the loader must give pairs (x, y), but batch {number} is a {type(batch).__name__}{length}."
+        )
+    for name, value in zip("xy", batch, strict=True):
+        if not isinstance(value, Tensor):
+            raise InvalidBatchError(
+                f"{name} of batch {number} is a {type(value).__name__} but must be one tensor; "
+                "join its parts into one, and take them apart in the model."
+            )
+    return batch[0], batch[1]
+
+
 def check_devices(model: nn.Module, *tensors: Tensor) -> None:
     """Raise `InvalidBatchError` if a batch is not where the model is."""
     device = next(model.parameters()).device

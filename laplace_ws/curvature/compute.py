@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace_ws.curvature.backend import Backend, check_devices, evaluation_mode, trainable_parameters
+from laplace_ws.curvature.backend import Backend, check_devices, check_pair, evaluation_mode, trainable_parameters
 from laplace_ws.curvature.checks import check_linearisation
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError
@@ -119,8 +119,8 @@ class CurvatureSum:
             InvalidBatchError: no batch, or one that does not fit the model or the likelihood.
             UnsupportedParameterError: a parameter cannot be covered.
         """
-        for x, y in data:
-            self.add(x, y)
+        for number, batch in enumerate(data):
+            self.add(*check_pair(batch, number))
         if not self.n_examples:
             raise InvalidBatchError(
                 "the data hold no example; give an iterable of batches (x, y) that is not empty or used up."

@@ -11,7 +11,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +42,7 @@ from laplace_ws.models import build_model
 from laplace_ws.posterior import Laplace
 
 FORMAT_VERSION = 1
+_stop: Event | None = None
 
 
 @dataclass(frozen=True)
@@ -189,14 +192,38 @@ def train_all(config: RunConfig, tasks: Sequence[Task], folder: Path, data: Imag
     if config.workers == 1 or len(tasks) == 1:
         return [train_one(config, task, folder, resume, True, data) for task in tasks]
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(min(config.workers, len(tasks)), mp_context=context)
+    stop = context.Event()
+    n_workers = min(config.workers, len(tasks))
+    executor = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_listen_to, initargs=(stop,))
     try:
         futures = [
-            executor.submit(train_one, config, task, folder, resume, task.prior_precision is None) for task in tasks
+            executor.submit(_train_unless_stopped, config, task, folder, resume, task.prior_precision is None)
+            for task in tasks
         ]
         return [future.result() for future in futures]
+    except BaseException:
+        stop.set()
+        raise
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def _listen_to(stop: Event) -> None:
+    """Remember, in a worker, by which event all of them stop."""
+    global _stop
+    _stop = stop
+
+
+def _train_unless_stopped(*arguments: Any) -> Outcome:
+    """`train_one` in a worker; an interrupt of one worker keeps the others from what the executor has queued for them."""
+    assert _stop is not None
+    if _stop.is_set():
+        raise KeyboardInterrupt
+    try:
+        return train_one(*arguments)
+    except BaseException:
+        _stop.set()
+        raise
 
 
 def train_one(

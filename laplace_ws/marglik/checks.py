@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_ws.curvature.backend import check_devices, check_outputs, evaluation_mode
+from laplace_ws.curvature.backend import check_devices, check_outputs, check_pair, evaluation_mode
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.likelihoods import Likelihood
 
@@ -57,19 +57,6 @@ def check_data(model: nn.Module, loader: Iterable[Any], likelihood: Likelihood) 
     if isinstance(loader, Iterator) and sum(1 for _ in loader) == 0:
         raise one_pass_error(loader)
     return DataFacts(n_examples(loader, n_data), n_batches, x_first)
-
-
-def check_pair(batch: Any, number: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of a batch."""
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-        raise InvalidBatchError(f"the loader must give pairs (x, y), but batch {number} is a {type(batch).__name__}")
-    for name, value in zip("xy", batch, strict=True):
-        if not isinstance(value, Tensor):
-            raise InvalidBatchError(
-                f"{name} of batch {number} is a {type(value).__name__} but must be one tensor; "
-                "join its parts into one, and take them apart in the model"
-            )
-    return batch[0], batch[1]
 
 
 def one_pass_error(loader: Iterable[Any]) -> InvalidBatchError:

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import scipy.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -88,9 +90,30 @@ def expand_per_weight(delta: Tensor, shapes: Mapping[str, torch.Size]) -> Float[
     )
 
 
+def eigh(matrix: Float[Tensor, "*G D D"], what: str) -> tuple[Float[Tensor, "*G D"], Float[Tensor, "*G D D"]]:
+    """Eigenvalues and eigenvectors of a positive semi-definite matrix, in float64; see `clamp_eigenvalues`.
+
+    The divide-and-conquer routine behind torch sometimes fails on wide matrices of low rank; LAPACK's relatively robust
+    representations, through scipy, then take its place.
+    """
+    wide = matrix.double()
+    try:
+        values, vectors = torch.linalg.eigh(wide)
+    except torch.linalg.LinAlgError:
+        blocks = wide.reshape(-1, *wide.shape[-2:]).cpu().numpy()
+        pairs = [scipy.linalg.eigh(block, driver="evr") for block in blocks]
+        values = torch.from_numpy(np.stack([pair[0] for pair in pairs])).to(wide).reshape(wide.shape[:-1])
+        vectors = torch.from_numpy(np.stack([pair[1] for pair in pairs])).to(wide).reshape(wide.shape)
+    return clamp_eigenvalues(values, torch.finfo(matrix.dtype).eps, what), vectors
+
+
 def eigenvalues(matrix: Float[Tensor, "*G D D"], what: str) -> Float[Tensor, "*G D"]:
     """Eigenvalues of a positive semi-definite matrix, in float64; see `clamp_eigenvalues`."""
-    return clamp_eigenvalues(torch.linalg.eigvalsh(matrix.double()), torch.finfo(matrix.dtype).eps, what)
+    try:
+        values = torch.linalg.eigvalsh(matrix.double())
+    except torch.linalg.LinAlgError:
+        return eigh(matrix, what)[0]
+    return clamp_eigenvalues(values, torch.finfo(matrix.dtype).eps, what)
 
 
 def clamp_eigenvalues(values: Float[Tensor, "*G D"], eps: float, what: str) -> Float[Tensor, "*G D"]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace_ws.matrices.base import CurvatureMatrix, clamp_eigenvalues, eigenvalues, expand_per_weight
+from laplace_ws.matrices.base import CurvatureMatrix, eigenvalues, eigh, expand_per_weight
 
 
 class Dense(CurvatureMatrix):
@@ -43,9 +43,7 @@ class Dense(CurvatureMatrix):
     @cached_property
     def _psd(self) -> Float[Tensor, "P P"]:
         """H in float64 without the negative eigenvalues that rounding gives, so that every δ > 0 makes it definite."""
-        H = self.matrix.double()
-        values, vectors = torch.linalg.eigh((H + H.mT) / 2)
-        values = clamp_eigenvalues(values, torch.finfo(self.matrix.dtype).eps, "the dense curvature")
+        values, vectors = eigh((self.matrix + self.matrix.mT) / 2, "the dense curvature")
         return (vectors * values) @ vectors.mT
 
     def damped(self, scale: Tensor, delta: Tensor) -> Float[Tensor, "P P"]:

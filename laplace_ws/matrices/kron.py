@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace_ws.matrices.base import CurvatureMatrix, clamp_eigenvalues, eigenvalues
+from laplace_ws.matrices.base import CurvatureMatrix, eigenvalues, eigh
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,8 +167,7 @@ def _eigen(factor: Tensor | None, diagonal: bool, like: Tensor | None = None) ->
         return torch.ones(1, dtype=torch.float64, device=like.device), None
     if diagonal:
         return factor.double(), None
-    values, vectors = torch.linalg.eigh(factor.double())
-    return clamp_eigenvalues(values, torch.finfo(factor.dtype).eps, "a Kronecker factor"), vectors
+    return eigh(factor, "a Kronecker factor")
 
 
 def _multiply(x: Tensor, Q_B: Tensor | None, Q_A: Tensor | None, *, adjoint: bool) -> Tensor:

@@ -105,6 +105,19 @@ def test_structures_do_not_mix():
         diag().log_det(torch.tensor(1.0), torch.ones(4))
 
 
+@pytest.mark.parametrize("make", [kron, dense])
+def test_where_torchs_eigensolver_fails_another_takes_its_place(make, monkeypatch):
+    matrix, scale, delta = make(), torch.tensor(1.3, **torch_double), torch.tensor(0.7, **torch_double)
+
+    def fail(*_):
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    vectors = torch.randn(4, matrix.n_params, **torch_double)
+    expected = torch.linalg.solve(damped(matrix, scale, delta), vectors.T).T
+    torch.testing.assert_close(matrix.solve(vectors, scale, delta), expected)
+
+
 def test_negative_eigenvalue_is_not_hidden():
     broken = Kron({"b": KronBlock(torch.Size([2]), torch.diag(torch.tensor([1.0, -0.5], **torch_double)))})
     with pytest.warns(NumericalRepairWarning, match="eigenvalue of -0.5"):

@@ -161,6 +161,10 @@ def test_bad_input_is_said_in_one_sentence():
         la.log_marginal_likelihood()
     with pytest.raises(InvalidBatchError, match="the data hold no example"):
         la.fit([])
+    with pytest.raises(InvalidBatchError, match=r"batch 1 is a tuple of length 3"):
+        la.fit([(x, y), (x, x, y)])
+    with pytest.raises(InvalidBatchError, match="batch 0 is a dict"):
+        la.fit([{"x": x, "y": y}])
     with pytest.raises(InvalidBatchError, match="labels must lie in 0 … 2"):
         la.fit([(x, y + 5)])
     with pytest.raises(InvalidBatchError, match="outputs that are not finite; look for NaN"):
