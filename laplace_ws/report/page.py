@@ -128,9 +128,21 @@ def _table_notes(record: RunRecord) -> str:
         if shared is not None
         else None,
         "Best value of a column in bold. Each row is one training run, so small differences may be noise of the seed.",
+        _curvature_note(record),
         evidence_check(record),
     ]
     return "".join(f'<p class="note">{escape(note)}</p>' for note in notes if note)
+
+
+def _curvature_note(record: RunRecord) -> str | None:
+    """Why the table and the curve of the log marginal likelihood may differ."""
+    marglik = record.config.get("marglik")
+    tuning, final = (
+        (marglik.get(key) for key in ("curvature", "final_curvature")) if isinstance(marglik, dict) else (None, None)
+    )
+    if final in (None, tuning):
+        return None
+    return f"The table's log marginal likelihoods are taken with {final}, those over the epochs with {tuning}, so they differ."
 
 
 def _reliability_section(record: RunRecord) -> str:

@@ -366,3 +366,11 @@ def test_parameters_that_share_a_prior_are_shown_as_one(tmp_path):
     assert "fixed δ = 5 5 0.005" in text
     assert "Elementwise scales and biases share one prior precision of their own: 1 in the tuned network, 1 in" in text
     assert f"All {len(layers) + 1} prior precisions" in text
+
+
+@pytest.mark.parametrize(("final", "shown"), [("ggn", True), ("ggn_mc", False), (None, False)])
+def test_two_curvatures_are_told_apart(tmp_path, final, shown):
+    summary = make_summary()
+    summary["config"]["marglik"] = {"curvature": "ggn_mc", "final_curvature": final}
+    text = text_of(page_of(write_run(tmp_path, summary)))
+    assert ("are taken with ggn, those over the epochs with ggn_mc" in text) is shown
