@@ -99,7 +99,7 @@ def eigh(matrix: Float[Tensor, "*G D D"], what: str) -> tuple[Float[Tensor, "*G 
     wide = matrix.double()
     try:
         values, vectors = torch.linalg.eigh(wide)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # pyright: ignore
         blocks = wide.reshape(-1, *wide.shape[-2:]).cpu().numpy()
         pairs = [scipy.linalg.eigh(block, driver="evr") for block in blocks]
         values = torch.from_numpy(np.stack([pair[0] for pair in pairs])).to(wide).reshape(wide.shape[:-1])
@@ -111,7 +111,7 @@ def eigenvalues(matrix: Float[Tensor, "*G D D"], what: str) -> Float[Tensor, "*G
     """Eigenvalues of a positive semi-definite matrix, in float64; see `clamp_eigenvalues`."""
     try:
         values = torch.linalg.eigvalsh(matrix.double())
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # pyright: ignore
         return eigh(matrix, what)[0]
     return clamp_eigenvalues(values, torch.finfo(matrix.dtype).eps, what)
 
