@@ -248,7 +248,7 @@ def test_keys_cover_the_whole_configuration():
         (["--baselines.fixed_prior_precisions", "[1, 1.0]"], "twice"),
         (["--baselines.fixed_prior_precisions", "[-1]"], "positive"),
         (["--workers", "0"], "workers=0"),
-        (["--data.n_train", "60", "--marglik.prior_prec_init", "601"], "above its limit of 600"),
+        (["--data.n_train", "60", "--marglik.lr", "0.1", "--marglik.prior_prec_init", "601"], "above its limit of 600"),
         (["--data.n_train", "60", "--marglik.temperature_init", "-1"], "temperature starts at -1"),
         (["--data.n_train", "60", "--marglik.lr", "0"], "marglik.lr=0"),
         (["--marglik.kfac_approx", '{"layer.*": "reduce"}'], "matches no parameter"),

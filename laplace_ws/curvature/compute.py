@@ -15,7 +15,7 @@ from laplace_ws.curvature.backend import Backend, check_devices, check_pair, eva
 from laplace_ws.curvature.checks import check_linearisation
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError
-from laplace_ws.kfac.accumulate import Accumulator, DenseAccumulator, DiagAccumulator, KronAccumulator
+from laplace_ws.kfac.accumulate import Accumulator, KronAccumulator
 from laplace_ws.kfac.approximation import KfacApproxSpec, approximation_by_parameter
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.matrices import Kron
@@ -206,16 +206,3 @@ def kron_factors(
     )
     total.add_all(data)
     return total.accumulator.result()  # type: ignore[return-value]
-
-
-__all__ = [
-    "BACKENDS",
-    "Batches",
-    "Curvature",
-    "CurvatureSum",
-    "DenseAccumulator",
-    "DiagAccumulator",
-    "kron_factors",
-    "make_backend",
-    "parse_curvature",
-]

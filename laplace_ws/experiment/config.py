@@ -100,7 +100,7 @@ class MarglikConfig:
     mc_samples: int = 1
     final_curvature: Literal["ggn", "ggn_mc", "ef"] | None = None
     optimizer: Literal["sgd", "adam"] = "sgd"
-    lr: float = 0.1
+    lr: float = 0.03
     momentum: float = 0.9
 
 

@@ -121,7 +121,7 @@ def marglik_training(
         hessian_structure: "kron", "diag" or "full".
         curvature, kfac_approx, backend, mc_samples: as for `Laplace`.
         final_curvature: of the posterior that is returned; `curvature` where not given.
-        optimizer_cls, optimizer_kwargs: for the weights; SGD with lr 0.1 and Nesterov momentum 0.9 where not given.
+        optimizer_cls, optimizer_kwargs: for the weights; SGD with lr 0.03 and Nesterov momentum 0.9 where not given.
             Without weight decay, that is the prior's part, and without a closure, which rules out LBFGS.
         scheduler_cls, scheduler_kwargs: stepped after every batch; a cosine to zero where not given.
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction: see `Schedule`.

@@ -61,7 +61,8 @@ def test_ggn_mc_is_unbiased_for_every_number_of_samples(likelihood, mc_samples):
     estimate = kron_factors(model, likelihood, many, curvature="ggn_mc", mc_samples=mc_samples)
     truth = kron_factors(model, likelihood, [(x, y)], curvature="ggn")
     for name, block in truth.items():
-        torch.testing.assert_close(block.A if block.A is None else estimate[name].A, block.A)
+        if block.A is not None:
+            torch.testing.assert_close(estimate[name].A, block.A)
         # 20,000 draws in all: a relative standard error of about 1 %
         assert (estimate[name].B / n).trace() / block.B.trace() == pytest.approx(1, abs=0.05), name
         assert (estimate[name].B / n - block.B).norm() / block.B.norm() < 0.06, name
