@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from jaxtyping import Float
@@ -20,10 +20,12 @@ class Linearisation(ABC):
     Attributes:
         outputs: f, detached, `[N, ...]`.
         uses: every use of a parameter in the forward pass.
+        columns_at_once: how many columns one `pullback` is best given.
     """
 
     outputs: Float[Tensor, "N ..."]
     uses: Sequence[Use]
+    columns_at_once: int = 1
 
     @abstractmethod
     def pullback(self, columns: Float[Tensor, "K N ..."]) -> list[Float[Tensor, "K B ..."]]:
@@ -36,8 +38,10 @@ class Backend(ABC):
     name: str
 
     @abstractmethod
-    def linearise(self, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]) -> Linearisation:
-        """Run the model on a batch as it is (the caller sets the modes).
+    def linearise(
+        self, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]
+    ) -> AbstractContextManager[Linearisation]:
+        """Run the model on a batch as it is (the caller sets the modes), and leave it as found when the context ends.
 
         Args:
             model: the network.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laplace_ws.kfac.conv import ConvGeometry
+from laplace_ws.kfac.rows import Examples, Rows
 from laplace_ws.kfac.sharing import ConvUse, ElementwiseUse, EmbeddingUse, LinearUse, Use
 
 
@@ -39,13 +40,23 @@ class Call:
         name: name of the called function.
         operands: parameters that require grad among the arguments, by `id` of the tensor.
         output: what it returned.
-        n_examples: examples in the batch.
+        examples: the examples of the batch.
     """
 
     name: str
     operands: Mapping[int, Operand]
     output: Tensor
-    n_examples: int
+    examples: Examples
+
+    @property
+    def rows(self) -> Rows:
+        """Which example each row of the output, and of the input, belongs to."""
+        rows = self.examples.rows(len(self.output)) if self.output.ndim else None
+        if rows is None:
+            raise UnreadableCallError(
+                f"whose output {tuple(self.output.shape)} has no leading axis of the batch's {self.examples.n} examples"
+            )
+        return rows
 
     def parameter(self, tensor: Tensor | None) -> str | None:
         """Name of a parameter that requires grad, None for any other tensor."""
@@ -66,7 +77,7 @@ def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = Non
     name, transposed = call.matrix(weight)
     shape = weight.shape if not transposed else weight.shape[::-1]
     use = LinearUse(
-        n_examples=call.n_examples,
+        rows=call.rows,
         call=call.name,
         weight=name,
         bias=call.parameter(bias),
@@ -82,7 +93,7 @@ def _matmul(call: Call, input: Tensor, other: Tensor) -> list[Use]:
     if other.ndim != 2 or input.ndim < 2 or name is None:
         raise UnreadableCallError("other than as the matrix on the right of x @ W")
     use = LinearUse(
-        n_examples=call.n_examples,
+        rows=call.rows,
         call=call.name,
         weight=name,
         bias=None,
@@ -106,7 +117,7 @@ def _conv(
     if input.ndim != weight.ndim:
         raise UnreadableCallError("on an input without a batch axis")
     use = ConvUse(
-        n_examples=call.n_examples,
+        rows=call.rows,
         call=call.name,
         weight=call.parameter(weight),
         bias=call.parameter(bias),
@@ -132,7 +143,7 @@ def _embedding(
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     use = EmbeddingUse(
-        n_examples=call.n_examples,
+        rows=call.rows,
         call=call.name,
         weight=call.parameter(weight),
         bias=None,
@@ -156,7 +167,7 @@ def _elementwise(call: Call, parameter: Tensor, factor: Tensor, at: int | None =
     if not aligned or aligned[0] != 1:
         raise UnreadableCallError("with an entry for every example of the batch")
     return ElementwiseUse(
-        n_examples=call.n_examples,
+        rows=call.rows,
         call=call.name,
         name=name,
         shape=parameter.shape,
@@ -283,3 +294,17 @@ TRANSPOSES: dict[Callable[..., Any], Callable[..., bool]] = {
     torch.transpose: lambda matrix, dim0, dim1: dim0 % 2 != dim1 % 2,
 }
 """Calls that transpose a matrix, and whether these arguments do."""
+
+
+def read_call(function: Callable[..., Any], call: Call, *args: Any, **kwargs: Any) -> list[Use]:
+    """Uses that a call makes of the parameters among its arguments.
+
+    Raises:
+        UnreadableCallError: it uses one of them in a way that has no block.
+    """
+    if function not in READERS:
+        raise UnreadableCallError("which has no curvature block")
+    uses = READERS[function](call, *args, **kwargs)
+    if {p for use in uses for p in use.parameters} != {operand.name for operand in call.operands.values()}:
+        raise UnreadableCallError("as more than the weight or the bias of the call")
+    return uses

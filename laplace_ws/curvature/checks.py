@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import Backend, Linearisation
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
-from laplace_ws.kfac.accumulate import example_gradients
+from laplace_ws.kfac import Use, example_gradients
 
 N_PROBED = 4
 """Examples of the batch that are probed: few enough to cost nothing, enough to tell examples apart."""
@@ -18,8 +18,8 @@ N_PROBED = 4
 
 def check_linearisation(
     backend: Backend, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]
-) -> Linearisation:
-    """Hold uses and gradients of the first few examples of a batch against autograd; returns their linearisation.
+) -> tuple[Sequence[Use], Tensor]:
+    """Hold uses and gradients of the first few examples of a batch against autograd; returns their uses and outputs.
 
     A use that a backend cannot see, an operation that mixes examples, or rows in another order than by example would give curvature
     of a wrong scale in silence.
@@ -30,21 +30,25 @@ def check_linearisation(
     """
     x = x[:N_PROBED]
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        linearisation = backend.linearise(model, x, parameters)
-        f = model(x)
-    if not f.isfinite().all():
-        raise InvalidBatchError(
-            f"{type(model).__name__} gives outputs that are not finite; look for NaN in its weights or inputs."
-        )
-    if not torch.allclose(f, linearisation.outputs, rtol=_tolerance(f), atol=_tolerance(f) * f.abs().max().item()):
+        f = model(x)  # before the backend: what it leaves in the model must not hide what it does to it
+        if not f.isfinite().all():
+            raise InvalidBatchError(
+                f"{type(model).__name__} gives outputs that are not finite; look for NaN in its weights or inputs."
+            )
+        with backend.linearise(model, x, parameters) as linearisation:
+            _check_same_outputs(model, f, linearisation.outputs)
+            generator = torch.Generator(f.device).manual_seed(0)
+            v = torch.randn(f.shape, dtype=torch.float32, device=f.device, generator=generator).to(f.dtype)
+            check_rows_by_example(linearisation, v)
+            check_gradients(linearisation, f, v, parameters)
+            return linearisation.uses, linearisation.outputs
+
+
+def _check_same_outputs(model: nn.Module, f: Tensor, outputs: Tensor) -> None:
+    if not torch.allclose(f, outputs, rtol=_tolerance(f), atol=_tolerance(f) * f.abs().max().item()):
         raise UnsupportedParameterError(
             f"{type(model).__name__} gives other outputs for the same inputs, in eval mode; take out what is random in its forward pass."
         )
-    generator = torch.Generator(f.device).manual_seed(0)
-    v = torch.randn(f.shape, dtype=torch.float32, device=f.device, generator=generator).to(f.dtype)
-    check_rows_by_example(linearisation, v)
-    check_gradients(linearisation, f, v, parameters)
-    return linearisation
 
 
 def check_rows_by_example(linearisation: Linearisation, v: Float[Tensor, "N ..."]) -> None:
@@ -53,9 +57,7 @@ def check_rows_by_example(linearisation: Linearisation, v: Float[Tensor, "N ..."
         probe = torch.zeros_like(v)
         probe[n] = v[n]
         for use, (g,) in zip(linearisation.uses, linearisation.pullback(probe[None]), strict=True):
-            others = g.reshape(use.n_examples, -1).clone()
-            others[n] = 0
-            if others.count_nonzero():
+            if g[use.rows.example_of_each(g.device) != n].count_nonzero():
                 raise UnsupportedParameterError(
                     f"{use.parameters[0]!r} is used by {use.call} with rows that are not grouped by example: put the batch axis first, "
                     "and keep the examples of a batch apart, or freeze it (requires_grad_(False))."

@@ -6,12 +6,20 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
+from itertools import islice
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace_ws.curvature.backend import Backend, check_devices, check_pair, evaluation_mode, trainable_parameters
+from laplace_ws.curvature.backend import (
+    Backend,
+    Linearisation,
+    check_devices,
+    check_pair,
+    evaluation_mode,
+    trainable_parameters,
+)
 from laplace_ws.curvature.checks import check_linearisation
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError
@@ -133,22 +141,27 @@ class CurvatureSum:
             if not self._checked and len(x) > 1:  # one example alone says nothing of how rows belong to examples
                 check_linearisation(self.backend, self.model, x, self.parameters)
                 self._checked = True
-            linearisation = self.backend.linearise(self.model, x, self.parameters)
-            f, uses = linearisation.outputs, linearisation.uses
-            self.likelihood.check(f, y)
-            nll = self.likelihood.nll_sum(f.double(), y).item()
-            if not math.isfinite(nll):
-                raise InvalidBatchError(
-                    f"the negative log likelihood of a batch is {nll}; look for NaN in its inputs or targets."
-                )
-            with torch.autocast(x.device.type, enabled=False):
-                self.accumulator.start_batch(uses, f.ndim)
-                for column in self._columns(f, y):
-                    self.accumulator.add_columns(uses, linearisation.pullback(column[None]))
+            with self.backend.linearise(self.model, x, self.parameters) as linearisation:
+                f = linearisation.outputs
+                self.likelihood.check(f, y)
+                nll = self.likelihood.nll_sum(f.double(), y).item()
+                if not math.isfinite(nll):
+                    raise InvalidBatchError(
+                        f"the negative log likelihood of a batch is {nll}; look for NaN in its inputs or targets."
+                    )
+                with torch.autocast(x.device.type, enabled=False):
+                    self._add_curvature(linearisation, y)
         self.nll_sum += nll
         self.n_examples += len(x)
         self.n_targets += y.numel()
         self.output_shape = tuple(f.shape[1:])
+
+    def _add_curvature(self, linearisation: Linearisation, y: Tensor) -> None:
+        uses, f = linearisation.uses, linearisation.outputs
+        self.accumulator.start_batch(uses, f.ndim)
+        columns = self._columns(f, y)
+        while chunk := list(islice(columns, linearisation.columns_at_once)):
+            self.accumulator.add_columns(uses, linearisation.pullback(torch.stack(chunk)))
 
     def _columns(self, f: Tensor, y: Tensor) -> Iterator[Float[Tensor, "N ..."]]:
         if self.curvature is Curvature.GGN:

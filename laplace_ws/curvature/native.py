@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from laplace_ws.curvature.backend import Backend, Linearisation, check_outputs
-from laplace_ws.curvature.calls import OVERWRITES_INPUT, READERS, TRANSPOSES, Call, Operand, UnreadableCallError
+from laplace_ws.curvature.calls import OVERWRITES_INPUT, TRANSPOSES, Call, Operand, UnreadableCallError, read_call
 from laplace_ws.errors import UnsupportedParameterError
+from laplace_ws.kfac.rows import Examples
 from laplace_ws.kfac.sharing import Use
 
 FREEZE_HINT = "freeze it (requires_grad_(False))"
@@ -28,13 +30,16 @@ class NativeBackend(Backend):
 
     name = "native"
 
-    def linearise(self, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]) -> NativeLinearisation:
+    @contextmanager
+    def linearise(
+        self, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]
+    ) -> Iterator[NativeLinearisation]:
         """See `Backend.linearise`."""
-        with _UseRecorder(parameters, len(x)) as recorder:
+        with _UseRecorder(parameters, Examples(len(x), x)) as recorder:
             f = model(x)
         f = check_outputs(f, len(x))
         recorder.check(parameters, f)
-        return NativeLinearisation(f, recorder.uses, recorder.edges, recorder.output_shapes)
+        yield NativeLinearisation(f, recorder.uses, recorder.edges, recorder.output_shapes)
 
 
 class NativeLinearisation(Linearisation):
@@ -65,12 +70,12 @@ class NativeLinearisation(Linearisation):
 class _UseRecorder(TorchFunctionMode):
     """Records the uses of parameters while active."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], n_examples: int):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], examples: Examples):
         super().__init__()
         self.uses: list[Use] = []
         self.edges: list[GradientEdge] = []
         self.output_shapes: list[torch.Size] = []
-        self._n_examples = n_examples
+        self._examples = examples
         self._operands = {id(p): Operand(name, p) for name, p in parameters.items()}
         self._unsupported: dict[str, str] = {}
         self._versions: list[tuple[Tensor, int, str]] = []
@@ -96,11 +101,7 @@ class _UseRecorder(TorchFunctionMode):
             self._operands[id(output)] = Operand(operand.name, output, not operand.transposed)
             return
         try:
-            if func not in READERS:
-                raise UnreadableCallError("which has no curvature block")
-            call = Call(name, operands, output, self._n_examples)
-            uses = READERS[func](call, *args, **kwargs)
-            self._check_call(call, uses)
+            uses = read_call(func, Call(name, operands, output, self._examples), *args, **kwargs)
         except UnreadableCallError as error:
             for operand in operands.values():
                 self._unsupported.setdefault(operand.name, f"{name}, {error}")
@@ -111,14 +112,6 @@ class _UseRecorder(TorchFunctionMode):
         self.output_shapes += [output.shape] * len(uses)
         # a detached tensor shares the version counter of the one that the model goes on with
         self._versions += [(t, t._version, name) for use in uses for t in _tensors(vars(use).values())]
-
-    def _check_call(self, call: Call, uses: Sequence[Use]) -> None:
-        if {p for use in uses for p in use.parameters} != {operand.name for operand in call.operands.values()}:
-            raise UnreadableCallError("as more than the weight or the bias of the call")
-        if call.output.shape[0] % self._n_examples:
-            raise UnreadableCallError(
-                f"whose output {tuple(call.output.shape)} has no leading axis of the batch's {self._n_examples} examples"
-            )
 
     def check(self, parameters: Mapping[str, nn.Parameter], f: Tensor) -> None:
         """Raise `UnsupportedParameterError` unless every parameter is covered and every recorded input still stands."""

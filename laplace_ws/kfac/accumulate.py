@@ -140,12 +140,12 @@ def _empty_block(parameter: Tensor, role: _Role, uses: Sequence[Use]) -> KronBlo
         return KronBlock(parameter.shape, B, diagonal_B=role.diagonal_B)
     matrix_uses = [use for use in uses if isinstance(use, MatrixUse)]
     first = matrix_uses[0]
-    n_positions = sum(use.n_positions for use in matrix_uses)
+    n_positions = factors.total(use.n_positions for use in matrix_uses)
     if role.approx is KfacApprox.REDUCE:
         n_inputs = first.n_examples
         A_sum = factors.input_gram_reduce([use.input_sum() for use in matrix_uses], n_positions)
     else:
-        n_inputs = first.n_examples * n_positions
+        n_inputs = _number_of_inputs(n_positions, first.n_examples)
         A_sum = factors.total(
             use.input_sum().sum(0) if role.diagonal_A else factors.input_gram_expand(use.inputs())
             for use in matrix_uses
@@ -155,6 +155,14 @@ def _empty_block(parameter: Tensor, role: _Role, uses: Sequence[Use]) -> KronBlo
     return KronBlock(
         parameter.shape, B, A_sum / n_inputs, n_inputs, transposed=first.transposed, diagonal_A=role.diagonal_A
     )
+
+
+def _number_of_inputs(n_positions: int | Tensor, n_examples: int) -> float | Tensor:
+    """Number of positions in a batch, `[G, 1, 1]` where the groups have different ones."""
+    if not isinstance(n_positions, Tensor):
+        return n_positions * n_examples
+    n = n_positions.sum(-1).clamp(min=1)
+    return n.item() if n.ndim == 0 else n[:, None, None]
 
 
 def _gradient_gram(name: str, role: _Role, uses: Sequence[tuple[Use, Tensor]]) -> Tensor:

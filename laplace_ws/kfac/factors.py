@@ -1,7 +1,8 @@
 """The factors of K-FAC, as sums over data: one routine for every backend, layer and approximation.
 
 Canonical form of one use of a layer: inputs a `[*G, N, R, I]`, back-propagated columns g `[*G, K, N, R, O]`, with N examples, R sharing
-positions, K columns, and, for layers with channel groups alone, a leading axis G of groups (each group is a layer of its own).
+positions, K columns, and, for convolutions with channel groups and packed projections alone, a leading axis G of groups (each group is a
+layer of its own).
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import add
+from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def total(tensors: Iterable[Tensor]) -> Tensor:
-    """Sum of one tensor or more of one shape."""
+def total(tensors: Iterable[Any]) -> Any:
+    """Sum of one tensor (or number) or more of one shape."""
     return reduce(add, tensors)
 
 
@@ -34,13 +36,17 @@ def gradient_gram_expand(g: Float[Tensor, "*G K N R O"]) -> Float[Tensor, "*G O 
     return gram(g.flatten(-4, -2))
 
 
-def input_gram_reduce(a_sums: Sequence[Float[Tensor, "*G N I"]], n_positions: int) -> Float[Tensor, "*G I I"]:
+def input_gram_reduce(
+    a_sums: Sequence[Float[Tensor, "*G N I"]], n_positions: int | Int[Tensor, "*G N"]
+) -> Float[Tensor, "*G I I"]:
     """Σ_n ā āᵀ with ā the mean over the positions of all uses; divided by N, the input factor of K-FAC-reduce.
 
     Args:
         a_sums: for each use of the weight, its inputs summed over the positions of the use.
-        n_positions: number of positions, all uses together.
+        n_positions: number of positions of an example, all uses together; the mean of an example without any is zero.
     """
+    if isinstance(n_positions, Tensor):
+        return gram(total(a_sums) / n_positions.clamp(min=1)[..., None])
     return gram(total(a_sums) / n_positions)
 
 

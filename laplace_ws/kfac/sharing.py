@@ -4,7 +4,8 @@ A *use* is one call in the forward pass that reads parameters: `linear(x, W, b)`
 hands out what every curvature is made of: inputs a and output gradients g by example and sharing position (matrix uses), and the
 gradients of each example with respect to the parameters (all uses).
 
-The leading axis of a use's tensors is N examples, or N·m rows grouped by example; the m rows are further sharing positions.
+The leading axis of a use's tensors holds rows, which belong to examples as `Rows` says: one row an example, or several (images of a
+video, nodes of a graph), which are further sharing positions.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from laplace_ws.kfac.conv import ConvGeometry, n_positions, patch_sum, patches
 from laplace_ws.kfac.factors import total
+from laplace_ws.kfac.rows import Rows
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -31,12 +33,17 @@ class Use(ABC):
     """One call that reads parameters.
 
     Attributes:
-        n_examples: N.
+        rows: which example each row belongs to.
         call: name of the called function, for messages.
     """
 
-    n_examples: int
+    rows: Rows
     call: str
+
+    @property
+    def n_examples(self) -> int:
+        """N."""
+        return self.rows.n_examples
 
     @property
     @abstractmethod
@@ -75,12 +82,12 @@ class MatrixUse(Use):
 
     @property
     @abstractmethod
-    def n_positions(self) -> int:
-        """R, the sharing positions of an example."""
+    def n_positions(self) -> int | Int[Tensor, "*G N"]:
+        """R, the sharing positions of an example; one number an example, or a group and example, where they differ."""
 
     @abstractmethod
     def inputs(self) -> Float[Tensor, "*G N R I"]:
-        """The inputs a."""
+        """The inputs a; where examples differ in R, the shorter ones end in zeros."""
 
     def input_sum(self) -> Float[Tensor, "*G N I"]:
         """The inputs summed over the sharing positions."""
@@ -128,18 +135,87 @@ class LinearUse(MatrixUse):
         """See `MatrixUse.transposed`."""
         return self.weight_is_transposed
 
+    def _by_row(self) -> Float[Tensor, "B q I"]:
+        return at_least_float32(self.x).reshape(len(self.x), -1, self.x.shape[-1])
+
     @property
-    def n_positions(self) -> int:
+    def n_positions(self) -> int | Tensor:
         """See `MatrixUse.n_positions`."""
-        return self.x.numel() // (self.x.shape[-1] * self.n_examples)
+        return self.rows.counts * (self.x.shape[1:-1].numel())
 
     def inputs(self) -> Tensor:
         """See `MatrixUse.inputs`."""
-        return at_least_float32(self.x).reshape(self.n_examples, -1, self.x.shape[-1])
+        return self.rows.group(self._by_row()).flatten(1, 2)
+
+    def input_sum(self) -> Tensor:
+        """See `MatrixUse.input_sum`."""
+        return self.rows.sum(self._by_row().sum(1))
 
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""
-        return at_least_float32(g).reshape(len(g), self.n_examples, -1, g.shape[-1])
+        return _positions(self.rows, g)
+
+    def output_gradient_sum(self, g: Tensor) -> Tensor:
+        """See `MatrixUse.output_gradient_sum`."""
+        return self.rows.sum(at_least_float32(g).reshape(*g.shape[:2], -1, g.shape[-1]).sum(2), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedLinearUse(LinearUse):
+    """`linear(x, W[parts], b[parts])` of a W that holds several matrices one above the other, as attention's in-projection does.
+
+    Each matrix is a group of its own, so W has one block for the queries, one for the keys and one for the values.
+
+    Attributes:
+        parts: which of the matrices x meets, one after the other.
+        n_parts: how many W holds.
+    """
+
+    parts: tuple[int, ...]
+    n_parts: int
+
+    @property
+    def groups(self) -> int:  # type: ignore[override]
+        """Number of matrices."""
+        return self.n_parts
+
+    def _place(self, parts: Tensor) -> Tensor:
+        """Put the parts at their places among all, which are zero."""
+        if len(self.parts) == self.n_parts:
+            return parts
+        out = parts.new_zeros(self.n_parts, *parts.shape[1:])
+        out[list(self.parts)] = parts
+        return out
+
+    @property
+    def n_positions(self) -> int | Tensor:
+        """See `MatrixUse.n_positions`."""
+        n = super().n_positions
+        if len(self.parts) == self.n_parts:
+            return n
+        n = torch.as_tensor(n, device=self.x.device).expand(self.n_examples)
+        return self._place(n.expand(len(self.parts), -1))
+
+    def inputs(self) -> Tensor:
+        """See `MatrixUse.inputs`."""
+        a = super().inputs()
+        return self._place(a.expand(len(self.parts), *a.shape))
+
+    def input_sum(self) -> Tensor:
+        """See `MatrixUse.input_sum`."""
+        a = super().input_sum()
+        return self._place(a.expand(len(self.parts), *a.shape))
+
+    def output_gradients(self, g: Tensor) -> Tensor:
+        """See `MatrixUse.output_gradients`."""
+        return self._split(super().output_gradients(g))
+
+    def output_gradient_sum(self, g: Tensor) -> Tensor:
+        """See `MatrixUse.output_gradient_sum`."""
+        return self._split(super().output_gradient_sum(g))
+
+    def _split(self, g: Tensor) -> Tensor:
+        return self._place(g.unflatten(-1, (len(self.parts), -1)).movedim(-2, 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,30 +231,28 @@ class ConvUse(MatrixUse):
         return self.geometry.groups
 
     @property
-    def n_positions(self) -> int:
+    def n_positions(self) -> int | Tensor:
         """See `MatrixUse.n_positions`."""
-        return n_positions(self.geometry, tuple(self.x.shape[2:])) * len(self.x) // self.n_examples
+        return self.rows.counts * n_positions(self.geometry, tuple(self.x.shape[2:]))
 
     def inputs(self) -> Tensor:
         """See `MatrixUse.inputs`."""
         a = patches(at_least_float32(self.x), self.geometry)  # [*G, B, R, I]
-        return a.reshape(*a.shape[:-3], self.n_examples, -1, a.shape[-1])
+        return self.rows.group(a, a.ndim - 3).flatten(-3, -2)
 
     def input_sum(self) -> Tensor:
         """See `MatrixUse.input_sum`."""
         a = patch_sum(at_least_float32(self.x), self.geometry)  # [*G, B, I]
-        return a.reshape(*a.shape[:-2], self.n_examples, -1, a.shape[-1]).sum(-2)
+        return self.rows.sum(a, a.ndim - 2)
 
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""
-        g = at_least_float32(g).flatten(3).transpose(2, 3)  # [K, B, R, G·O]
-        g = g.reshape(len(g), self.n_examples, -1, g.shape[-1])
+        g = _positions(self.rows, g.flatten(3).transpose(2, 3))  # [K, N, R, G·O]
         return g if self.groups == 1 else g.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
 
     def output_gradient_sum(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradient_sum`; sums in the layout that g has."""
-        sums = at_least_float32(g).sum(tuple(range(3, g.ndim)))  # [K, B, G·O]
-        sums = sums.reshape(len(g), self.n_examples, -1, sums.shape[-1]).sum(2)
+        sums = self.rows.sum(at_least_float32(g).sum(tuple(range(3, g.ndim))), 1)  # [K, N, G·O]
         return sums if self.groups == 1 else sums.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
 
 
@@ -194,42 +268,43 @@ class EmbeddingUse(MatrixUse):
     diagonal_inputs = True
 
     @property
-    def n_positions(self) -> int:
+    def n_positions(self) -> int | Tensor:
         """See `MatrixUse.n_positions`."""
-        return self.indices.numel() // self.n_examples
-
-    def _rows(self) -> Tensor:
-        return self.indices.reshape(self.n_examples, -1)
+        return self.rows.counts * self.indices.shape[1:].numel()
 
     def inputs(self) -> Tensor:
         """One-hot inputs; zero at `padding_idx`, which gets no gradient."""
-        a = F.one_hot(self._rows(), self.weight_shape[0]).to(torch.promote_types(self.dtype, torch.float32))
+        a = F.one_hot(self.indices, self.weight_shape[0]).to(torch.promote_types(self.dtype, torch.float32))
         if self.padding_idx is not None:
             a[..., self.padding_idx] = 0
-        return a
+        return self.rows.group(a.reshape(len(a), -1, a.shape[-1])).flatten(1, 2)
+
+    def _cells(self) -> Int[Tensor, " BQ"]:
+        """Place of each index in a table `[N, V]`, flat."""
+        example = self.rows.example_of_each(self.indices.device)
+        return (example[:, None] * self.weight_shape[0] + self.indices.reshape(len(example), -1)).flatten()
 
     def input_sum(self) -> Tensor:
         """How often each example holds each index."""
-        rows = self._rows()
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        counts = torch.zeros(self.n_examples, self.weight_shape[0], dtype=dtype, device=rows.device)
-        counts.scatter_add_(1, rows, torch.ones_like(rows, dtype=dtype))
+        cells, vocabulary = self._cells(), self.weight_shape[0]
+        counts = torch.bincount(cells, minlength=self.n_examples * vocabulary).reshape(self.n_examples, vocabulary)
+        counts = counts.to(torch.promote_types(self.dtype, torch.float32))
         if self.padding_idx is not None:
             counts[:, self.padding_idx] = 0
         return counts
 
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""
-        return at_least_float32(g).reshape(len(g), self.n_examples, -1, g.shape[-1])
+        return _positions(self.rows, g)
 
     def example_gradients(self, name: str, g: Tensor) -> Tensor:
         """See `Use.example_gradients`; gathers rows instead of multiplying by one-hot inputs."""
-        g = self.output_gradients(g)  # [K, N, R, O]
-        rows = self._rows()
+        g = at_least_float32(g).reshape(len(g), -1, g.shape[-1])  # [K, BQ, O]
+        out = g.new_zeros(len(g), self.n_examples * self.weight_shape[0], g.shape[-1])
+        out = out.index_add_(1, self._cells(), g).unflatten(1, (self.n_examples, -1))
         if self.padding_idx is not None:
-            g = g * (rows != self.padding_idx)[None, :, :, None]
-        out = g.new_zeros(*g.shape[:2], *self.weight_shape)
-        return out.scatter_add_(2, rows[None, :, :, None].expand_as(g), g)
+            out[:, :, self.padding_idx] = 0
+        return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,5 +336,11 @@ class ElementwiseUse(Use):
         summed = [axis + 2 for axis, size in enumerate(self.broadcast_shape) if size == 1]
         if summed:
             products = products.sum(summed, keepdim=True)
-        grads = products.reshape(len(g), self.n_examples, -1, *self.shape).sum(2)
+        grads = self.rows.sum(products, 1)
+        grads = grads.reshape(*grads.shape[:2], *self.shape)
         return grads * factor.reshape(()) if constant else grads
+
+
+def _positions(rows: Rows, g: Float[Tensor, "K B ... O"]) -> Float[Tensor, "K N R O"]:
+    """Gradients by example and sharing position."""
+    return rows.group(at_least_float32(g).reshape(*g.shape[:2], -1, g.shape[-1]), 1).flatten(2, 3)

@@ -18,14 +18,14 @@ from laplace_ws.matrices.base import CurvatureMatrix, eigenvalues, eigh
 class KronBlock:
     """The block of one parameter: B ⊗ A over `weight.flatten(1)`, or B alone over a vector.
 
-    Layers with channel groups hold one pair of factors a group, stacked along a leading axis; their block is the direct sum of the
-    groups'. Where the first axis of the weight holds the inputs (embeddings, `x @ W`), the block is A ⊗ B.
+    Layers with channel groups, and attention's packed projections, hold one pair of factors a group, stacked along a leading axis; their
+    block is the direct sum of the groups'. Where the first axis of the weight holds the inputs (embeddings, `x @ W`), the block is A ⊗ B.
 
     Attributes:
         shape: shape of the parameter.
         B: gradient factor, a sum over data, `[*G, O, O]`; `[O]` for a diagonal.
         A: input factor, a mean over data, `[*G, I, I]`; `[I]` for a diagonal; None for a vector.
-        n_inputs: number of inputs that the mean A is over.
+        n_inputs: number of inputs that the mean A is over, `[G, 1, 1]` where the groups' differ.
         transposed: whether the block is A ⊗ B.
         diagonal_B: whether B is kept as its diagonal.
         diagonal_A: whether A is kept as its diagonal.
@@ -34,7 +34,7 @@ class KronBlock:
     shape: torch.Size
     B: Tensor
     A: Tensor | None = None
-    n_inputs: float = 0
+    n_inputs: float | Tensor = 0
     transposed: bool = False
     diagonal_B: bool = False
     diagonal_A: bool = False

@@ -108,8 +108,8 @@ class BaseLaplace(PosteriorHyperparameters):
         check_devices(self.model, x)
         parameters = trainable_parameters(self.model)
         with evaluation_mode(self.model):
-            linearisation = check_linearisation(self.backend, self.model, x, parameters)
-            self._make_accumulator(parameters).start_batch(linearisation.uses, linearisation.outputs.ndim)
+            uses, outputs = check_linearisation(self.backend, self.model, x, parameters)
+            self._make_accumulator(parameters).start_batch(uses, outputs.ndim)
 
     def fit(self, train_loader: Batches, *, n_data: int | None = None, progress_bar: bool = False) -> None:
         """Take the curvature at the present weights, in one pass over the data; a fit replaces the one before.

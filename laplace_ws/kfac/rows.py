@@ -1,0 +1,111 @@
+"""Which example each row of a layer's input and output belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """How the rows of a use's tensors, their leading axis, belong to the examples of a batch.
+
+    Attributes:
+        n_rows: B.
+        n_examples: N.
+        example: example of each row, for graphs and other inputs of unequal size; None where the rows lie grouped by example, B/N each.
+    """
+
+    n_rows: int
+    n_examples: int
+    example: Int[Tensor, " B"] | None = None
+
+    @property
+    def counts(self) -> int | Int[Tensor, " N"]:
+        """Rows of an example: one number for all, or one each."""
+        if self.example is None:
+            return self.n_rows // self.n_examples
+        return torch.bincount(self.example, minlength=self.n_examples)
+
+    def example_of_each(self, device: torch.device) -> Int[Tensor, " B"]:
+        """Example of each row, in either layout."""
+        if self.example is not None:
+            return self.example
+        return torch.arange(self.n_examples, device=device).repeat_interleave(self.n_rows // self.n_examples)
+
+    def sum(self, x: Tensor, axis: int = 0) -> Tensor:
+        """Sum the rows of each example, axis `[..., B, ...]` to `[..., N, ...]`."""
+        if self.example is None:
+            return x.unflatten(axis, (self.n_examples, -1)).sum(axis + 1) if self.n_rows > self.n_examples else x
+        out = x.new_zeros(*x.shape[:axis], self.n_examples, *x.shape[axis + 1 :])
+        return out.index_add_(axis, self.example, x)
+
+    def group(self, x: Tensor, axis: int = 0) -> Tensor:
+        """Gather the rows of each example, axis `[..., B, ...]` to `[..., N, m, ...]`; examples with fewer rows than m end in zeros."""
+        if self.example is None:
+            return x.unflatten(axis, (self.n_examples, -1))
+        m, place = self._places
+        out = x.new_zeros(*x.shape[:axis], self.n_examples * m, *x.shape[axis + 1 :])
+        return out.index_copy_(axis, place, x).unflatten(axis, (self.n_examples, m))
+
+    @cached_property
+    def _places(self) -> tuple[int, Tensor]:
+        """Rows of the largest example, and where each row goes in `[N·m]`."""
+        assert self.example is not None
+        order = self.example.argsort(stable=True)
+        counts = torch.bincount(self.example, minlength=self.n_examples)
+        m = int(counts.max()) if self.n_rows else 0
+        starts = counts.cumsum(0) - counts
+        place = torch.empty_like(order)
+        place[order] = torch.arange(self.n_rows, device=order.device) - starts[self.example[order]]
+        return m, self.example * m + place
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a batch, and where their rows lie.
+
+    Attributes:
+        n: N, the number of examples.
+        batch: the batch; where it has a method `example_of_rows(n_rows)`, that gives the example of each row of a tensor with so many
+            rows, or None where rows lie grouped by example.
+    """
+
+    n: int
+    batch: Any = None
+
+    def rows(self, n_rows: int) -> Rows | None:
+        """Rows of a tensor with `n_rows` rows; None where they cannot belong to the examples."""
+        index = _declared.get()
+        if index is None and hasattr(self.batch, "example_of_rows"):
+            index = self.batch.example_of_rows(n_rows)
+        if index is None:
+            return Rows(n_rows, self.n) if n_rows % self.n == 0 else None
+        return Rows(n_rows, self.n, index) if len(index) == n_rows else None
+
+
+_declared: ContextVar[Tensor | None] = ContextVar("example of each row", default=None)
+
+
+@contextmanager
+def row_examples(index: Int[Tensor, " B"]) -> Iterator[None]:
+    """Say, inside a forward pass, which example each row of the layers called within belongs to.
+
+    For graphs and other examples of unequal size whose rows lie in one tensor: `with row_examples(graph_of_edge): m = self.message(e)`.
+
+    Args:
+        index: example of each row, 0 … N−1.
+    """
+    token = _declared.set(index)
+    try:
+        yield
+    finally:
+        _declared.reset(token)
