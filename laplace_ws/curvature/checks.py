@@ -86,3 +86,29 @@ def check_gradients(
 def _tolerance(x: Tensor) -> float:
     """Relative rounding error that two orders of the same sums may differ by."""
     return 10 * torch.finfo(x.dtype).eps ** 0.5
+
+
+def check_covered(uses: Sequence[Use], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise unless every parameter has a use."""
+    covered = {name for use in uses for name in use.parameters}
+    for name in parameters:
+        if name not in covered:
+            raise UnsupportedParameterError(
+                f"{name!r} requires grad but has no gradient (it is not used in the forward pass); freeze it (requires_grad_(False))."
+            )
+
+
+def versions(uses: Sequence[Use]) -> list[tuple[Use, Tensor, int]]:
+    """The tensors that uses keep of the forward pass, with their versions: a detached tensor shares the counter of the one that the
+    model goes on with.
+    """
+    return [(use, t, t._version) for use in uses for t in vars(use).values() if isinstance(t, Tensor)]
+
+
+def check_unchanged(kept: Sequence[tuple[Use, Tensor, int]]) -> None:
+    """Raise if a tensor of `versions` was changed since."""
+    for use, tensor, version in kept:
+        if tensor._version != version:
+            raise UnsupportedParameterError(
+                f"an input of {use.call} was changed in place after the call; make the operation that follows out of place."
+            )

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace_ws.curvature.asdl import AsdlBackend
 from laplace_ws.curvature.backend import (
     Backend,
     Linearisation,
@@ -43,7 +44,7 @@ class Curvature(str, Enum):
     EF = "ef"
 
 
-BACKENDS: dict[str, type[Backend]] = {NativeBackend.name: NativeBackend}
+BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (NativeBackend, AsdlBackend)}
 
 
 def parse_curvature(value: str | Curvature) -> Curvature:

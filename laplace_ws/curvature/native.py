@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from laplace_ws.curvature.backend import Backend, Linearisation, check_outputs
 from laplace_ws.curvature.calls import OVERWRITES_INPUT, TRANSPOSES, Call, Operand, UnreadableCallError, read_call
+from laplace_ws.curvature.checks import check_unchanged, versions
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac.rows import Examples
 from laplace_ws.kfac.sharing import Use
@@ -78,7 +79,7 @@ class _UseRecorder(TorchFunctionMode):
         self._examples = examples
         self._operands = {id(p): Operand(name, p) for name, p in parameters.items()}
         self._unsupported: dict[str, str] = {}
-        self._versions: list[tuple[Tensor, int, str]] = []
+        self._versions: list[tuple[Use, Tensor, int]] = []
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -110,8 +111,7 @@ class _UseRecorder(TorchFunctionMode):
         self.uses += uses
         self.edges += [edge] * len(uses)
         self.output_shapes += [output.shape] * len(uses)
-        # a detached tensor shares the version counter of the one that the model goes on with
-        self._versions += [(t, t._version, name) for use in uses for t in _tensors(vars(use).values())]
+        self._versions += versions(uses)
 
     def check(self, parameters: Mapping[str, nn.Parameter], f: Tensor) -> None:
         """Raise `UnsupportedParameterError` unless every parameter is covered and every recorded input still stands."""
@@ -133,11 +133,7 @@ class _UseRecorder(TorchFunctionMode):
                 else "has no gradient (it is not used in the forward pass, or a reentrant checkpoint hides it: use_reentrant=False)"
             )
             raise UnsupportedParameterError(f"{name!r} requires grad but {why}; {FREEZE_HINT}.")
-        for tensor, version, name in self._versions:
-            if tensor._version != version:
-                raise UnsupportedParameterError(
-                    f"an input of {name} was changed in place after the call; make the operation that follows out of place."
-                )
+        check_unchanged(self._versions)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -1,0 +1,214 @@
+"""The ASDL backend: layer inputs and output gradients through ASDL's module hooks and operations.
+
+ASDL runs one *operation* per module, before and after its hooks. Its own compute expand alone, with scales of their own: Monte Carlo
+divided by the number of samples, a Linear on sequences without 1/R, and nothing for Conv1d, Conv3d and GroupNorm. Here an operation of ours
+keeps what ASDL hands it, the input and the output gradient of each call, so factors, columns and scales are the same as everywhere else.
+
+The operations are registered in the context of `asdl.extend`, as ASDL's Fisher makers do; the makers themselves would allow two losses
+and their own columns only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import asdl
+import torch
+from asdl.core import extend, named_supported_modules
+from torch import Tensor, nn
+
+from laplace_ws.curvature.backend import Backend, Linearisation, check_outputs
+from laplace_ws.curvature.calls import UnreadableCallError
+from laplace_ws.curvature.checks import check_covered, check_unchanged, versions
+from laplace_ws.curvature.modules import module_call, module_uses
+from laplace_ws.errors import UnsupportedParameterError
+from laplace_ws.kfac.rows import Examples
+from laplace_ws.kfac.sharing import Use
+
+INSTEAD = 'freeze it (requires_grad_(False)) or choose backend="native"'
+
+
+class AsdlBackend(Backend):
+    """Covers parameters of modules in `MODULE_CALLS`, however often they are called, in any forward pass.
+
+    Not parameters that the forward pass uses without a module of the table, and no module with a full backward hook, beside which
+    ASDL's own cannot be registered.
+    """
+
+    name = "asdl"
+
+    @contextmanager
+    def linearise(
+        self, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]
+    ) -> Iterator[AsdlLinearisation]:
+        """See `Backend.linearise`."""
+        owners = _owners(model, parameters)
+        with _as_found(model), _operations(model, owners, parameters, Examples(len(x), x)) as operations:
+            with (
+                warnings.catch_warnings()
+            ):  # on modules of several autograd nodes; what is kept here is the last node's, as it should be
+                warnings.filterwarnings("ignore", message="Using a non-full backward hook")
+                f = check_outputs(model(x), len(x))
+            linearisation = AsdlLinearisation(f, operations)
+            check_covered(linearisation.uses, parameters)
+            check_unchanged([pair for operation in operations for pair in operation.versions])
+            yield linearisation
+
+
+class AsdlLinearisation(Linearisation):
+    """Outputs of one forward pass under ASDL's hooks."""
+
+    def __init__(self, f: Tensor, operations: Sequence[KeepOperation]):
+        self.outputs = f.detach()
+        self.uses = [use for operation in operations for uses in operation.uses for use in uses]
+        self._f = f
+        self._operations = operations
+        # ASDL's hooks fire where a gradient passes; asking for the smallest parameter of each module costs least
+        owned = ([p for p in o.module.parameters(recurse=False) if p.requires_grad] for o in operations)
+        self._targets = [min(own, key=Tensor.numel) for own in owned]
+
+    def pullback(self, columns: Tensor) -> list[Tensor]:
+        """See `Linearisation.pullback`."""
+        pulled = [self._pull(column) for column in columns]
+        return [torch.stack(g) for g in zip(*pulled, strict=True)]
+
+    def _pull(self, column: Tensor) -> list[Tensor]:
+        for operation in self._operations:
+            operation.output_gradients.clear()
+        torch.autograd.grad(self._f, self._targets, column, retain_graph=True, allow_unused=True)
+        return [
+            g
+            for operation in self._operations
+            for g, uses in zip(operation.gradients_by_call(column), operation.uses, strict=True)
+            for _ in uses
+        ]
+
+
+class KeepOperation(asdl.Operation):
+    """An ASDL operation that keeps the uses of each call of its module, and the gradients at their outputs.
+
+    Attributes:
+        module: the module.
+        uses: uses of the parameters, for each call.
+        versions: the tensors that the uses keep, as `checks.versions` gives them.
+        output_gradients: gradients at the outputs of the calls, the last call first, as the backward pass meets them.
+    """
+
+    def __init__(self, name: str, module: nn.Module, parameters: Mapping[str, nn.Parameter], examples: Examples):
+        super().__init__(module, [])
+        self.module = module
+        self.uses: list[list[Use]] = []
+        self.versions: list[tuple[Use, Tensor, int]] = []
+        self.output_gradients: list[Tensor] = []
+        self._name, self._parameters, self._examples = name, parameters, examples
+        self._shapes: list[torch.Size] = []
+
+    def forward_post_process(self, in_data: Tensor, out_data: Tensor) -> None:
+        """Called by ASDL after each forward of the module."""
+        try:
+            self.uses.append(module_uses(self.module, in_data, out_data, self._parameters, self._examples))
+        except UnreadableCallError as error:
+            name = next(n for n, p in self._parameters.items() if any(p is own for own in self.module.parameters()))
+            raise UnsupportedParameterError(
+                f"{name!r} is used by {type(self.module).__name__}, {error}; freeze it (requires_grad_(False))."
+            ) from None
+        self.versions += versions(self.uses[-1])
+        self._shapes.append(out_data.shape)
+
+    def backward_pre_process(self, out_grads: Tensor, vector: Any = None) -> None:
+        """Called by ASDL when a gradient reaches the output of a call."""
+        self.output_gradients.append(out_grads)
+
+    def gradients_by_call(self, column: Tensor) -> list[Tensor]:
+        """Gradients at the outputs, in the order of the calls; zero where no call reaches the model's output."""
+        if not self.output_gradients:
+            return [column.new_zeros(shape) for shape in self._shapes]
+        if len(self.output_gradients) < len(self._shapes):
+            raise UnsupportedParameterError(
+                f"{self._name!r} is called {len(self._shapes)} times, but only {len(self.output_gradients)} of the calls reach the output, "
+                f"and ASDL does not tell which; {INSTEAD}."
+            )
+        return self.output_gradients[::-1]
+
+
+def _owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Module]:
+    """Modules that hold a parameter themselves, by name."""
+    names = {id(p): name for name, p in parameters.items()}
+    owners = {}
+    for module_name, module in model.named_modules():
+        own = [names[id(p)] for p in module.parameters(recurse=False) if id(p) in names]
+        if not own:
+            continue
+        kind = type(module).__name__
+        if module_call(module) is None:
+            raise UnsupportedParameterError(
+                f"{own[0]!r} belongs to a {kind}, which ASDL has no operation for; {INSTEAD}."
+            )
+        if module._is_full_backward_hook:
+            raise UnsupportedParameterError(
+                f"{own[0]!r} belongs to a {kind} with a full backward hook, beside which ASDL can register none of its own; remove the "
+                'hook, or choose backend="native".'
+            )
+        owners[module_name] = module
+    return owners
+
+
+@contextmanager
+def _operations(
+    model: nn.Module, owners: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter], examples: Examples
+) -> Iterator[list[KeepOperation]]:
+    """Register an operation for each owner in ASDL's context, and ASDL's hooks where it brings none."""
+    hooked = [module for _, module in named_supported_modules(model)]
+    ignored = [module for module in hooked if not any(module is owner for owner in owners.values())]
+    handles, operations = [], []
+    with extend(model, asdl.OP_SAVE_INPUTS, asdl.OP_SAVE_OUTGRADS, ignore_modules=ignored) as context:
+        try:
+            for name, module in owners.items():
+                operations.append(KeepOperation(name, module, parameters, examples))
+                context.register_operation(module, operations[-1])
+                handles.append(module.register_forward_pre_hook(partial(_check_arguments, name)))
+                if not any(module is other for other in hooked):
+                    handles.append(module.register_forward_hook(partial(_call_operation, context)))
+            yield operations
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _check_arguments(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    if not arguments:
+        raise UnsupportedParameterError(
+            f'{name!r} is called with its input by keyword, which ASDL does not see; give it by position, or choose backend="native".'
+        )
+
+
+def _call_operation(
+    context: asdl.OperationContext, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor
+) -> None:
+    """What ASDL's own hooks do, for a module that it brings none for."""
+    context.call_operations_in_forward(module, arguments[0].detach(), output.detach())
+    assert output.grad_fn is not None
+    place = output.output_nr
+    output.grad_fn.register_prehook(lambda grads: context.call_operations_in_backward(module, grads[place].detach()))
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """Restore the marks that ASDL leaves on modules and parameters."""
+    mark = "_original_requires_grad"
+    flags = [(module, module._is_full_backward_hook) for module in model.modules()]
+    marks = [(p, vars(p).get(mark)) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module._is_full_backward_hook = flag
+        for parameter, value in marks:
+            if value is not None:
+                setattr(parameter, mark, value)
+            elif hasattr(parameter, mark):
+                delattr(parameter, mark)
