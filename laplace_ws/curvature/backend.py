@@ -61,6 +61,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             f"{type(model).__name__} has no parameter that requires grad; unfreeze what the posterior is to be over "
             "(requires_grad_(True))."
         )
+    for name in parameters:
+        module, parametrised, rest = name.partition("parametrizations.")
+        if parametrised:
+            weight = rest.split(".")[0]
+            raise UnsupportedParameterError(
+                f"{name!r} parametrises {module + weight!r} (weight_norm, spectral_norm, …) and has no curvature block; fold it in with "
+                f"torch.nn.utils.parametrize.remove_parametrizations(module, {weight!r}), or freeze it (requires_grad_(False))."
+            )
     return parameters
 
 

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from laplace_ws.curvature.attention import Parts, multi_head_attention, read_projection, take_parts
 from laplace_ws.curvature.backend import Backend, Linearisation, check_outputs
 from laplace_ws.curvature.calls import OVERWRITES_INPUT, TRANSPOSES, Call, Operand, UnreadableCallError, read_call
 from laplace_ws.curvature.checks import check_unchanged, versions
@@ -88,6 +90,12 @@ class _UseRecorder(TorchFunctionMode):
         }
         if not operands:
             return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            try:
+                return multi_head_attention(self._project, *args, **kwargs)
+            except UnreadableCallError as error:
+                self._refuse(operands, "multi_head_attention_forward", error)
+                return func(*args, **kwargs)
         before = (args[0].clone(), *args[1:]) if func in OVERWRITES_INPUT else args
         output = func(*args, **kwargs)
         self._record(func, operands, before, kwargs, output)
@@ -104,9 +112,26 @@ class _UseRecorder(TorchFunctionMode):
         try:
             uses = read_call(func, Call(name, operands, output, self._examples), *args, **kwargs)
         except UnreadableCallError as error:
-            for operand in operands.values():
-                self._unsupported.setdefault(operand.name, f"{name}, {error}")
-            return
+            self._refuse(operands, name, error)
+        else:
+            self._keep(uses, output)
+
+    def _project(
+        self, x: Tensor, weight: Tensor, weight_parts: Parts, bias: Tensor | None, bias_parts: Parts
+    ) -> Tensor:
+        """A projection of attention, and its uses; see `attention.Project`."""
+        y = F.linear(x, take_parts(weight, weight_parts), None if bias is None else take_parts(bias, bias_parts))
+        operands = {id(t): self._operands[id(t)] for t in (weight, bias) if id(t) in self._operands}
+        if operands:
+            call = Call("multi_head_attention_forward", operands, y, self._examples)
+            self._keep(read_projection(call, x, weight, weight_parts, bias, bias_parts), y)
+        return y
+
+    def _refuse(self, operands: dict[int, Operand], name: str, error: UnreadableCallError) -> None:
+        for operand in operands.values():
+            self._unsupported.setdefault(operand.name, f"{name}, {error}")
+
+    def _keep(self, uses: Sequence[Use], output: Tensor) -> None:
         edge = get_gradient_edge(output)
         self.uses += uses
         self.edges += [edge] * len(uses)
