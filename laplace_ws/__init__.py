@@ -3,7 +3,7 @@
 from laplace_ws._version import __version__
 from laplace_ws.curvature import Curvature, kron_factors
 from laplace_ws.errors import InvalidBatchError, NotFittedError, NumericalRepairWarning, UnsupportedParameterError
-from laplace_ws.kfac import KfacApprox
+from laplace_ws.kfac import KfacApprox, row_examples
 from laplace_ws.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, make_likelihood
 from laplace_ws.marglik import marglik_training
 from laplace_ws.matrices import Kron
@@ -29,4 +29,5 @@ __all__ = [
     "kron_factors",
     "make_likelihood",
     "marglik_training",
+    "row_examples",
 ]

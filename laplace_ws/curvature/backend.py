@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
-from laplace_ws.kfac.sharing import Use
+from laplace_ws.kfac import RaggedInputs, Use
 
 
 class Linearisation(ABC):
@@ -45,7 +45,7 @@ class Backend(ABC):
 
         Args:
             model: the network.
-            x: inputs, the first axis runs over examples.
+            x: inputs, the first axis runs over examples, or `RaggedInputs`.
             parameters: the parameters to cover, by name.
 
         Raises:
@@ -84,7 +84,7 @@ def check_pair(batch: object, number: int) -> tuple[Tensor, Tensor]:
             f"the loader must give pairs (x, y), but batch {number} is a {type(batch).__name__}{length}."
         )
     for name, value in zip("xy", batch, strict=True):
-        if not isinstance(value, Tensor):
+        if not (isinstance(value, Tensor) or (name == "x" and isinstance(value, RaggedInputs))):
             raise InvalidBatchError(
                 f"{name} of batch {number} is a {type(value).__name__} but must be one tensor; "
                 "join its parts into one, and take them apart in the model."

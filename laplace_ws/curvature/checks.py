@@ -29,7 +29,7 @@ def check_linearisation(
         InvalidBatchError: the outputs are not finite.
     """
     x = x[:N_PROBED]
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
         f = model(x)  # before the backend: what it leaves in the model must not hide what it does to it
         if not f.isfinite().all():
             raise InvalidBatchError(

@@ -8,7 +8,16 @@ from laplace_ws.kfac.accumulate import (
     example_gradients,
 )
 from laplace_ws.kfac.approximation import KfacApprox, KfacApproxSpec, approximation_by_parameter, parse_kfac_approx
-from laplace_ws.kfac.sharing import ConvUse, ElementwiseUse, EmbeddingUse, LinearUse, MatrixUse, Use
+from laplace_ws.kfac.rows import Examples, RaggedInputs, Rows, row_examples
+from laplace_ws.kfac.sharing import (
+    ConvUse,
+    ElementwiseUse,
+    EmbeddingUse,
+    LinearUse,
+    MatrixUse,
+    PackedLinearUse,
+    Use,
+)
 
 __all__ = [
     "Accumulator",
@@ -17,13 +26,18 @@ __all__ = [
     "DiagAccumulator",
     "ElementwiseUse",
     "EmbeddingUse",
+    "Examples",
     "KfacApprox",
     "KfacApproxSpec",
     "KronAccumulator",
     "LinearUse",
     "MatrixUse",
+    "PackedLinearUse",
+    "RaggedInputs",
+    "Rows",
     "Use",
     "approximation_by_parameter",
     "example_gradients",
     "parse_kfac_approx",
+    "row_examples",
 ]

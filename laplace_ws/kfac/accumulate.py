@@ -19,6 +19,7 @@ from laplace_ws.kfac import factors
 from laplace_ws.kfac.approximation import KfacApprox
 from laplace_ws.kfac.sharing import EmbeddingUse, MatrixUse, Use, at_least_float32
 from laplace_ws.matrices import CurvatureMatrix, Dense, Diag, Kron, KronBlock
+from laplace_ws.matrices.kron import at_least_one
 
 LARGEST_DENSE_VECTOR = 4096
 """Vectors (biases, scales, affine parameters) with more entries get the diagonal of their block, which would not fit in memory."""
@@ -153,7 +154,7 @@ def _empty_block(parameter: Tensor, role: _Role, uses: Sequence[Use]) -> KronBlo
     n_outputs = parameter.shape[-1 if first.transposed else 0] // first.groups
     B = parameter.new_zeros(*([first.groups] if first.groups > 1 else []), n_outputs, n_outputs)
     return KronBlock(
-        parameter.shape, B, A_sum / n_inputs, n_inputs, transposed=first.transposed, diagonal_A=role.diagonal_A
+        parameter.shape, B, A_sum / at_least_one(n_inputs), n_inputs, transposed=first.transposed, diagonal_A=role.diagonal_A
     )
 
 
@@ -161,7 +162,7 @@ def _number_of_inputs(n_positions: int | Tensor, n_examples: int) -> float | Ten
     """Number of positions in a batch, `[G, 1, 1]` where the groups have different ones."""
     if not isinstance(n_positions, Tensor):
         return n_positions * n_examples
-    n = n_positions.sum(-1).clamp(min=1)
+    n = n_positions.sum(-1)
     return n.item() if n.ndim == 0 else n[:, None, None]
 
 

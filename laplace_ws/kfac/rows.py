@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -69,23 +69,41 @@ class Rows:
         return m, self.example * m + place
 
 
+@runtime_checkable
+class RaggedInputs(Protocol):
+    """Inputs whose examples have unequal numbers of rows, as graphs have: what a model is called with in place of one tensor."""
+
+    device: torch.device
+
+    def __len__(self) -> int:
+        """N, the number of examples."""
+        ...
+
+    def __getitem__(self, chosen: slice) -> RaggedInputs:
+        """Some of the examples."""
+        ...
+
+    def example_of_rows(self, n_rows: int) -> Int[Tensor, " B"] | None:
+        """Example of each row of a tensor of so many rows; None where rows lie grouped by example, equally many each."""
+        ...
+
+
 @dataclass(frozen=True)
 class Examples:
     """The examples of a batch, and where their rows lie.
 
     Attributes:
         n: N, the number of examples.
-        batch: the batch; where it has a method `example_of_rows(n_rows)`, that gives the example of each row of a tensor with so many
-            rows, or None where rows lie grouped by example.
+        batch: the inputs.
     """
 
     n: int
-    batch: Any = None
+    batch: Tensor | RaggedInputs | None = None
 
     def rows(self, n_rows: int) -> Rows | None:
         """Rows of a tensor with `n_rows` rows; None where they cannot belong to the examples."""
         index = _declared.get()
-        if index is None and hasattr(self.batch, "example_of_rows"):
+        if index is None and isinstance(self.batch, RaggedInputs):
             index = self.batch.example_of_rows(n_rows)
         if index is None:
             return Rows(n_rows, self.n) if n_rows % self.n == 0 else None

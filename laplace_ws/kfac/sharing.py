@@ -136,7 +136,8 @@ class LinearUse(MatrixUse):
         return self.weight_is_transposed
 
     def _by_row(self) -> Float[Tensor, "B q I"]:
-        return at_least_float32(self.x).reshape(len(self.x), -1, self.x.shape[-1])
+        x = at_least_float32(self.x)
+        return x.flatten(1, -2) if x.ndim > 2 else x[:, None]
 
     @property
     def n_positions(self) -> int | Tensor:
@@ -157,7 +158,7 @@ class LinearUse(MatrixUse):
 
     def output_gradient_sum(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradient_sum`."""
-        return self.rows.sum(at_least_float32(g).reshape(*g.shape[:2], -1, g.shape[-1]).sum(2), 1)
+        return self.rows.sum(_by_position(g).sum(2), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,4 +344,9 @@ class ElementwiseUse(Use):
 
 def _positions(rows: Rows, g: Float[Tensor, "K B ... O"]) -> Float[Tensor, "K N R O"]:
     """Gradients by example and sharing position."""
-    return rows.group(at_least_float32(g).reshape(*g.shape[:2], -1, g.shape[-1]), 1).flatten(2, 3)
+    return rows.group(_by_position(g), 1).flatten(2, 3)
+
+
+def _by_position(g: Float[Tensor, "K B ... O"]) -> Float[Tensor, "K B q O"]:
+    g = at_least_float32(g)
+    return g.flatten(2, -2) if g.ndim > 3 else g[:, :, None]

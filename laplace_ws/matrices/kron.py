@@ -43,7 +43,7 @@ class KronBlock:
         """Combine the factors of two data sets: sums of B, and the mean A over the inputs of both."""
         A, n_inputs = self.A, self.n_inputs + other.n_inputs
         if A is not None and other.A is not None:
-            A = (A * self.n_inputs + other.A * other.n_inputs) / n_inputs
+            A = (A * self.n_inputs + other.A * other.n_inputs) / at_least_one(n_inputs)
         return replace(self, A=A, B=self.B + other.B, n_inputs=n_inputs)
 
     def to_dense(self) -> Float[Tensor, "D D"]:
@@ -153,6 +153,13 @@ class Kron(CurvatureMatrix, Mapping[str, KronBlock]):
     def from_state_dict(cls, shapes: Mapping[str, torch.Size], state: Mapping[str, Any]) -> Kron:
         """See `CurvatureMatrix.from_state_dict`."""
         return cls({name: KronBlock(shape=shape, **state[name]) for name, shape in shapes.items()})
+
+
+def at_least_one(n_inputs: float | Tensor) -> float | Tensor:
+    """A number of inputs to divide by: a sum over none is zero, and so is its mean."""
+    if isinstance(n_inputs, Tensor):
+        return torch.where(n_inputs == 0, 1, n_inputs)
+    return n_inputs or 1
 
 
 def _eigenvalues(factor: Tensor | None, diagonal: bool, like: Tensor | None = None) -> Tensor:

@@ -1,0 +1,106 @@
+"""Batches of graphs: the nodes of several graphs in one tensor, with an index that says which graph each belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from laplace_ws.errors import InvalidBatchError
+
+
+@dataclass(frozen=True, eq=False)
+class GraphBatch:
+    """Several graphs side by side, as a disconnected one; an example is a graph.
+
+    Attributes:
+        nodes: features of the nodes, `[V, F]` (or indices, `[V]`).
+        edges: source and target node of each edge, `[2, E]`.
+        graph: graph of each node, `[V]`, 0 … N−1.
+        n_graphs: N.
+    """
+
+    nodes: Float[Tensor, "V F"]
+    edges: Int[Tensor, "2 E"]
+    graph: Int[Tensor, " V"]
+    n_graphs: int
+
+    @classmethod
+    def from_graphs(cls, graphs: Sequence[tuple[Tensor, Tensor]]) -> GraphBatch:
+        """Join graphs, each given as its nodes `[v, F]` and edges `[2, e]`.
+
+        Raises:
+            InvalidBatchError: an edge names a node that its graph does not have.
+        """
+        sizes = [len(nodes) for nodes, _ in graphs]
+        for number, (size, (_, edges)) in enumerate(zip(sizes, graphs, strict=True)):
+            if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < size:
+                raise InvalidBatchError(f"graph {number} has {size} nodes, but an edge names node {int(edges.max())}.")
+        starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
+        nodes = torch.cat([nodes for nodes, _ in graphs])
+        edges = torch.cat([edges + start for start, (_, edges) in zip(starts, graphs, strict=True)], 1)
+        graph = torch.arange(len(graphs)).repeat_interleave(torch.tensor(sizes)).to(nodes.device)
+        return cls(nodes, edges, graph, len(graphs))
+
+    @classmethod
+    def collate(cls, pairs: Sequence[tuple[tuple[Tensor, Tensor], Tensor]]) -> tuple[GraphBatch, Tensor]:
+        """A batch (x, y) from pairs ((nodes, edges), target): the `collate_fn` of a `DataLoader`."""
+        return cls.from_graphs([graph for graph, _ in pairs]), torch.stack([torch.as_tensor(y) for _, y in pairs])
+
+    def __len__(self) -> int:
+        return self.n_graphs
+
+    def __getitem__(self, chosen: slice) -> GraphBatch:
+        """The graphs of a slice."""
+        numbers = torch.arange(self.n_graphs, device=self.graph.device)[chosen]
+        new_number = self.graph.new_full((self.n_graphs,), -1)
+        new_number[numbers] = torch.arange(len(numbers), device=self.graph.device)
+        kept = new_number[self.graph] >= 0
+        new_node = kept.cumsum(0) - 1
+        edges = self.edges[:, kept[self.edges[0]]]
+        return GraphBatch(self.nodes[kept], new_node[edges], new_number[self.graph[kept]], len(numbers))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.nodes.device
+
+    def to(self, *args, **kwargs) -> GraphBatch:
+        """Move to a device, and the node features, if they are floating point, to a type; see `Tensor.to`."""
+        nodes = self.nodes.to(*args, **kwargs)
+        return GraphBatch(nodes, self.edges.to(nodes.device), self.graph.to(nodes.device), self.n_graphs)
+
+    @property
+    def graph_of_edge(self) -> Int[Tensor, " E"]:
+        """Graph of each edge."""
+        return self.graph[self.edges[0]]
+
+    def mean(self, h: Float[Tensor, "V D"]) -> Float[Tensor, "N D"]:
+        """Mean over the nodes of each graph; zero for a graph without nodes."""
+        sizes = torch.bincount(self.graph, minlength=self.n_graphs).clamp(min=1)
+        return h.new_zeros(self.n_graphs, h.shape[1]).index_add(0, self.graph, h) / sizes[:, None]
+
+    def example_of_rows(self, n_rows: int) -> Int[Tensor, " B"] | None:
+        """Graph of each row of a tensor over nodes, over edges, or (None) over graphs, told apart by their numbers.
+
+        Raises:
+            InvalidBatchError: the numbers do not tell them apart.
+        """
+        index_by_name = {
+            "nodes": self.graph,
+            "edges": self.graph_of_edge,
+            "graphs": torch.arange(self.n_graphs, device=self.device),
+        }
+        fitting = {name: index for name, index in index_by_name.items() if len(index) == n_rows}
+        if not fitting:
+            return None
+        first, *others = fitting.values()
+        if any(not torch.equal(first, other) for other in others):
+            raise InvalidBatchError(
+                f"a batch has {n_rows} {' and as many '.join(fitting)}, so a layer with {n_rows} rows does not show what they are; call it "
+                "within laplace_ws.row_examples(batch.graph) or row_examples(batch.graph_of_edge)."
+            )
+        return first
