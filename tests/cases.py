@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import asdl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from laplace_ws.data import GraphBatch
+from laplace_ws.models import Bias, Scale, WideResNet
 
 N = 5  # examples: prime, so that no other axis is taken for the batch by accident
 
@@ -222,13 +227,173 @@ class FoldedTime(nn.Module):
         return self.head(h).unflatten(0, x.shape[:2]).sum(1)
 
 
+class CalledTwiceNet(nn.Module):
+    """A layer used twice, one call after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(torch.tanh(self.layer(x)))))
+
+
+class ResidualBlocks(nn.Module):
+    """A residual network as torchvision writes it: in-place ReLU modules, batch norms, `+=`, a convolution in the shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.conv2, self.bn2 = nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4)
+        self.down = nn.Sequential(nn.Conv2d(3, 4, 1, 2, bias=False), nn.BatchNorm2d(4))
+        self.relu, self.pool, self.fc = nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(x))
+        out += self.down(x)
+        out = self.pool(self.relu(out))
+        return self.fc(torch.flatten(out, 1))
+
+
+class VisionTransformer(nn.Module):
+    """Patches, a pre-norm block with multi-head attention from plain calls, GELU, the mean over tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(2, 4, 2, 2)
+        self.norm1, self.qkv, self.proj = nn.LayerNorm(4), nn.Linear(4, 12), nn.Linear(4, 4)
+        self.norm2, self.mlp = nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.patch(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm1(h)).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4).unbind(0)
+        a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = h + self.proj(a)
+        h = h + self.mlp(self.norm2(h))
+        return self.head(self.norm(h).mean(1))
+
+
+class CrossAttention(nn.Module):
+    """`nn.MultiheadAttention` of queries on fewer keys; its weights are used, and a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.attention = nn.Linear(3, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inner(x))
+        first_query_sees_first_key_alone = torch.tensor([[False, True]] + [[False, False]] * (x.shape[1] - 1))
+        a, weights = self.attention(h, h[:, :2], h[:, :2] ** 2, attn_mask=first_query_sees_first_key_alone)
+        return self.head(a.mean(1)) + weights.sum((1, 2))[:, None] ** 2
+
+
+class LowRankAdapters(nn.Module):
+    """A frozen base with trainable low-rank adapters beside it, as modules and as bare parameters [Hu et al. 2022]."""
+
+    def __init__(self, bare: bool):
+        super().__init__()
+        self.base1, self.base2 = nn.Linear(3, 5), nn.Linear(5, 3)
+        self.down, self.up = nn.Linear(3, 2, bias=False), nn.Linear(2, 5, bias=False)
+        if bare:
+            self.A, self.B = nn.Parameter(torch.randn(5, 2)), nn.Parameter(torch.randn(2, 3))
+        self.base1.requires_grad_(False)
+        self.base2.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.base1(x) + self.up(self.down(x)) * 0.5)
+        out = self.base2(h)
+        return out + h @ self.A @ self.B if hasattr(self, "A") else out
+
+
+class MessagePassing(nn.Module):
+    """Messages along edges, summed at their target nodes, and the mean over the nodes of a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.message = nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(6, 3)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, batch: GraphBatch) -> Tensor:
+        h = torch.tanh(self.norm(self.embed(batch.nodes)))
+        source, target = batch.edges
+        messages = torch.tanh(self.message(torch.cat([h[source], h[target]], 1)))
+        return self.head(batch.mean(h.index_add(0, target, messages)))
+
+
+def _graphs() -> GraphBatch:
+    """Graphs of 1 to 4 nodes and 0 to 9 edges."""
+    sizes = [(3, 7), (4, 8), (1, 0), (2, 9), (2, 3)]
+    return GraphBatch.from_graphs(
+        [(torch.randn(v, 2, dtype=torch.float64), torch.randint(0, v, (2, e))) for v, e in sizes]
+    )
+
+
+def _frozen_cnn() -> nn.Module:
+    """The first layer frozen, and the weight but not the bias of the last."""
+    model = _cnn()
+    model[0].requires_grad_(False)
+    model[-1].weight.requires_grad_(False)
+    return model
+
+
+def _cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(3, 4, 2, bias=False),
+        nn.Sigmoid(),
+        nn.AvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(4, 3),
+    )
+
+
+def _scalars() -> nn.Module:
+    """Scales and biases as modules, the toolkit's and ASDL's, and norms over features."""
+    first = [nn.Linear(3, 4), nn.LayerNorm(4), Bias(), nn.Tanh(), Scale()]
+    return nn.Sequential(*first, asdl.Bias(), nn.SiLU(), nn.RMSNorm(4), asdl.Scale(), nn.Linear(4, 3))
+
+
+def _conv1d() -> nn.Module:
+    """Outputs of each position: a sequence model."""
+
+    class ChannelsLast(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.transpose(1, 2)
+
+    return nn.Sequential(
+        nn.Conv1d(2, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.ELU(), nn.Conv1d(3, 3, 1), ChannelsLast(), nn.Linear(3, 3)
+    )
+
+
+def _conv3d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv3d(1, 2, 2, stride=(1, 2, 1)),
+        nn.BatchNorm3d(2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Linear(2, 3),
+    )
+
+
+def _encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    return nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 3))
+
+
 @dataclass(frozen=True)
 class Case:
     """A nonlinear model, a batch and a likelihood."""
 
     name: str
     make_model: Callable[[], nn.Module]
-    make_x: Callable[[], Tensor]
+    make_x: Callable[[], Tensor | GraphBatch]
     likelihood: str = "classification"
     target_shape: tuple[int, ...] = (N,)
 
@@ -258,6 +423,10 @@ def _vectors() -> Tensor:
     return torch.randn(N, 3, dtype=torch.float64)
 
 
+def _sequences() -> Tensor:
+    return torch.randn(N, 4, 3, dtype=torch.float64)
+
+
 def _mlp(n_outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, n_outputs))
 
@@ -282,4 +451,23 @@ CASES = [
     Case("transformer-tokens", lambda: Transformerlike(True), lambda: torch.randint(0, 6, (N, 3)), target_shape=(N, 4)),
     Case("folded-time", FoldedTime, lambda: torch.randn(N, 2, 3, dtype=torch.float64), "regression", (N, 2)),
     Case("tied-weights", lambda: TiedWeights("reduce"), lambda: torch.randn(N, 5, 3, dtype=torch.float64)),
+    Case("cnn", _cnn, _images),
+    Case("frozen-layers", _frozen_cnn, _images),
+    Case("residual-blocks", ResidualBlocks, _images),
+    Case("scalars-and-norms", _scalars, _vectors),
+    Case("sequence-conv1d", _conv1d, lambda: torch.randn(N, 2, 3, dtype=torch.float64), target_shape=(N, 3)),
+    Case("conv3d", _conv3d, lambda: torch.randn(N, 1, 3, 4, 3, dtype=torch.float64)),
+    Case("called-twice", CalledTwiceNet, _vectors),
+    Case("vision-transformer", VisionTransformer, _images),
+    Case("transformer-encoder-layer", _encoder, _sequences, target_shape=(N, 4)),
+    Case("cross-attention", CrossAttention, _sequences),
+    Case("adapters", lambda: LowRankAdapters(False), _vectors),
+    Case("adapters-bare", lambda: LowRankAdapters(True), _vectors),
+    Case("message-passing", MessagePassing, _graphs),
 ]
+
+WIDE_RESNETS = [
+    Case(f"wide-resnet-{norm}", partial(WideResNet, 10, 1, 2, 3, norm=norm), _images)
+    for norm in ("fixup", "batch", "group", "none")
+]
+"""Too many parameters for a dense matrix."""

@@ -24,7 +24,7 @@ from laplace_ws.curvature.backend import (
 from laplace_ws.curvature.checks import check_linearisation
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError
-from laplace_ws.kfac.accumulate import Accumulator, KronAccumulator
+from laplace_ws.kfac.accumulate import Accumulator, KronAccumulator, example_gradients
 from laplace_ws.kfac.approximation import KfacApproxSpec, approximation_by_parameter
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.matrices import Kron
@@ -172,6 +172,42 @@ class CurvatureSum:
         else:
             for _ in range(self.mc_samples):
                 yield self.likelihood.sampled_column(f, self.generator) / self.mc_samples**0.5
+
+
+def jacobians(
+    model: nn.Module, x: Tensor, *, backend: str | Backend = "native"
+) -> tuple[Float[Tensor, "N D P"], Float[Tensor, "N D"]]:
+    """Jacobians ∂f/∂θ of each example, and the outputs f.
+
+    Args:
+        model: the network; run in eval mode and left as it was.
+        x: inputs.
+        backend: "native", "asdl", "backpack", or a `Backend`.
+
+    Returns:
+        The Jacobians over the parameters that require grad, in the order of `model.named_parameters()`, each flattened row-major, and the
+        outputs, those of an example flattened to D.
+
+    Raises:
+        UnsupportedParameterError: a parameter that requires grad cannot be covered.
+        InvalidBatchError: the inputs do not fit the model.
+    """
+    parameters = trainable_parameters(model)
+    check_devices(model, x)
+    backend = make_backend(backend)
+    with evaluation_mode(model):
+        if len(x) > 1:
+            check_linearisation(backend, model, x, parameters)
+        with backend.linearise(model, x, parameters) as linearisation:
+            f = linearisation.outputs.reshape(len(x), -1)
+            columns = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
+            columns = columns[:, None].expand(-1, len(x), -1).reshape(-1, *linearisation.outputs.shape)
+            rows = []
+            for chunk in columns.split(linearisation.columns_at_once):
+                g = linearisation.pullback(chunk)
+                of_each = [example_gradients(name, linearisation.uses, g).flatten(2) for name in parameters]
+                rows.append(torch.cat(of_each, dim=2))  # [K, N, P]
+    return torch.cat(rows).transpose(0, 1), f
 
 
 def kron_factors(

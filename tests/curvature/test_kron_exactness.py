@@ -1,8 +1,8 @@
-"""Rungs 1 to 3: where each approximation is exact, and that it is not elsewhere."""
+"""What holds for K-FAC whatever the backend: vector blocks, equality without sharing, the choice of the approximation; and the oracles."""
 
 import pytest
 import torch
-from cases import CASES, LINEAR_CASES, Case, LinearCase, double
+from cases import CASES, LINEAR_CASES, Case, double
 from torch import nn
 
 from laplace_ws import kron_factors
@@ -15,46 +15,14 @@ def relative_error(estimate, truth):
     return ((estimate - truth).norm() / truth.norm()).item()
 
 
-def group_diagonal(block, n_groups):
-    """Zero the entries between channel groups, each a layer of its own."""
-    mask = torch.block_diag(*[torch.ones(len(block) // n_groups, len(block) // n_groups)] * n_groups)
-    return block * mask
-
-
-def largest_errors(case: LinearCase, setting: str, kfac_approx: str):
-    model, x = double(case.make_model(setting)), case.make_x()
-    y = torch.randn_like(model(x))
-    kron = kron_factors(model, "regression", [(x[:3], y[:3]), (x[3:], y[3:])], kfac_approx=kfac_approx)
-    truth, slices = exact.ggn(model, "regression", x, y), exact.parameter_slices(model)
-    errors = {}
-    for name, block in kron.items():
-        n_groups = len(block.B) if block.B.ndim == 3 else 1
-        expected = group_diagonal(truth[slices[name], slices[name]], n_groups)
-        errors[name] = relative_error(block.to_dense(), expected)
-    return errors
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
-def test_exact_in_its_setting(case, setting):
-    errors = largest_errors(case, setting, setting)
-    assert max(errors.values()) < 1e-10, errors
-
-
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
 def test_auto_picks_the_exact_one(case, setting):
-    errors = largest_errors(case, setting, "auto")
-    assert max(errors.values()) < 1e-10, errors
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
-def test_fails_in_the_other_setting(case, setting):
-    other = {"expand": "reduce", "reduce": "expand"}[setting]
-    errors = largest_errors(case, setting, other)
-    weights = {name: error for name, error in errors.items() if "bias" not in name}
-    assert min(weights.values()) > 1e-2, errors
+    """That it is exact, and that the other is not, the conformance suite shows for every backend."""
+    model, x = double(case.make_model(setting)), case.make_x()
+    data = [(x, torch.randn_like(model(x)))]
+    auto, chosen = (kron_factors(model, "regression", data, kfac_approx=approx) for approx in ("auto", setting))
+    assert torch.equal(auto.to_dense(), chosen.to_dense())
 
 
 @pytest.mark.parametrize(
@@ -66,7 +34,7 @@ def test_vector_blocks_of_reduce_are_exact(case: Case):
     kron = kron_factors(model, case.likelihood, [(x, y)], kfac_approx="reduce")
     truth, slices = exact.ggn(model, case.likelihood, x, y), exact.parameter_slices(model)
     vectors = [name for name, block in kron.items() if block.A is None]
-    assert vectors
+    assert vectors or case.name.startswith("adapters")
     for name in vectors:
         assert relative_error(kron[name].to_dense(), truth[slices[name], slices[name]]) < 1e-10, name
 
