@@ -1,6 +1,5 @@
 """Curvature of a model's negative log likelihood: backends that run the model, and sums over the data."""
 
-from laplace_ws.curvature.asdl import AsdlBackend
 from laplace_ws.curvature.backend import Backend, Linearisation
 from laplace_ws.curvature.compute import (
     BACKENDS,
@@ -15,7 +14,6 @@ from laplace_ws.curvature.native import NativeBackend
 
 __all__ = [
     "BACKENDS",
-    "AsdlBackend",
     "Backend",
     "Curvature",
     "CurvatureSum",

@@ -16,18 +16,24 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import asdl
 import torch
-from asdl.core import extend, named_supported_modules
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import Backend, Linearisation, check_outputs
 from laplace_ws.curvature.calls import UnreadableCallError
 from laplace_ws.curvature.checks import check_covered, check_unchanged, versions
-from laplace_ws.curvature.modules import module_call, module_uses
+from laplace_ws.curvature.modules import MODULE_CALLS, module_call, module_uses
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac.rows import Examples
 from laplace_ws.kfac.sharing import Use
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # torch.jit.script in its preconditioners
+    import asdl
+    from asdl.core import extend, named_supported_modules
+
+MODULE_CALLS[asdl.Bias] = lambda m, x: (torch.add, (x, m.weight))
+MODULE_CALLS[asdl.Scale] = lambda m, x: (torch.mul, (x, m.weight))
 
 INSTEAD = 'freeze it (requires_grad_(False)) or choose backend="native"'
 

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace_ws.curvature.asdl import AsdlBackend
 from laplace_ws.curvature.backend import (
     Backend,
     Linearisation,
@@ -44,7 +43,14 @@ class Curvature(str, Enum):
     EF = "ef"
 
 
-BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (NativeBackend, AsdlBackend)}
+def _asdl() -> Backend:
+    from laplace_ws.curvature.asdl import AsdlBackend
+
+    return AsdlBackend()
+
+
+BACKENDS: dict[str, Callable[[], Backend]] = {"native": NativeBackend, "asdl": _asdl}
+"""Makers of the backends by name; a library is imported by the backend that is made of it, and not before."""
 
 
 def parse_curvature(value: str | Curvature) -> Curvature:

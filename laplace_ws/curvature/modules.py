@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import asdl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,8 +54,6 @@ MODULE_CALLS: dict[type[nn.Module], Callable[[Any, Tensor], ModuleCall]] = {
     nn.GroupNorm: lambda m, x: (F.group_norm, (x, m.num_groups, m.weight, m.bias, m.eps)),
     Bias: lambda m, x: (torch.add, (x, m.bias)),
     Scale: lambda m, x: (torch.mul, (x, m.scale)),
-    asdl.Bias: lambda m, x: (torch.add, (x, m.weight)),
-    asdl.Scale: lambda m, x: (torch.mul, (x, m.weight)),
 }
 """The call that a module makes on its input, by class; a subclass with a forward of its own has none."""
 
