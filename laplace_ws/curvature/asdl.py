@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from laplace_ws.curvature.backend import Backend, Linearisation, check_outputs
 from laplace_ws.curvature.calls import UnreadableCallError
@@ -73,9 +74,7 @@ class AsdlLinearisation(Linearisation):
         self.uses = [use for operation in operations for uses in operation.uses for use in uses]
         self._f = f
         self._operations = operations
-        # ASDL's hooks fire where a gradient passes; asking for the smallest parameter of each module costs least
-        owned = ([p for p in o.module.parameters(recurse=False) if p.requires_grad] for o in operations)
-        self._targets = [min(own, key=Tensor.numel) for own in owned]
+        self._targets = [target for operation in operations for target in operation.targets]
 
     def pullback(self, columns: Tensor) -> list[Tensor]:
         """See `Linearisation.pullback`."""
@@ -101,6 +100,7 @@ class KeepOperation(asdl.Operation):
         module: the module.
         uses: uses of the parameters, for each call.
         versions: the tensors that the uses keep, as `checks.versions` gives them.
+        targets: what to ask gradients of, so that the backward pass goes through every call and computes no weight gradient.
         output_gradients: gradients at the outputs of the calls, the last call first, as the backward pass meets them.
     """
 
@@ -109,9 +109,23 @@ class KeepOperation(asdl.Operation):
         self.module = module
         self.uses: list[list[Use]] = []
         self.versions: list[tuple[Use, Tensor, int]] = []
+        self.targets: list[GradientEdge | nn.Parameter] = []
         self.output_gradients: list[Tensor] = []
         self._name, self._parameters, self._examples = name, parameters, examples
         self._shapes: list[torch.Size] = []
+
+    def forward_pre_process(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Called before each forward of the module."""
+        if not arguments:
+            raise UnsupportedParameterError(
+                f"{self._name!r} is called with its input by keyword, which ASDL does not see; give it by position, or choose "
+                'backend="native".'
+            )
+        x = arguments[0]
+        if x.requires_grad:
+            self.targets.append(get_gradient_edge(x))
+        else:  # the first layers of a network: their smallest parameter, which is cheap where there is a bias
+            self.targets.append(min((p for p in module.parameters(recurse=False) if p.requires_grad), key=Tensor.numel))
 
     def forward_post_process(self, in_data: Tensor, out_data: Tensor) -> None:
         """Called by ASDL after each forward of the module."""
@@ -176,20 +190,13 @@ def _operations(
             for name, module in owners.items():
                 operations.append(KeepOperation(name, module, parameters, examples))
                 context.register_operation(module, operations[-1])
-                handles.append(module.register_forward_pre_hook(partial(_check_arguments, name)))
+                handles.append(module.register_forward_pre_hook(operations[-1].forward_pre_process))
                 if not any(module is other for other in hooked):
                     handles.append(module.register_forward_hook(partial(_call_operation, context)))
             yield operations
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _check_arguments(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-    if not arguments:
-        raise UnsupportedParameterError(
-            f'{name!r} is called with its input by keyword, which ASDL does not see; give it by position, or choose backend="native".'
-        )
 
 
 def _call_operation(

@@ -1,0 +1,191 @@
+"""The backends beside each other on Wide ResNets: how far their factors differ, and what they cost.
+
+    python experiments/compare_backends.py --config configs/compare_backends.yaml
+
+For each `norm`, curvature and approximation: the largest relative difference ‖F₁ − F₂‖/‖F₁‖ of any Kronecker factor between any two
+backends, in float64, and the CPU time of each backend for one batch in float32, in units of one training step (forward and full
+backward) of the same batch, measured in turns in one process. A network has random weights and, before that, one training step of
+statistics. What a fit does once, its check on four examples and the tracing of the model, is left out of the times.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jsonargparse
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from laplace_ws.curvature import BACKENDS, Curvature, CurvatureSum, kron_factors, make_backend
+from laplace_ws.kfac import KronAccumulator, approximation_by_parameter
+from laplace_ws.likelihoods import Categorical
+from laplace_ws.matrices import Kron
+from laplace_ws.models import WideResNet
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What is compared.
+
+    Attributes:
+        depth: of the Wide ResNet.
+        width: of the Wide ResNet.
+        norms: its normalisations.
+        n_classes: outputs.
+        image_size: sides of the images, of 3 channels.
+        n_images: images of the batch that is timed.
+        n_images_compared: images of the batch that the factors are compared on, in float64.
+        curvatures: of ggn, ggn_mc, ef.
+        kfac_approxes: of expand, reduce.
+        n_repeats: timings of each, of which the median counts.
+        threads: of torch.
+        seed: of weights and images.
+        out: folder of the JSON file.
+    """
+
+    depth: int = 10
+    width: int = 1
+    norms: tuple[str, ...] = ("none", "fixup", "batch", "group")
+    n_classes: int = 10
+    image_size: int = 32
+    n_images: int = 32
+    n_images_compared: int = 4
+    curvatures: tuple[str, ...] = ("ggn", "ggn_mc", "ef")
+    kfac_approxes: tuple[str, ...] = ("reduce", "expand")
+    n_repeats: int = 3
+    threads: int = 1
+    seed: int = 0
+    out: str = "runs"
+
+
+def make_model(config: CompareConfig, norm: str) -> nn.Module:
+    """A network whose every parameter matters: Fixup's zeros are moved."""
+    torch.manual_seed(config.seed)
+    model = WideResNet(config.depth, config.width, 3, config.n_classes, norm=norm)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+        model(torch.randn(config.n_images, 3, config.image_size, config.image_size))
+    return model.eval()
+
+
+def make_batch(config: CompareConfig, n: int) -> tuple[Tensor, Tensor]:
+    """Images and labels."""
+    x = torch.randn(n, 3, config.image_size, config.image_size)
+    return x, torch.randint(0, config.n_classes, (n,))
+
+
+def relative_differences(first: Kron, second: Kron) -> dict[str, float]:
+    """‖F₁ − F₂‖/‖F₁‖ of every factor of two posteriors."""
+    differences = {}
+    for name, block in first.items():
+        for side, one, other in (("A", block.A, second[name].A), ("B", block.B, second[name].B)):
+            if one is not None and other is not None:
+                differences[f"{name} {side}"] = ((one - other).norm() / one.norm()).item()
+    return differences
+
+
+def largest_difference(config: CompareConfig, model: nn.Module, curvature: str, approx: str) -> dict[str, float | str]:
+    """Over all pairs of backends and all factors."""
+    x, y = make_batch(config, config.n_images_compared)
+    model, data = model.double(), [(x.double(), y)]
+    krons = []
+    for backend in BACKENDS:
+        generator = torch.Generator().manual_seed(config.seed)
+        options = {"curvature": curvature, "kfac_approx": approx, "backend": backend, "generator": generator}
+        krons.append(kron_factors(model, "classification", data, **options))
+    model.float()
+    found = {k: v for pair in itertools.combinations(krons, 2) for k, v in relative_differences(*pair).items()}
+    factor = max(found, key=found.__getitem__)
+    return {"largest_difference": found[factor], "factor": factor, "n_factors": len(found)}
+
+
+def cpu_time(work: Callable[[], object]) -> float:
+    """Seconds of CPU time, all threads together."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def times(config: CompareConfig, model: nn.Module, curvature: str, approx: str) -> dict[str, float]:
+    """Median CPU time of each backend for one batch, and of a training step, in seconds."""
+    x, y = make_batch(config, config.n_images)
+
+    def training_step() -> None:
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+
+    work: dict[str, Callable[[], object]] = {"training step": training_step}
+    for name in BACKENDS:
+        total = CurvatureSum(
+            model,
+            Categorical(),
+            lambda p: KronAccumulator(p, approximation_by_parameter(approx, list(p))),
+            curvature=Curvature(curvature),
+            backend=make_backend(name),
+        )
+        total.add(x[:4], y[:4])  # the check, and what a backend does once for a model
+        work[name] = lambda total=total: total.add(x, y)
+    training_step()
+    measured: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(config.n_repeats):
+        for name, do in work.items():
+            measured[name].append(cpu_time(do))
+    return {name: statistics.median(values) for name, values in measured.items()}
+
+
+def compare(config: CompareConfig) -> list[dict]:
+    """One row for each norm, curvature and approximation."""
+    rows = []
+    runs = list(itertools.product(config.norms, config.curvatures, config.kfac_approxes))
+    for norm, curvature, approx in tqdm(runs, unit="setting", disable=None):
+        model = make_model(config, norm)
+        difference = largest_difference(config, model, curvature, approx)
+        seconds = times(config, model, curvature, approx)
+        in_steps = {name: seconds[name] / seconds["training step"] for name in BACKENDS}
+        setting = {"norm": norm, "curvature": curvature, "kfac_approx": approx}
+        rows.append({**setting, **difference, "in_training_steps": in_steps, "seconds": seconds})
+    return rows
+
+
+def as_markdown(rows: list[dict]) -> str:
+    """The table that is printed."""
+    lines = [
+        f"| norm | curvature | approximation | largest difference of a factor | {' | '.join(BACKENDS)} |",
+        "|---" * (4 + len(BACKENDS)) + "|",
+    ]
+    for row in rows:
+        cells = " | ".join(f"{row['in_training_steps'][name]:.2f}" for name in BACKENDS)
+        setting = f"{row['norm']} | {row['curvature']} | {row['kfac_approx']}"
+        lines.append(f"| {setting} | {row['largest_difference']:.1e} ({row['factor']}) | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = jsonargparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(CompareConfig)
+    arguments = parser.parse_args()
+    del arguments["config"]
+    config = CompareConfig(**arguments.as_dict())
+    torch.set_num_threads(config.threads)
+    rows = compare(config)
+    path = Path(config.out) / "compare_backends.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"config": asdict(config), "torch": torch.__version__, "rows": rows}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    print(as_markdown(rows))
+    print("times in training steps of the same batch")
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
