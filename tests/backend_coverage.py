@@ -20,6 +20,8 @@ REFUSED: dict[str, dict[str, str]] = {
         "transformer-tokens": NO_MODULE.format("Transformerlike"),
         "folded-time": NO_MODULE.format("FoldedTime"),
         "matmul": NO_MODULE.format("MatmulNet"),
+        "positions": NO_MODULE.format("Positions"),
+        "positions-as-many-as-examples": NO_MODULE.format("Positions"),
         "adapters-bare": NO_MODULE.format("LowRankAdapters"),
         "transformer-encoder-layer": NO_MODULE.format("MultiheadAttention"),
         "cross-attention": NO_MODULE.format("MultiheadAttention"),

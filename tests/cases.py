@@ -290,6 +290,25 @@ class CrossAttention(nn.Module):
         return self.head(a.mean(1)) + weights.sum((1, 2))[:, None] ** 2
 
 
+class Positions(nn.Module):
+    """Positions added to every example: an embedding looked up once, a slice of a parameter, a table of relative positions."""
+
+    def __init__(self, look_up: Callable[[nn.Embedding, Tensor], Tensor]):
+        super().__init__()
+        self.look_up = look_up
+        self.tokens, self.positions = nn.Embedding(6, 4), nn.Embedding(7, 4)
+        self.shift, self.table = nn.Parameter(torch.zeros(1, 7, 4)), nn.Parameter(torch.zeros(5, 2))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n_tokens = x.shape[1]
+        h = self.tokens(x) + self.look_up(self.positions, torch.arange(n_tokens)) + self.shift[:, 1 : n_tokens + 1]
+        relative = torch.arange(n_tokens**2).reshape(n_tokens, n_tokens) % 5
+        q = h.unflatten(-1, (2, 2)).transpose(1, 2)
+        scores = torch.tanh(q @ q.mT) + self.table[relative].permute(2, 0, 1).unsqueeze(0)
+        return self.head(torch.tanh(scores.softmax(-1) @ q).transpose(1, 2).flatten(2).mean(1))
+
+
 class LowRankAdapters(nn.Module):
     """A frozen base with trainable low-rank adapters beside it, as modules and as bare parameters [Hu et al. 2022]."""
 
@@ -461,6 +480,10 @@ CASES = [
     Case("vision-transformer", VisionTransformer, _images),
     Case("transformer-encoder-layer", _encoder, _sequences, target_shape=(N, 4)),
     Case("cross-attention", CrossAttention, _sequences),
+    Case("positions", lambda: Positions(lambda p, i: p(i)), lambda: torch.randint(0, 6, (N, 3))),
+    Case(
+        "positions-as-many-as-examples", lambda: Positions(lambda p, i: p(i[None])), lambda: torch.randint(0, 6, (N, N))
+    ),
     Case("adapters", lambda: LowRankAdapters(False), _vectors),
     Case("adapters-bare", lambda: LowRankAdapters(True), _vectors),
     Case("message-passing", MessagePassing, _graphs),

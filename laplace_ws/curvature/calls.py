@@ -7,11 +7,12 @@ another call, add its reader to `READERS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 from torch import Tensor
 
 from laplace_ws.kfac.conv import ConvGeometry
@@ -25,11 +26,32 @@ class UnreadableCallError(Exception):
 
 @dataclass(frozen=True)
 class Operand:
-    """A parameter, or its transpose, as an argument of a call."""
+    """A parameter, its transpose, or a selection of its entries, as an argument of a call.
+
+    Attributes:
+        name: name of the parameter.
+        shape: shape of the parameter.
+        tensor: what the call is given.
+        transposed: whether that is the transpose of the parameter.
+        index: where it is a selection (a slice, a view, rows looked up), the place of each entry in the flattened parameter.
+        looked_up: whether it is rows of an embedding, looked up without a batch axis, as position embeddings are.
+        provisional: the use that looking them up is, if they turn out to be one an example after all.
+    """
 
     name: str
+    shape: torch.Size
     tensor: Tensor
     transposed: bool = False
+    index: Int[Tensor, "*shape"] | None = None
+    looked_up: bool = False
+    provisional: Use | None = None
+
+    def select(self, function: Callable[..., Tensor], output: Tensor, *args: Any, **kwargs: Any) -> Operand:
+        """The operand that a call of `SELECTIONS` makes of this one."""
+        index = self.index
+        if index is None:
+            index = torch.arange(self.shape.numel(), device=output.device).view(self.shape)
+        return replace(self, tensor=output, index=function(index, *args, **kwargs))
 
 
 @dataclass(frozen=True)
@@ -63,12 +85,16 @@ class Call:
         operand = self.operands.get(id(tensor))
         if operand is not None and operand.transposed:
             raise UnreadableCallError("transposed")
+        if operand is not None and operand.index is not None:
+            raise UnreadableCallError("as a part or a view of itself")
         return operand.name if operand is not None else None
 
     def matrix(self, tensor: Tensor) -> tuple[str | None, bool]:
         """Name of a weight matrix and whether it enters transposed."""
         operand = self.operands.get(id(tensor))
-        return (operand.name, operand.transposed) if operand is not None else (None, False)
+        if operand is None or not operand.transposed:
+            return self.parameter(tensor), False
+        return operand.name, True
 
 
 def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Use]:
@@ -157,8 +183,9 @@ def _embedding(
 
 def _elementwise(call: Call, parameter: Tensor, factor: Tensor, at: int | None = None) -> ElementwiseUse:
     """A use of a parameter that is broadcast to the output, aligned right as torch does, or with its one axis at `at`."""
-    name = call.parameter(parameter)
-    assert name is not None
+    operand = call.operands[id(parameter)]
+    if operand.transposed:
+        raise UnreadableCallError("transposed")
     n_axes = call.output.ndim
     if at is None:
         aligned = (1,) * (n_axes - parameter.ndim) + tuple(parameter.shape)
@@ -169,15 +196,16 @@ def _elementwise(call: Call, parameter: Tensor, factor: Tensor, at: int | None =
     return ElementwiseUse(
         rows=call.rows,
         call=call.name,
-        name=name,
-        shape=parameter.shape,
+        name=operand.name,
+        shape=operand.shape,
         broadcast_shape=aligned[1:],
         factor=factor,
+        index=operand.index,
     )
 
 
 def _mul(call: Call, input: Tensor, other: Tensor) -> list[Use]:
-    parameter, factor = (input, other) if call.parameter(input) else (other, input)
+    parameter, factor = (input, other) if id(input) in call.operands else (other, input)
     return [_elementwise(call, parameter, torch.as_tensor(factor).detach())]
 
 
@@ -190,8 +218,28 @@ def _sub(call: Call, input: Tensor, other: Tensor, *, alpha: float = 1) -> list[
 
 
 def _sum(call: Call, input: Tensor, other: Tensor, sign: float) -> list[Use]:
-    parameter, factor = (input, 1.0) if call.parameter(input) else (other, sign)
+    parameter, factor = (input, 1.0) if id(input) in call.operands else (other, sign)
+    if call.operands[id(parameter)].looked_up:
+        return [_added_positions(call, parameter, factor)]
     return [_elementwise(call, parameter, call.output.new_tensor(factor))]
+
+
+def _added_positions(call: Call, positions: Tensor, sign: float) -> Use:
+    """Rows of an embedding that are looked up once and added to every example."""
+    operand = call.operands[id(positions)]
+    assert operand.index is not None
+    if sign != 1.0 or positions.shape[-1] != operand.shape[1] or call.output.shape[-1] != operand.shape[1]:
+        raise UnreadableCallError("other than added to every example")
+    rows = operand.index[..., 0] // operand.shape[1]
+    return EmbeddingUse(
+        rows=call.rows,
+        call=call.name,
+        weight=operand.name,
+        bias=None,
+        weight_shape=operand.shape,
+        indices=rows.expand(call.output.shape[:-1]),
+        dtype=positions.dtype,
+    )
 
 
 def _expand(call: Call, input: Tensor, *sizes: Any) -> list[Use]:
@@ -284,6 +332,32 @@ READERS: dict[Callable[..., Any], Callable[..., list[Use]]] = {
 
 OVERWRITES_INPUT = {torch.Tensor.mul_}
 """In-place calls whose reader needs the input as it was before."""
+
+SUMS = {function for function, reader in READERS.items() if reader in (_add, _sub)}
+"""Calls that add or subtract."""
+
+SELECTIONS: set[Callable[..., Any]] = {
+    torch.Tensor.__getitem__,
+    torch.Tensor.view,
+    torch.Tensor.reshape,
+    torch.reshape,
+    torch.Tensor.flatten,
+    torch.flatten,
+    torch.Tensor.unsqueeze,
+    torch.unsqueeze,
+    torch.Tensor.squeeze,
+    torch.squeeze,
+    torch.Tensor.permute,
+    torch.permute,
+    torch.Tensor.transpose,
+    torch.transpose,
+    torch.Tensor.contiguous,
+    torch.Tensor.index_select,
+    torch.index_select,
+    torch.Tensor.narrow,
+    torch.narrow,
+}
+"""Calls that select or rearrange entries of their first argument."""
 
 TRANSPOSES: dict[Callable[..., Any], Callable[..., bool]] = {
     torch.Tensor.t: lambda matrix: True,

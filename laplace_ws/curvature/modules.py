@@ -85,5 +85,5 @@ def module_uses(
     assert read is not None
     function, arguments = read(module, x)
     names = {id(p): name for name, p in parameters.items()}
-    operands = {id(p): Operand(names[id(p)], p) for p in module.parameters(recurse=False) if id(p) in names}
+    operands = {id(p): Operand(names[id(p)], p.shape, p) for p in module.parameters(recurse=False) if id(p) in names}
     return read_call(function, Call(type(module).__name__, operands, output, examples), *arguments)

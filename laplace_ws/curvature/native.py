@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -14,7 +16,16 @@ from torch.overrides import TorchFunctionMode
 
 from laplace_ws.curvature.attention import Parts, multi_head_attention, read_projection, take_parts
 from laplace_ws.curvature.backend import Backend, Linearisation, check_outputs
-from laplace_ws.curvature.calls import OVERWRITES_INPUT, TRANSPOSES, Call, Operand, UnreadableCallError, read_call
+from laplace_ws.curvature.calls import (
+    OVERWRITES_INPUT,
+    SELECTIONS,
+    SUMS,
+    TRANSPOSES,
+    Call,
+    Operand,
+    UnreadableCallError,
+    read_call,
+)
 from laplace_ws.curvature.checks import check_unchanged, versions
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac.rows import Examples
@@ -79,7 +90,7 @@ class _UseRecorder(TorchFunctionMode):
         self.edges: list[GradientEdge] = []
         self.output_shapes: list[torch.Size] = []
         self._examples = examples
-        self._operands = {id(p): Operand(name, p) for name, p in parameters.items()}
+        self._operands = {id(p): Operand(name, p.shape, p) for name, p in parameters.items()}
         self._unsupported: dict[str, str] = {}
         self._versions: list[tuple[Use, Tensor, int]] = []
 
@@ -105,16 +116,57 @@ class _UseRecorder(TorchFunctionMode):
         if not any(t.requires_grad and id(t) not in self._operands for t in _tensors((output,))):
             return  # a look at a shape, a detached copy, a call without gradient
         name = getattr(func, "__name__", str(func))
-        if func in TRANSPOSES and output.ndim == 2 and TRANSPOSES[func](*args, **kwargs):
-            (operand,) = operands.values()
-            self._operands[id(output)] = Operand(operand.name, output, not operand.transposed)
+        first = operands.get(id(args[0])) if args else None
+        if first is not None and self._derive(func, first, args, kwargs, output):
             return
+        call = Call(name, operands, output, self._examples)
         try:
-            uses = read_call(func, Call(name, operands, output, self._examples), *args, **kwargs)
+            if func is F.embedding and self._look_up(call, *args, **kwargs):
+                return
+            if not self._resolve_provisional(func, operands, output):
+                return
+            uses = read_call(func, call, *args, **kwargs)
         except UnreadableCallError as error:
             self._refuse(operands, name, error)
         else:
             self._keep(uses, output)
+
+    def _derive(self, func: Callable, operand: Operand, args: Any, kwargs: Any, output: Any) -> bool:
+        """Follow a parameter through transposes and selections; whether the call is one."""
+        if operand.index is None and func in TRANSPOSES and output.ndim == 2 and TRANSPOSES[func](*args, **kwargs):
+            self._operands[id(output)] = replace(operand, tensor=output, transposed=not operand.transposed)
+            return True
+        if func not in SELECTIONS or operand.transposed or not isinstance(output, Tensor):
+            return False
+        with torch.no_grad():
+            self._operands[id(output)] = operand.select(func, output, *args[1:], **kwargs)
+        return True
+
+    def _look_up(self, call: Call, input: Tensor, weight: Tensor, padding_idx: int | None = None, **rest: Any) -> bool:
+        """Follow rows of an embedding that are looked up without a batch axis; whether the call does that."""
+        without_batch = self._examples.n > 1 and (input.ndim == 1 or len(input) == 1)
+        if not without_batch or padding_idx is not None or id(weight) not in call.operands:
+            return False
+        operand = call.operands[id(weight)].select(torch.Tensor.__getitem__, call.output, input)
+        use = None
+        if self._examples.rows(len(input)) is not None:  # as many as examples, or a multiple: perhaps theirs
+            (use,) = read_call(F.embedding, call, input, weight, padding_idx, **rest)
+            self._keep([use], call.output)
+        self._operands[id(call.output)] = replace(operand, looked_up=True, provisional=use)
+        return True
+
+    def _resolve_provisional(self, func: Callable, operands: dict[int, Operand], output: Tensor) -> bool:
+        """Whether to read the call: not where rows that were looked up prove to be the examples' own, which is recorded."""
+        for operand in operands.values():
+            if operand.provisional is None:
+                continue
+            if func not in SUMS or output.shape == operand.tensor.shape:
+                return False
+            kept = [use is not operand.provisional for use in self.uses]
+            self.uses = list(compress(self.uses, kept))
+            self.edges = list(compress(self.edges, kept))
+            self.output_shapes = list(compress(self.output_shapes, kept))
+        return True
 
     def _project(
         self, x: Tensor, weight: Tensor, weight_parts: Parts, bias: Tensor | None, bias_parts: Parts

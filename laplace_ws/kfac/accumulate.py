@@ -154,7 +154,12 @@ def _empty_block(parameter: Tensor, role: _Role, uses: Sequence[Use]) -> KronBlo
     n_outputs = parameter.shape[-1 if first.transposed else 0] // first.groups
     B = parameter.new_zeros(*([first.groups] if first.groups > 1 else []), n_outputs, n_outputs)
     return KronBlock(
-        parameter.shape, B, A_sum / at_least_one(n_inputs), n_inputs, transposed=first.transposed, diagonal_A=role.diagonal_A
+        parameter.shape,
+        B,
+        A_sum / at_least_one(n_inputs),
+        n_inputs,
+        transposed=first.transposed,
+        diagonal_A=role.diagonal_A,
     )
 
 

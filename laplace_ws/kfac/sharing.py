@@ -317,12 +317,14 @@ class ElementwiseUse(Use):
         shape: shape of p.
         broadcast_shape: shape of p as it meets the output, one entry an output axis, the batch axis left out.
         factor: ∂y/∂p element by element, broadcastable to the output `[B, ...]`.
+        index: where y holds a selection of p's entries in place of p, their places in the flattened p.
     """
 
     name: str
     shape: torch.Size
     broadcast_shape: tuple[int, ...]
     factor: Tensor
+    index: Int[Tensor, "*shape"] | None = None
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -338,8 +340,11 @@ class ElementwiseUse(Use):
         if summed:
             products = products.sum(summed, keepdim=True)
         grads = self.rows.sum(products, 1)
-        grads = grads.reshape(*grads.shape[:2], *self.shape)
-        return grads * factor.reshape(()) if constant else grads
+        grads = grads * factor.reshape(()) if constant else grads
+        if self.index is None:
+            return grads.reshape(*grads.shape[:2], *self.shape)
+        of_p = grads.new_zeros(*grads.shape[:2], self.shape.numel())
+        return of_p.index_add_(2, self.index.flatten(), grads.flatten(2)).unflatten(2, self.shape)
 
 
 def _positions(rows: Rows, g: Float[Tensor, "K B ... O"]) -> Float[Tensor, "K N R O"]:

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, double
+from cases import CASES, Positions, double
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
@@ -138,7 +138,10 @@ UNSUPPORTED = {
         Wrapped(lambda m, x: m.a(x), a=nn.Linear(3, 2), b=nn.Linear(3, 2)),
         r"'b.weight' requires grad but has no gradient \(it is not used",
     ),
-    "indexing": (Wrapped(lambda m, x: F.linear(x, m.w[:2]), w=weight(3, 3)), r"'w' is used by __getitem__"),
+    "indexing": (
+        Wrapped(lambda m, x: F.linear(x, m.w[:2]), w=weight(3, 3)),
+        r"'w' is used by linear, as a part or a view of itself",
+    ),
     "two parameters": (Wrapped(lambda m, x: x * (m.a * m.b), a=weight(3), b=weight(3)), r"'a' is used by mul"),
     "batch statistics": (
         nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False), nn.Flatten()),
@@ -206,6 +209,47 @@ def test_no_weight_gradient_and_one_forward(monkeypatch):
     monkeypatch.setattr(compute, "check_linearisation", lambda *_: None)  # once a fit, on four examples
     kron_factors(model, "classification", [(x[:2], y[:2]), (x[2:], y[2:])])
     assert calls == ["forward"] * 2
+
+
+# ------------------------------------------------------------------ positions
+
+
+LOOK_UPS = {
+    "added": lambda embedding, i: embedding(i),
+    "looked up with an axis": lambda embedding, i: embedding(i[None]),
+    "given an axis": lambda embedding, i: embedding(i)[None],
+    "given an axis by unsqueeze": lambda embedding, i: embedding(i).unsqueeze(0),
+}
+
+
+@pytest.mark.parametrize("n_tokens", [3, 5, 10])
+@pytest.mark.parametrize("name", LOOK_UPS)
+def test_positions_looked_up_once_are_covered(name, n_tokens):
+    """Also where there are as many as examples, or a multiple; one block B ⊗ A, as of any embedding."""
+    model = double(Positions(LOOK_UPS[name]))
+    model.positions, model.shift = double(nn.Embedding(12, 4)), nn.Parameter(torch.randn(1, 12, 4).double())
+    x, y = torch.randint(0, 6, (5, n_tokens)), torch.randint(0, 3, (5,))
+    la = Laplace(model, "classification", hessian_structure="full")
+    la.fit([(x[:1], y[:1]), (x[1:], y[1:])])
+    torch.testing.assert_close(la.H.to_dense(), exact.ggn(model, "classification", x, y), rtol=1e-10, atol=1e-12)
+    block = kron_factors(model, "classification", [(x, y)], kfac_approx="expand")["positions.weight"]
+    torch.testing.assert_close(block.A, torch.eye(12).double().diagonal() * (torch.arange(12) < n_tokens) / n_tokens)
+
+
+USERS = {
+    "multiplied": lambda m, x: torch.tanh(m.a(x)) * m.b(F.one_hot(x, 6).double()),
+    "added": lambda m, x: m.a(x) + m.b(F.one_hot(x, 6).double()),
+    "viewed": lambda m, x: m.b(F.one_hot(x, 6).double()) * m.a(x).unsqueeze(0)[0],
+}
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_rows_looked_up_for_each_example_are_not_taken_for_positions(name):
+    model = double(Wrapped(USERS[name], a=nn.Embedding(6, 2), b=nn.Linear(6, 2)))
+    x, y = torch.randint(0, 6, (5,)), torch.randn(5, 2).double()
+    la = Laplace(model, "regression", hessian_structure="full")
+    la.fit([(x, y)])
+    torch.testing.assert_close(la.H.to_dense(), exact.ggn(model, "regression", x, y), rtol=1e-10, atol=1e-12)
 
 
 # ------------------------------------------------------------------ attention
