@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from laplace_ws.cli import main, parse_train
+from laplace_ws.curvature import BACKENDS
 from laplace_ws.experiment import run as experiment
 from laplace_ws.experiment.config import RunConfig, UnknownKeyError, check_keys, config_keys, flatten
 from laplace_ws.experiment.run import run_experiment
@@ -203,6 +204,15 @@ def test_every_field_can_be_overridden(config_file):
     assert config.model.norm == "none"
     assert config.marglik.kfac_approx == "reduce"
     assert config.baselines.fixed_prior_precisions == [1.0, 2.5]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_with_each_backend(config_file, tmp_path, backend):
+    arguments = [f"--config={config_file}", "--out", str(tmp_path), "--marglik.backend", backend, "--report", "false"]
+    config, _ = parse_train([*arguments, "--baselines.fixed_prior_precisions", "[]"])
+    assert config.marglik.backend == backend
+    _, summary = run_experiment(config)
+    assert math.isfinite(summary["tuned"]["log_marginal_likelihood"])
 
 
 def test_mapping_of_layers_to_approximations(tmp_path):

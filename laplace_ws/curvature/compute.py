@@ -235,7 +235,7 @@ def kron_factors(
         data: iterable of batches (x, y).
         curvature: "ggn" (exact columns), "ggn_mc" (sampled labels) or "ef" (empirical Fisher).
         kfac_approx: "auto", "expand", "reduce", or a mapping from patterns of parameter names to them.
-        backend: "native", or a `Backend`.
+        backend: "native", "asdl", "backpack", or a `Backend`: who runs the model; the numbers are the same.
         mc_samples: label samples an example, for "ggn_mc".
         generator: source of the label samples; by default one of our own, which `torch.manual_seed` makes reproducible.
 

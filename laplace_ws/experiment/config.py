@@ -74,7 +74,7 @@ class MarglikConfig:
         hessian_structure: of the Laplace approximation.
         curvature: exact GGN, GGN by sampled labels, or empirical Fisher.
         kfac_approx: auto, expand or reduce, or a mapping from a pattern of layers to one of them.
-        backend: what computes the curvature.
+        backend: native, asdl or backpack: who runs the model for the curvature; the numbers are the same.
         mc_samples: labels sampled per image for ggn_mc.
         final_curvature: of the last fit; `curvature` if not given.
         optimizer: of the weights.

@@ -42,7 +42,7 @@ class BaseLaplace(PosteriorHyperparameters):
         temperature: τ; the likelihood enters to the power 1/τ. A tempered class likelihood is not normalised, so values of the log marginal
             likelihood compare only at equal τ.
         curvature: "ggn", "ggn_mc" (sampled labels) or "ef" (empirical Fisher).
-        backend: "native", or a `Backend`.
+        backend: "native", "asdl", "backpack", or a `Backend`: who runs the model; the numbers are the same.
         mc_samples: label samples an example, for "ggn_mc".
         generator: source of the label samples; by default one of our own, which `torch.manual_seed` makes reproducible.
 

@@ -22,6 +22,7 @@ from marglik.runs import (
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from laplace_ws.curvature import BACKENDS
 from laplace_ws.data import TensorLoader
 from laplace_ws.likelihoods import Gaussian
 from laplace_ws.marglik import (
@@ -52,6 +53,24 @@ def test_tuning_finds_the_noise_and_a_better_marginal_likelihood():
     assert tuned.la.sigma_noise.item() == pytest.approx(0.2, rel=0.2)
     assert fixed.la.sigma_noise.item() == 1.0
     assert tuned.margliks[-1] > tuned.margliks[0] + 20
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "ggn_mc"])
+def test_every_backend_gives_the_same_training(curvature):
+    def train(backend):
+        torch.manual_seed(0)
+        return marglik_training(
+            norm_net(), blobs(), **QUICK, optimizer_kwargs=SGD, curvature=curvature, backend=backend
+        )
+
+    native = train("native")
+    assert len(set(native.margliks)) == len(native.margliks) > 1
+    for backend in BACKENDS:
+        other = train(backend)
+        assert other.la.backend.name == backend
+        assert other.margliks == pytest.approx(native.margliks, rel=1e-9)
+        torch.testing.assert_close(other.la.prior_precision, native.la.prior_precision, rtol=1e-8, atol=0)
+        torch.testing.assert_close(other.la.mean, native.la.mean, rtol=1e-8, atol=1e-10)
 
 
 def test_result_unpacks_into_four_and_holds_the_best():
