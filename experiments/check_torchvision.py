@@ -1,0 +1,66 @@
+"""Which of torchvision's classifiers the backends cover, one of each family, with random weights.
+
+    python experiments/check_torchvision.py
+
+Runs what a fit runs first: uses and gradients of a few examples, held against autograd. Prints one line a model; needs no data.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torchvision
+from tqdm import tqdm
+
+from laplace_ws import Laplace, UnsupportedParameterError
+from laplace_ws.curvature import BACKENDS
+
+IMAGE_SIZES = {
+    "alexnet": 96,
+    "convnext_tiny": 64,
+    "densenet121": 64,
+    "efficientnet_b0": 64,
+    "efficientnet_v2_s": 64,
+    "maxvit_t": 224,
+    "mnasnet0_5": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "regnet_y_400mf": 64,
+    "resnet18": 64,
+    "resnext50_32x4d": 64,
+    "shufflenet_v2_x0_5": 64,
+    "squeezenet1_0": 64,
+    "swin_t": 64,
+    "swin_v2_t": 64,
+    "vgg11_bn": 64,
+    "vit_b_16": 32,
+    "wide_resnet50_2": 64,
+}
+"""Sides of the images: as small as the model allows."""
+N_EXAMPLES = 3
+
+
+def answer(name: str, backend: str) -> str:
+    """ "yes", or the error."""
+    options = {"image_size": IMAGE_SIZES[name]} if name.startswith("vit") else {}
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, num_classes=10, **options)
+    x = torch.randn(N_EXAMPLES, 3, IMAGE_SIZES[name], IMAGE_SIZES[name])
+    try:
+        Laplace(model, "classification", backend=backend).check(x)
+    except UnsupportedParameterError as error:
+        return str(error)
+    return "yes"
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(IMAGE_SIZES)
+    print(f"| | {' | '.join(BACKENDS)} |\n{'|---' * (len(BACKENDS) + 1)}|")
+    for name in tqdm(names, unit="model", disable=None):
+        answers = [answer(name, backend) for backend in BACKENDS]
+        tqdm.write(f"| {name} | {' | '.join(answers)} |")
+
+
+if __name__ == "__main__":
+    main()

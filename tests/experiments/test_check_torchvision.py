@@ -1,0 +1,17 @@
+"""The survey of torchvision's classifiers, on two of them."""
+
+import sys
+
+import check_torchvision
+
+
+def test_a_model_that_is_covered_and_one_that_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check_torchvision.py", "squeezenet1_0", "swin_v2_t"])
+    monkeypatch.setattr(check_torchvision, "BACKENDS", ["native"])
+    check_torchvision.main()
+    *_, covered, refused = capsys.readouterr().out.splitlines()
+    assert covered == "| squeezenet1_0 | yes |"
+    assert (
+        "'features.1.0.attn.cpb_mlp.0.weight' is used by linear, whose output (1, 15, 15, 512) has no leading axis"
+        in refused
+    )
