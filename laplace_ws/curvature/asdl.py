@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from laplace_ws.curvature.backend import Backend, Linearisation, check_outputs
+from laplace_ws.curvature.backend import Backend, ColumnwiseLinearisation, check_outputs
 from laplace_ws.curvature.calls import UnreadableCallError
 from laplace_ws.curvature.checks import check_covered, check_unchanged, versions
 from laplace_ws.curvature.modules import MODULE_CALLS, module_call, module_uses
@@ -55,9 +55,8 @@ class AsdlBackend(Backend):
         """See `Backend.linearise`."""
         owners = _owners(model, parameters)
         with _as_found(model), _operations(model, owners, parameters, Examples(len(x), x)) as operations:
-            with (
-                warnings.catch_warnings()
-            ):  # on modules of several autograd nodes; what is kept here is the last node's, as it should be
+            with warnings.catch_warnings():
+                # of modules that are several autograd nodes; the gradient kept is that of the last node, as it should be
                 warnings.filterwarnings("ignore", message="Using a non-full backward hook")
                 f = check_outputs(model(x), len(x))
             linearisation = AsdlLinearisation(f, operations)
@@ -66,7 +65,7 @@ class AsdlBackend(Backend):
             yield linearisation
 
 
-class AsdlLinearisation(Linearisation):
+class AsdlLinearisation(ColumnwiseLinearisation):
     """Outputs of one forward pass under ASDL's hooks."""
 
     def __init__(self, f: Tensor, operations: Sequence[KeepOperation]):
@@ -75,11 +74,6 @@ class AsdlLinearisation(Linearisation):
         self._f = f
         self._operations = operations
         self._targets = [target for operation in operations for target in operation.targets]
-
-    def pullback(self, columns: Tensor) -> list[Tensor]:
-        """See `Linearisation.pullback`."""
-        pulled = [self._pull(column) for column in columns]
-        return [torch.stack(g) for g in zip(*pulled, strict=True)]
 
     def _pull(self, column: Tensor) -> list[Tensor]:
         for operation in self._operations:

@@ -32,6 +32,21 @@ class Linearisation(ABC):
         """Back-propagate K columns of output space to the output of each use."""
 
 
+class ColumnwiseLinearisation(Linearisation):
+    """One whose columns are pulled back one after the other."""
+
+    def pullback(self, columns: Float[Tensor, "K N ..."]) -> list[Float[Tensor, "K B ..."]]:
+        """See `Linearisation.pullback`."""
+        pulled = [self._pull(column) for column in columns]
+        if len(pulled) == 1:
+            return [g[None] for g in pulled[0]]
+        return [torch.stack(g) for g in zip(*pulled, strict=True)]
+
+    @abstractmethod
+    def _pull(self, column: Float[Tensor, "N ..."]) -> list[Float[Tensor, "B ..."]]:
+        """Back-propagate one column to the output of each use."""
+
+
 class Backend(ABC):
     """Runs models and hands out uses of parameters and gradients at their outputs."""
 

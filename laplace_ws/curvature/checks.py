@@ -35,6 +35,11 @@ def check_linearisation(
             raise InvalidBatchError(
                 f"{type(model).__name__} gives outputs that are not finite; look for NaN in its weights or inputs."
             )
+        if not f.requires_grad:
+            raise UnsupportedParameterError(
+                f"the outputs of {type(model).__name__} do not depend on any parameter that requires grad; is there a detach() or a "
+                "no_grad() in its forward pass?"
+            )
         with backend.linearise(model, x, parameters) as linearisation:
             _check_same_outputs(model, f, linearisation.outputs)
             generator = torch.Generator(f.device).manual_seed(0)

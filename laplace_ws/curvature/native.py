@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from laplace_ws.curvature.attention import Parts, multi_head_attention, read_projection, take_parts
-from laplace_ws.curvature.backend import Backend, Linearisation, check_outputs
+from laplace_ws.curvature.backend import Backend, ColumnwiseLinearisation, check_outputs
 from laplace_ws.curvature.calls import (
     OVERWRITES_INPUT,
     SELECTIONS,
@@ -56,7 +56,7 @@ class NativeBackend(Backend):
         yield NativeLinearisation(f, recorder.uses, recorder.edges, recorder.output_shapes)
 
 
-class NativeLinearisation(Linearisation):
+class NativeLinearisation(ColumnwiseLinearisation):
     """Outputs of one forward pass, with the autograd graph behind them."""
 
     def __init__(
@@ -67,13 +67,6 @@ class NativeLinearisation(Linearisation):
         self._f = f
         self._edges = edges
         self._output_shapes = output_shapes
-
-    def pullback(self, columns: Tensor) -> list[Tensor]:
-        """See `Linearisation.pullback`."""
-        pulled = [self._pull(column) for column in columns]
-        if len(pulled) == 1:
-            return [g[None] for g in pulled[0]]
-        return [torch.stack(g) for g in zip(*pulled, strict=True)]
 
     def _pull(self, column: Tensor) -> list[Tensor]:
         grads = torch.autograd.grad(self._f, self._edges, column, retain_graph=True, allow_unused=True)

@@ -50,6 +50,7 @@ HIDDEN = {
         lambda net, y: (z := y - y.mean(-1, keepdim=True)) + z.roll(1, 0),
         "rows that are not grouped by example",
     ),
+    "detached": (lambda net, y: y.detach(), "the outputs of Net do not depend on any parameter that requires grad"),
     "random": (lambda net, y: F.dropout(y, 0.5, training=True), "gives other outputs for the same inputs"),
 }
 
