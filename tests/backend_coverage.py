@@ -16,6 +16,7 @@ from laplace_ws.curvature import BACKENDS
 BACKEND_NAMES = list(BACKENDS)
 
 NO_MODULE = r"belongs to an? {}, which ASDL has no operation for; freeze it .* or choose backend=\"native\""
+OPAQUE = r"'{}' is used by {}, which has no curvature block; freeze it .* or choose backend=\"native\""
 REFUSED: dict[str, dict[str, str]] = {
     "native": {},
     "asdl": {
@@ -25,7 +26,6 @@ REFUSED: dict[str, dict[str, str]] = {
         "functional": NO_MODULE.format("Functional"),
         "transformer-first-token": NO_MODULE.format("Transformerlike"),
         "transformer-tokens": NO_MODULE.format("Transformerlike"),
-        "folded-time": NO_MODULE.format("FoldedTime"),
         "matmul": NO_MODULE.format("MatmulNet"),
         "positions": NO_MODULE.format("Positions"),
         "positions-as-many-as-examples": NO_MODULE.format("Positions"),
@@ -33,7 +33,10 @@ REFUSED: dict[str, dict[str, str]] = {
         "transformer-encoder-layer": NO_MODULE.format("MultiheadAttention"),
         "cross-attention": NO_MODULE.format("MultiheadAttention"),
     },
-    "backpack": {},
+    "backpack": {
+        "transformer-encoder-layer": OPAQUE.format("1.self_attn.in_proj_weight", "TransformerEncoderLayer"),
+        "cross-attention": OPAQUE.format("attention.in_proj_weight", "MultiheadAttention"),
+    },
 }
 """The error of each backend on the cases that it does not cover, as a regular expression."""
 

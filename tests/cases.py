@@ -127,8 +127,8 @@ LINEAR_CASES = [
         lambda s: Shared(s, [nn.Embedding(7, 3, padding_idx=-7), nn.Linear(3, 2)]),
         lambda: torch.randint(0, 3, (N, 4)),
     ),
-    LinearCase("called-twice", CalledTwice, lambda: torch.randn(N, 2, 3, dtype=torch.float64)),
-    LinearCase("tied-weights", TiedWeights, lambda: torch.randn(N, 5, 3, dtype=torch.float64)),
+    LinearCase("called-twice-linear", CalledTwice, lambda: torch.randn(N, 2, 3, dtype=torch.float64)),
+    LinearCase("tied-weights-linear", TiedWeights, lambda: torch.randn(N, 5, 3, dtype=torch.float64)),
     LinearCase("matmul", MatmulNet, lambda: torch.randn(N, 4, 3, dtype=torch.float64)),
     _conv_case("conv1d", 1, (7,), kernel_size=3),
     _conv_case("conv1d-stride-padding", 1, (8,), kernel_size=3, stride=2, padding=1),
@@ -140,7 +140,7 @@ LINEAR_CASES = [
     _conv_case("conv2d-valid", 2, (4, 4), kernel_size=2, padding="valid"),
     _conv_case("conv2d-circular", 2, (4, 4), kernel_size=3, padding=1, padding_mode="circular"),
     _conv_case("conv2d-groups", 2, (4, 4), kernel_size=3, groups=2, padding=1, stride=2),
-    _conv_case("conv3d", 3, (3, 4, 3), kernel_size=2, padding=1, stride=(1, 2, 1)),
+    _conv_case("conv3d-linear", 3, (3, 4, 3), kernel_size=2, padding=1, stride=(1, 2, 1)),
     _conv_case("conv3d-circular-dilation", 3, (3, 3, 3), kernel_size=2, dilation=2, padding=1, padding_mode="circular"),
 ]
 
@@ -220,10 +220,10 @@ class FoldedTime(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner, self.scale, self.head = nn.Linear(3, 4), nn.Parameter(torch.ones(4)), nn.Linear(4, 2)
+        self.inner, self.norm, self.scale, self.head = nn.Linear(3, 4), nn.LayerNorm(4), Scale(), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.inner(x.flatten(0, 1)) * self.scale)
+        h = torch.tanh(self.scale(self.norm(self.inner(x.flatten(0, 1)))))
         return self.head(h).unflatten(0, x.shape[:2]).sum(1)
 
 

@@ -49,7 +49,13 @@ def _asdl() -> Backend:
     return AsdlBackend()
 
 
-BACKENDS: dict[str, Callable[[], Backend]] = {"native": NativeBackend, "asdl": _asdl}
+def _backpack() -> Backend:
+    from laplace_ws.curvature.backpack import BackpackBackend
+
+    return BackpackBackend()
+
+
+BACKENDS: dict[str, Callable[[], Backend]] = {"native": NativeBackend, "asdl": _asdl, "backpack": _backpack}
 """Makers of the backends by name; a library is imported by the backend that is made of it, and not before."""
 
 

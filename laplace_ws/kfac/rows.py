@@ -102,7 +102,7 @@ class Examples:
 
     def rows(self, n_rows: int) -> Rows | None:
         """Rows of a tensor with `n_rows` rows; None where they cannot belong to the examples."""
-        index = _declared.get()
+        index = declared_row_examples.get()
         if index is None and isinstance(self.batch, RaggedInputs):
             index = self.batch.example_of_rows(n_rows)
         if index is None:
@@ -110,7 +110,7 @@ class Examples:
         return Rows(n_rows, self.n, index) if len(index) == n_rows else None
 
 
-_declared: ContextVar[Tensor | None] = ContextVar("example of each row", default=None)
+declared_row_examples: ContextVar[Tensor | None] = ContextVar("example of each row", default=None)
 
 
 @contextmanager
@@ -122,8 +122,8 @@ def row_examples(index: Int[Tensor, " B"]) -> Iterator[None]:
     Args:
         index: example of each row, 0 … N−1.
     """
-    token = _declared.set(index)
+    token = declared_row_examples.set(index)
     try:
         yield
     finally:
-        _declared.reset(token)
+        declared_row_examples.reset(token)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from backend_coverage import BACKEND_NAMES, refusal
 from cases import CASES, LINEAR_CASES, WIDE_RESNETS, LinearCase, N, double
+from curvature.shared import close
 from torch import nn
 
 from laplace_ws import InvalidBatchError, Laplace, UnsupportedParameterError, kron_factors
@@ -28,11 +29,6 @@ def covered(cases, backends=BACKEND_NAMES):
 
 
 OTHER_BACKENDS = [name for name in BACKEND_NAMES if name != "native"]
-
-
-def close(estimate, truth):
-    """Equal to 1e-10 of the largest entry."""
-    torch.testing.assert_close(estimate, truth, rtol=1e-10, atol=1e-10 * truth.abs().max().item())
 
 
 def batches(x, y):

@@ -1,0 +1,278 @@
+"""The BackPACK backend: gradients at the outputs of modules through BackPACK's backward pass, all columns at once.
+
+BackPACK's own K-FAC quantities are neither expand nor reduce, know no rule for branches, and cover a handful of layers. Here an extension
+of ours carries columns of output space through BackPACK's hooks: along BackPACK's derivatives where they hold, else along the autograd
+graph of the one module. What arrives at a module with parameters is handed on as it is, so factors and scales are those of every backend.
+
+BackPACK's hooks need an ordinary backward pass to fire. It is given the first column, so that K columns cost K passes, and stops at the
+outputs of the first modules, so that no weight gradient is computed.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from backpack import backpack, disable, extend, memory_cleanup
+from backpack.context import CTX
+from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.module_extension import ModuleExtension
+from torch import Tensor, nn
+
+from laplace_ws.curvature.backend import Backend, Linearisation, check_outputs
+from laplace_ws.curvature.backpack_graph import Apply, Chain, Expression, look_up
+from laplace_ws.curvature.backpack_rules import derivatives_of, stored_inputs, transposed_jacobian_products
+from laplace_ws.curvature.backpack_structure import model_state
+from laplace_ws.curvature.backpack_trace import convert
+from laplace_ws.curvature.calls import SELECTIONS, TRANSPOSES, Call, Operand, UnreadableCallError, read_call
+from laplace_ws.curvature.checks import check_covered
+from laplace_ws.curvature.modules import module_uses
+from laplace_ws.curvature.native import FREEZE_HINT
+from laplace_ws.errors import UnsupportedParameterError
+from laplace_ws.kfac.rows import Examples, row_examples
+from laplace_ws.kfac.sharing import Use
+
+COLUMN_BYTES = 2**28
+"""Memory that the columns of one pullback may take, at the outputs of all modules together; on a CPU, more makes large models slower."""
+
+
+class BackpackBackend(Backend):
+    """Covers what a traced forward pass shows: modules of `MODULE_CALLS` and calls that `calls` can read, as the native backend does.
+
+    Works on a copy of the model's structure that shares its parameters and buffers, so the model itself gets no hook and no mark. Not
+    covered are forward passes that `torch.fx` cannot trace, for example with control flow that depends on data.
+    """
+
+    name = "backpack"
+
+    def __init__(self) -> None:
+        self._cached: _Converted | None = None
+
+    def __reduce__(self) -> tuple[type[BackpackBackend], tuple[()]]:
+        return type(self), ()  # what is cached belongs to a model in memory
+
+    @contextmanager
+    def linearise(
+        self, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]
+    ) -> Iterator[BackpackLinearisation]:
+        """See `Backend.linearise`."""
+        converted, self._cached = self._cached, None  # a second linearisation inside the first needs modules of its own
+        if converted is None or not converted.is_of(model):
+            converted = _Converted.make(model)
+        try:
+            with _storing():
+                f, live = converted.chain.run(x.detach() if isinstance(x, Tensor) else x)
+            yield BackpackLinearisation(check_outputs(f, len(x)), live, parameters, Examples(len(x), x))
+        finally:
+            converted.forget_batch()
+            self._cached = converted
+
+
+class BackpackLinearisation(Linearisation):
+    """Outputs of one forward pass through modules that BackPACK has extended."""
+
+    def __init__(
+        self,
+        f: Tensor,
+        live: Sequence[tuple[nn.Module, Tensor | None]],
+        parameters: Mapping[str, nn.Parameter],
+        examples: Examples,
+    ):
+        self.outputs = f.detach()
+        self._f = f
+        self._leaves = [leaf for leaf, _ in live]
+        # where no gradient goes further back: the backward pass may stop there
+        self._ends = [leaf.output for leaf in self._leaves if not any(t.requires_grad for t in stored_inputs(leaf))]
+        pairs = []
+        for leaf, rows in live:
+            with row_examples(rows) if rows is not None else nullcontext():
+                pairs += [(use, leaf) for use in _uses(leaf, parameters, examples)]
+        self.uses = [use for use, _ in pairs]
+        self._users = [leaf for _, leaf in pairs]
+        check_covered(self.uses, parameters)
+        n_bytes = sum(leaf.output.nbytes for leaf in self._leaves)
+        self.columns_at_once = max(1, COLUMN_BYTES // max(1, n_bytes))
+
+    def pullback(self, columns: Tensor) -> list[Tensor]:
+        """See `Linearisation.pullback`."""
+        extension = _Columns(self._leaves, self._users, self._f, columns[1:])
+        if self._f.requires_grad:
+            with backpack(extension, retain_graph=True), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                torch.autograd.grad(self._f, self._ends, columns[0], retain_graph=True, allow_unused=True)
+        return [
+            # a use that never reaches f has no gradient: zero
+            g if g is not None else columns.new_zeros(len(columns), *leaf.output.shape)
+            for leaf, g in ((leaf, extension.gradients.get(id(leaf))) for leaf in self._users)
+        ]
+
+
+class _Columns(BackpropExtension):
+    """Carries columns of output space back to the outputs of modules.
+
+    Attributes:
+        gradients: the columns that arrived at the output of each user, `[K, B, ...]`, by `id` of the module.
+        n_columns: K − 1.
+    """
+
+    def __init__(self, leaves: Sequence[nn.Module], users: Sequence[nn.Module], f: Tensor, columns: Tensor):
+        super().__init__("laplace_ws_columns", {type(leaf): _Propagate() for leaf in leaves})
+        self.gradients: dict[int, Tensor] = {}
+        self._users = {id(user) for user in users}
+        self.n_columns = len(columns)  # beside the one that the ordinary backward pass carries
+        if self.n_columns:
+            self.save(f, columns)
+
+    def expects_backpropagation_quantities(self) -> bool:
+        """Called by BackPACK: whether there is more to carry than an ordinary backward pass does."""
+        return self.n_columns > 0
+
+    def accumulate_backpropagated_quantities(self, existing: Tensor, other: Tensor | None) -> Tensor:
+        """Called by BackPACK where branches meet."""
+        return existing if other is None else existing + other
+
+    def save(self, tensor: Tensor, columns: Tensor) -> None:
+        """Add columns to those at a tensor."""
+        self.saved_quantities.save_quantity(tensor.data_ptr(), columns, self.accumulate_backpropagated_quantities)
+
+    def keep(self, module: nn.Module, gradient: Tensor) -> None:
+        """Keep what arrives at the output of a module with parameters, given the gradient of the ordinary backward pass."""
+        if id(module) in self._users:
+            rest = self.saved_quantities.retrieve_quantity(module.output.data_ptr(), delete_old=False)
+            self.gradients[id(module)] = gradient[None] if rest is None else torch.cat([gradient[None], rest])
+
+
+class _Propagate(ModuleExtension):
+    """Takes columns from the output of a module to each of its inputs."""
+
+    def __call__(
+        self, extension: _Columns, module: nn.Module, g_inp: tuple[Tensor, ...], g_out: tuple[Tensor, ...]
+    ) -> None:
+        """Called by BackPACK's hook when the backward pass has reached the module."""
+        if not module.output.numel():  # an empty tensor has no address of its own
+            extension.saved_quantities.retrieve_quantity(module.output.data_ptr(), delete_old=True)
+            extension.save(module.output, module.output.new_zeros(extension.n_columns, *module.output.shape))
+        extension.keep(module, g_out[0] if g_out[0] is not None else torch.zeros_like(module.output))
+        super().__call__(extension, module, g_inp, g_out)
+
+    def backpropagate(
+        self,
+        extension: _Columns,
+        module: nn.Module,
+        g_inp: tuple[Tensor, ...],
+        g_out: tuple[Tensor, ...],
+        bpQuantities: Tensor,
+    ) -> None:
+        """Saves the columns at the inputs itself: BackPACK would give all inputs the same."""
+        inputs = [t for t in stored_inputs(module) if t.requires_grad]
+        for tensor, columns in zip(inputs, transposed_jacobian_products(module, inputs, bpQuantities), strict=True):
+            if tensor.numel():
+                extension.save(tensor, columns)
+
+
+# ------------------------------------------------------------------ modules under BackPACK
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    """Have BackPACK store inputs and outputs, also within its `disable`."""
+    before, disable.store_io = disable.store_io, True
+    try:
+        yield
+    finally:
+        disable.store_io = before
+
+
+@torch.no_grad()
+def _uses(leaf: nn.Module, parameters: Mapping[str, nn.Parameter], examples: Examples) -> list[Use]:
+    """Uses that a module of the chain makes of the parameters."""
+    names = {id(p): name for name, p in parameters.items()}
+    held = leaf.expression.held() if isinstance(leaf, Apply) else list(leaf.parameters())
+    operands = {id(p): Operand(names[id(p)], p.shape, p) for p in held if id(p) in names}
+    if not operands:
+        return []
+    name, parameter = next((operand.name, operand.tensor) for operand in operands.values())
+    instead = (
+        "write the layer with calls that have a block (linear, matmul, conv, embedding, normalisations, scale, bias)"
+    )
+    call = type(leaf).__name__
+    try:
+        if not isinstance(leaf, Apply):
+            uses = module_uses(leaf, leaf.input0.detach(), leaf.output, parameters, examples)
+            if {n for use in uses for n in use.parameters} != {operand.name for operand in operands.values()}:
+                raise UnreadableCallError("as more than the weight or the bias of the module")
+            return uses
+        reader = leaf.expression.reader(parameter)
+        call = reader.name
+        instead = 'choose backend="native"' if reader.module is not None else instead
+        args, kwargs = leaf.expression.arguments(leaf.values(stored_inputs(leaf)), _following(operands))
+        return read_call(leaf.expression.torch_function, Call(call, operands, leaf.output, examples), *args, **kwargs)
+    except UnreadableCallError as error:
+        raise UnsupportedParameterError(f"{name!r} is used by {call}, {error}; {FREEZE_HINT} or {instead}.") from None
+
+
+def _following(operands: dict[int, Operand]) -> Callable[[Expression, dict[str, Any]], Any]:
+    """Evaluate the expressions in an argument, and follow parameters through transposes and selections."""
+
+    def evaluate(expression: Expression, values: dict[str, Any]) -> Any:
+        args, kwargs = expression.arguments(values, evaluate)
+        result, function = expression.function(*args, **kwargs), expression.torch_function
+        operand = operands.get(id(args[0]))
+        if operand is None:
+            return result
+        if (
+            operand.index is None
+            and result.ndim == 2
+            and function in TRANSPOSES
+            and TRANSPOSES[function](*args, **kwargs)
+        ):
+            operands[id(result)] = replace(operand, tensor=result, transposed=not operand.transposed)
+        elif function in SELECTIONS and not operand.transposed:
+            operands[id(result)] = operand.select(function, result, *args[1:], **kwargs)
+        elif function is look_up:
+            operands[id(result)] = replace(operand.select(torch.Tensor.__getitem__, result, args[1]), looked_up=True)
+        return result
+
+    return evaluate
+
+
+# ------------------------------------------------------------------ the converted model, kept between batches
+
+
+def _returns_one_tensor_that_backpack_follows(module: nn.Module) -> bool:
+    return derivatives_of(module) is not None and not getattr(module, "return_indices", False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Converted:
+    """A chain, and the state of the model that it was made from."""
+
+    model: weakref.ref[nn.Module]
+    state: list[Any]
+    chain: Chain
+
+    @classmethod
+    def make(cls, model: nn.Module) -> _Converted:
+        """Convert a model and extend each of its leaf modules."""
+        chain = convert(model, keeps=_returns_one_tensor_that_backpack_follows)
+        n_handles = len(CTX.hook_handles)
+        for step in chain.steps:
+            extend(step.leaf)
+        del CTX.hook_handles[n_handles:]  # the hooks live as long as the modules, which are ours alone
+        return cls(weakref.ref(model), model_state(model), chain)
+
+    def forget_batch(self) -> None:
+        """Drop what the modules keep of a forward pass."""
+        for step in self.chain.steps:
+            memory_cleanup(step.leaf)
+            if isinstance(step.leaf, Apply):
+                step.leaf.others = {}
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the model is the one that was converted, and still what it was."""
+        return self.model() is model and model_state(model) == self.state
