@@ -29,7 +29,7 @@ def fisher(model, x, fisher_type="fisher_exact", loss="cross_entropy", **kwargs)
 
 @pytest.mark.parametrize("m", [1, 2, 5])
 def test_asdl_mc_of_a_softmax_is_m_times_too_small(m, monkeypatch):
-    """Each draw's loss is divided by M, hence its gradients' products by M²: the ASDL backend multiplies B by M."""
+    """Each draw's loss is divided by M, hence its gradients' products by M²: the backend hands over columns that are scaled."""
     layer, x, labels = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.randint(3, (m, 6))
     draws = iter(labels)
     monkeypatch.setattr(torch.distributions.Categorical, "sample", lambda _: next(draws))
@@ -163,7 +163,8 @@ class FailsInBackward(nn.Module):
 
 
 def test_asdl_leaves_parameters_frozen_after_an_exception_in_the_backward():
-    """`requires_grad` stays False and is next taken for the caller's wish: the backend restores it in a `finally`."""
+    """`requires_grad` stays False and is next taken for the caller's wish: the backend asks for gradients
+    without touching `requires_grad`."""
     model, x = nn.Sequential(nn.Linear(4, 3), FailsInBackward()), torch.randn(5, 4)
     with pytest.raises(ArithmeticError, match="in the backward"):
         fisher(model, x)
@@ -175,7 +176,7 @@ def test_asdl_leaves_parameters_frozen_after_an_exception_in_the_backward():
 
 
 def test_asdl_leaves_attributes_behind():
-    """`fisher` stays on modules and `_original_requires_grad` on parameters: the backend deletes both."""
+    """`fisher` stays on modules and `_original_requires_grad` on parameters: the backend leaves neither."""
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     fisher(model, torch.randn(5, 4))
     assert [hasattr(module, "fisher") for module in (model, *model)] == [False, True, False, True]

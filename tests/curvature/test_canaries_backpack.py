@@ -190,7 +190,7 @@ def test_backpack_converter_alters_the_callers_model():
 
 @pytest.mark.parametrize("then", [lambda net, h: h * h, lambda net, h: h * 2], ids=["tensors", "int"])
 def test_backpack_converter_refuses_products_but_with_a_float(then):
-    """`tensor * tensor` and `tensor * 2` raise: the backend converts what it can and says what it cannot."""
+    """`tensor * tensor` and `tensor * 2` raise: the backend makes modules of all calls itself."""
     model = Then(then)
     with pytest.raises(RuntimeError, match=r"Expecting types \[float, Node\]"):
         extend(model, use_converter=True)
@@ -207,7 +207,7 @@ def test_backpack_converter_refuses_products_but_with_a_float(then):
     ids=["F.relu", "torch.mul", "mul"],
 )
 def test_backpack_converter_leaves_functions_with_a_warning(then, op):
-    """Second order then fails in the backward with no quantity: the backend refuses such a graph before it runs it."""
+    """Second order then fails in the backward with no quantity: the backend makes modules of such calls."""
     with pytest.warns(UserWarning, match=f"may break second-order extensions: op={op}"):
         _, graph, calls = convert(then)
     assert calls == [op]
@@ -233,7 +233,7 @@ def test_backpack_converter_turns_sums_into_modules_that_refuse(then, message):
 
 
 def test_backpack_keys_quantities_by_address():
-    """A view has the key of its base: the backend must not tell tensors by their address alone."""
+    """A view has the key of its base: no module of the backend returns a view."""
     base, quantities = torch.randn(4, 6), SavedQuantities()
     quantities.save_quantity(base.data_ptr(), "of the base", lambda old, new: f"{old}, {new}")
     quantities.save_quantity(base.flatten()[:2].data_ptr(), "of a view", lambda old, new: f"{old}, {new}")
@@ -262,7 +262,7 @@ def test_backpack_extension_object_is_not_reusable_on_an_input_with_gradient():
 
 
 def test_backpack_circular_padding_is_silently_zero_padding():
-    """Parameter and input rules both pad with zeros: the backend pads in a step of its own."""
+    """Parameter and input rules both pad with zeros: the backend follows such a module's autograd graph."""
     model, x = image_net(padding=1, padding_mode="circular")
     conv = model[0]
     z = conv(x)
@@ -282,7 +282,7 @@ def test_backpack_circular_padding_is_silently_zero_padding():
 
 
 def test_backpack_keeps_only_the_last_use_of_a_module():
-    """The first use finds no tensors, or with `retain_graph` the last use's: the backend keeps a record per use."""
+    """The first use finds no tensors, or with `retain_graph` the last use's: the backend has a copy for each call."""
     model, x = Twice().double(), torch.randn(4, 3).double()
     a, g = reference(model, model.lin, x, lambda f: (f.softmax(-1) - F.one_hot(LABELS, 3))[None])
     extend(model.lin)
@@ -293,7 +293,7 @@ def test_backpack_keeps_only_the_last_use_of_a_module():
 
 
 def test_backpack_converter_copies_a_repeated_module_unless_it_has_parameters():
-    """A repeated ReLU becomes two and a repeated Linear raises: the backend treats uses as positions instead."""
+    """A repeated ReLU becomes two and a repeated Linear raises: the backend copies both, sharing weights."""
     _, graph, _ = convert(lambda net, h: net.relu(h))
     assert [name for name, _ in graph.named_children()] == ["lin", "relu0", "relu1"]
     with pytest.raises(NotImplementedError, match="Cycle with parameters detected"):
