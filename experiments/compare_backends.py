@@ -1,11 +1,11 @@
-"""The backends beside each other on Wide ResNets: how far their factors differ, and what they cost.
+"""The backends beside each other, on Wide ResNets of every norm: how far their factors differ, and what they cost.
 
     python experiments/compare_backends.py --config configs/compare_backends.yaml
 
-For each `norm`, curvature and approximation: the largest relative difference ‖F₁ − F₂‖/‖F₁‖ of any Kronecker factor between any two
+For each network, curvature and approximation: the largest relative difference ‖F₁ − F₂‖/‖F₁‖ of any Kronecker factor between any two
 backends, in float64, and the CPU time of each backend for one batch in float32, in units of one training step (forward and full
-backward) of the same batch, measured in turns in one process. A network has random weights and, before that, one training step of
-statistics. What a fit does once, its check on four examples and the tracing of the model, is left out of the times.
+backward) of the same batch, measured in turns in one process. Weights are random; statistics of normalisations are those of one batch.
+What a fit does once, its check on four examples and the tracing of the model, is left out of the times.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from laplace_ws.curvature import BACKENDS, Curvature, CurvatureSum, kron_factors
 from laplace_ws.kfac import KronAccumulator, approximation_by_parameter
 from laplace_ws.likelihoods import Categorical
 from laplace_ws.matrices import Kron
-from laplace_ws.models import WideResNet
+from laplace_ws.models import MLP, WideResNet
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class CompareConfig:
     """What is compared.
 
     Attributes:
+        networks: a `norm` of the Wide ResNet each, or "mlp": a perceptron with two hidden layers of 64.
         depth: of the Wide ResNet.
         width: of the Wide ResNet.
-        norms: its normalisations.
         n_classes: outputs.
         image_size: sides of the images, of 3 channels.
         n_images: images of the batch that is timed.
@@ -51,9 +51,9 @@ class CompareConfig:
         out: folder of the JSON file.
     """
 
+    networks: tuple[str, ...] = ("none", "fixup", "batch", "group")
     depth: int = 10
     width: int = 1
-    norms: tuple[str, ...] = ("none", "fixup", "batch", "group")
     n_classes: int = 10
     image_size: int = 32
     n_images: int = 32
@@ -66,10 +66,13 @@ class CompareConfig:
     out: str = "runs"
 
 
-def make_model(config: CompareConfig, norm: str) -> nn.Module:
+def make_model(config: CompareConfig, network: str) -> nn.Module:
     """A network whose every parameter matters: Fixup's zeros are moved."""
     torch.manual_seed(config.seed)
-    model = WideResNet(config.depth, config.width, 3, config.n_classes, norm=norm)
+    if network == "mlp":
+        model: nn.Module = MLP(3 * config.image_size**2, [64, 64], config.n_classes)
+    else:
+        model = WideResNet(config.depth, config.width, 3, config.n_classes, norm=network)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
@@ -143,15 +146,15 @@ def times(config: CompareConfig, model: nn.Module, curvature: str, approx: str) 
 
 
 def compare(config: CompareConfig) -> list[dict]:
-    """One row for each norm, curvature and approximation."""
+    """One row for each network, curvature and approximation."""
     rows = []
-    runs = list(itertools.product(config.norms, config.curvatures, config.kfac_approxes))
-    for norm, curvature, approx in tqdm(runs, unit="setting", disable=None):
-        model = make_model(config, norm)
+    runs = list(itertools.product(config.networks, config.curvatures, config.kfac_approxes))
+    for network, curvature, approx in tqdm(runs, unit="setting", disable=None):
+        model = make_model(config, network)
         difference = largest_difference(config, model, curvature, approx)
         seconds = times(config, model, curvature, approx)
         in_steps = {name: seconds[name] / seconds["training step"] for name in BACKENDS}
-        setting = {"norm": norm, "curvature": curvature, "kfac_approx": approx}
+        setting = {"network": network, "curvature": curvature, "kfac_approx": approx}
         rows.append({**setting, **difference, "in_training_steps": in_steps, "seconds": seconds})
     return rows
 
@@ -159,12 +162,12 @@ def compare(config: CompareConfig) -> list[dict]:
 def as_markdown(rows: list[dict]) -> str:
     """The table that is printed."""
     lines = [
-        f"| norm | curvature | approximation | largest difference of a factor | {' | '.join(BACKENDS)} |",
+        f"| network | curvature | approximation | largest difference of a factor | {' | '.join(BACKENDS)} |",
         "|---" * (4 + len(BACKENDS)) + "|",
     ]
     for row in rows:
         cells = " | ".join(f"{row['in_training_steps'][name]:.2f}" for name in BACKENDS)
-        setting = f"{row['norm']} | {row['curvature']} | {row['kfac_approx']}"
+        setting = f"{row['network']} | {row['curvature']} | {row['kfac_approx']}"
         lines.append(f"| {setting} | {row['largest_difference']:.1e} ({row['factor']}) | {cells} |")
     return "\n".join(lines)
 

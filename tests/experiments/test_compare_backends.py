@@ -11,7 +11,7 @@ from laplace_ws.curvature import BACKENDS
 
 def test_backends_agree_to_rounding_and_are_timed(tmp_path, monkeypatch, capsys):
     small = {
-        "norms": '["fixup", "batch"]',
+        "networks": '["fixup", "mlp"]',
         "curvatures": '["ggn"]',
         "image_size": "8",
         "n_classes": "3",
@@ -21,12 +21,12 @@ def test_backends_agree_to_rounding_and_are_timed(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["compare_backends.py", *options])
     compare_backends.main()
     rows = json.loads((tmp_path / "compare_backends.json").read_text())["rows"]
-    assert [(row["norm"], row["kfac_approx"]) for row in rows] == [
-        ("fixup", "reduce"), ("fixup", "expand"), ("batch", "reduce"), ("batch", "expand")
+    assert [(row["network"], row["kfac_approx"]) for row in rows] == [
+        ("fixup", "reduce"), ("fixup", "expand"), ("mlp", "reduce"), ("mlp", "expand")
     ]  # fmt: skip
     for row in rows:
         assert row["largest_difference"] < 1e-10
-        assert row["n_factors"] > 20
+        assert row["n_factors"] >= 9
         assert set(row["in_training_steps"]) == set(BACKENDS)
         assert all(time > 0 for time in row["in_training_steps"].values())
     printed = capsys.readouterr().out
