@@ -73,7 +73,7 @@ class AsdlLinearisation(ColumnwiseLinearisation):
         self.uses = [use for operation in operations for uses in operation.uses for use in uses]
         self._f = f
         self._operations = operations
-        self._targets = [target for operation in operations for target in operation.targets]
+        self._targets: Any = [target for operation in operations for target in operation.targets]
 
     def _pull(self, column: Tensor) -> list[Tensor]:
         for operation in self._operations:
@@ -103,7 +103,7 @@ class KeepOperation(asdl.Operation):
         self.module = module
         self.uses: list[list[Use]] = []
         self.versions: list[tuple[Use, Tensor, int]] = []
-        self.targets: list[GradientEdge | nn.Parameter] = []
+        self.targets: list[GradientEdge | Tensor] = []
         self.output_gradients: list[Tensor] = []
         self._name, self._parameters, self._examples = name, parameters, examples
         self._shapes: list[torch.Size] = []
@@ -179,7 +179,8 @@ def _operations(
     hooked = [module for _, module in named_supported_modules(model)]
     ignored = [module for module in hooked if not any(module is owner for owner in owners.values())]
     handles, operations = [], []
-    with extend(model, asdl.OP_SAVE_INPUTS, asdl.OP_SAVE_OUTGRADS, ignore_modules=ignored) as context:
+    run_by_asdl: Any = extend(model, asdl.OP_SAVE_INPUTS, asdl.OP_SAVE_OUTGRADS, ignore_modules=ignored)
+    with run_by_asdl as context:
         try:
             for name, module in owners.items():
                 operations.append(KeepOperation(name, module, parameters, examples))

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws.curvature.calls import Call, UnreadableCallError
+from laplace_ws.kfac.factors import total
 from laplace_ws.kfac.sharing import LinearUse, PackedLinearUse, Use
 
 Q, K, V = 0, 1, 2
@@ -78,14 +79,14 @@ def multi_head_attention(
     else:
         assert in_proj_weight is not None
         q, k, v = _packed(project, inputs, in_proj_weight, in_proj_bias)
-    heads = [t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v)]  # [N, H, T or S, D]
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [N, H, T or S, D]
     mask = _merged_mask(attn_mask, key_padding_mask, query, num_heads)
     dropout = dropout_p if training else 0.0
     if need_weights:
-        y, weights = _with_weights(*heads, mask, dropout)
+        y, weights = _with_weights(q, k, v, mask, dropout)
         weights = weights.mean(1) if average_attn_weights else weights
     else:
-        y, weights = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout), None
+        y, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None
     y = project(y.transpose(1, 2).flatten(2), out_proj_weight, (), out_proj_bias, ())
     return y.transpose(0, 1), weights
 
@@ -123,7 +124,7 @@ def _merged_mask(
         masks.append(_additive(attn_mask, query.dtype))
     if key_padding_mask is not None:
         masks.append(_additive(key_padding_mask[:, None, None], query.dtype))
-    return sum(masks) if masks else None
+    return total(masks) if masks else None
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -146,8 +147,8 @@ def read_projection(
     names = call.parameter(weight), call.parameter(bias)
     if weight_parts == bias_parts:
         return [_projection_use(call, x, weight.shape, weight_parts, *names)]
-    uses = [_projection_use(call, x, weight.shape, weight_parts, names[0], None)] if names[0] else []
-    return uses + ([_projection_use(call, x, weight.shape, bias_parts, None, names[1])] if names[1] else [])
+    apart = ((names[0], weight_parts, (names[0], None)), (names[1], bias_parts, (None, names[1])))
+    return [_projection_use(call, x, weight.shape, parts, *pair) for name, parts, pair in apart if name]
 
 
 def _projection_use(

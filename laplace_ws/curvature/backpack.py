@@ -26,7 +26,12 @@ from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import Backend, Linearisation, check_outputs
 from laplace_ws.curvature.backpack_graph import Apply, Chain, Expression, look_up
-from laplace_ws.curvature.backpack_rules import derivatives_of, stored_inputs, transposed_jacobian_products
+from laplace_ws.curvature.backpack_rules import (
+    derivatives_of,
+    stored_inputs,
+    stored_output,
+    transposed_jacobian_products,
+)
 from laplace_ws.curvature.backpack_structure import model_state
 from laplace_ws.curvature.backpack_trace import convert
 from laplace_ws.curvature.calls import SELECTIONS, TRANSPOSES, Call, Operand, UnreadableCallError, read_call
@@ -87,7 +92,9 @@ class BackpackLinearisation(Linearisation):
         self._f = f
         self._leaves = [leaf for leaf, _ in live]
         # where no gradient goes further back: the backward pass may stop there
-        self._ends = [leaf.output for leaf in self._leaves if not any(t.requires_grad for t in stored_inputs(leaf))]
+        self._ends = [
+            stored_output(leaf) for leaf in self._leaves if not any(t.requires_grad for t in stored_inputs(leaf))
+        ]
         pairs = []
         for leaf, rows in live:
             with row_examples(rows) if rows is not None else nullcontext():
@@ -95,7 +102,7 @@ class BackpackLinearisation(Linearisation):
         self.uses = [use for use, _ in pairs]
         self._users = [leaf for _, leaf in pairs]
         check_covered(self.uses, parameters)
-        n_bytes = sum(leaf.output.nbytes for leaf in self._leaves)
+        n_bytes = sum(stored_output(leaf).nbytes for leaf in self._leaves)
         self.columns_at_once = max(1, COLUMN_BYTES // max(1, n_bytes))
 
     def pullback(self, columns: Tensor) -> list[Tensor]:
@@ -107,7 +114,7 @@ class BackpackLinearisation(Linearisation):
                 torch.autograd.grad(self._f, self._ends, columns[0], retain_graph=True, allow_unused=True)
         return [
             # a use that never reaches f has no gradient: zero
-            g if g is not None else columns.new_zeros(len(columns), *leaf.output.shape)
+            g if g is not None else columns.new_zeros(len(columns), *stored_output(leaf).shape)
             for leaf, g in ((leaf, extension.gradients.get(id(leaf))) for leaf in self._users)
         ]
 
@@ -143,31 +150,25 @@ class _Columns(BackpropExtension):
     def keep(self, module: nn.Module, gradient: Tensor) -> None:
         """Keep what arrives at the output of a module with parameters, given the gradient of the ordinary backward pass."""
         if id(module) in self._users:
-            rest = self.saved_quantities.retrieve_quantity(module.output.data_ptr(), delete_old=False)
+            rest = self.saved_quantities.retrieve_quantity(stored_output(module).data_ptr(), delete_old=False)
             self.gradients[id(module)] = gradient[None] if rest is None else torch.cat([gradient[None], rest])
 
 
 class _Propagate(ModuleExtension):
     """Takes columns from the output of a module to each of its inputs."""
 
-    def __call__(
-        self, extension: _Columns, module: nn.Module, g_inp: tuple[Tensor, ...], g_out: tuple[Tensor, ...]
-    ) -> None:
+    def __call__(self, extension: Any, module: nn.Module, g_inp: Any, g_out: Any) -> None:
         """Called by BackPACK's hook when the backward pass has reached the module."""
-        if not module.output.numel():  # an empty tensor has no address of its own
-            extension.saved_quantities.retrieve_quantity(module.output.data_ptr(), delete_old=True)
-            extension.save(module.output, module.output.new_zeros(extension.n_columns, *module.output.shape))
-        extension.keep(module, g_out[0] if g_out[0] is not None else torch.zeros_like(module.output))
+        if not stored_output(module).numel():  # an empty tensor has no address of its own
+            extension.saved_quantities.retrieve_quantity(stored_output(module).data_ptr(), delete_old=True)
+            extension.save(
+                stored_output(module),
+                stored_output(module).new_zeros(extension.n_columns, *stored_output(module).shape),
+            )
+        extension.keep(module, g_out[0] if g_out[0] is not None else torch.zeros_like(stored_output(module)))
         super().__call__(extension, module, g_inp, g_out)
 
-    def backpropagate(
-        self,
-        extension: _Columns,
-        module: nn.Module,
-        g_inp: tuple[Tensor, ...],
-        g_out: tuple[Tensor, ...],
-        bpQuantities: Tensor,
-    ) -> None:
+    def backpropagate(self, extension: Any, module: nn.Module, g_inp: Any, g_out: Any, bpQuantities: Tensor) -> None:
         """Saves the columns at the inputs itself: BackPACK would give all inputs the same."""
         inputs = [t for t in stored_inputs(module) if t.requires_grad]
         for tensor, columns in zip(inputs, transposed_jacobian_products(module, inputs, bpQuantities), strict=True):
@@ -203,7 +204,7 @@ def _uses(leaf: nn.Module, parameters: Mapping[str, nn.Parameter], examples: Exa
     call = type(leaf).__name__
     try:
         if not isinstance(leaf, Apply):
-            uses = module_uses(leaf, leaf.input0.detach(), leaf.output, parameters, examples)
+            uses = module_uses(leaf, stored_inputs(leaf)[0].detach(), stored_output(leaf), parameters, examples)
             if {n for use in uses for n in use.parameters} != {operand.name for operand in operands.values()}:
                 raise UnreadableCallError("as more than the weight or the bias of the module")
             return uses
@@ -211,7 +212,9 @@ def _uses(leaf: nn.Module, parameters: Mapping[str, nn.Parameter], examples: Exa
         call = reader.name
         instead = 'choose backend="native"' if reader.module is not None else instead
         args, kwargs = leaf.expression.arguments(leaf.values(stored_inputs(leaf)), _following(operands))
-        return read_call(leaf.expression.torch_function, Call(call, operands, leaf.output, examples), *args, **kwargs)
+        return read_call(
+            leaf.expression.torch_function, Call(call, operands, stored_output(leaf), examples), *args, **kwargs
+        )
     except UnreadableCallError as error:
         raise UnsupportedParameterError(f"{name!r} is used by {call}, {error}; {FREEZE_HINT} or {instead}.") from None
 

@@ -62,7 +62,7 @@ class Expression:
             return getattr(torch.Tensor, self.function.name, self.function)
         if self.function is getattr and isinstance(self.args[1], str):
             attribute = getattr(torch.Tensor, self.args[1], None)
-            return attribute.__get__ if hasattr(attribute, "__get__") else self.function
+            return attribute.__get__ if attribute is not None and hasattr(attribute, "__get__") else self.function
         return _TORCH_FUNCTIONS.get(self.function, self.function)
 
     @property

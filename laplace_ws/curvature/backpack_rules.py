@@ -88,6 +88,11 @@ def stored_inputs(module: nn.Module) -> list[Tensor]:
     return [stored[f"input{i}"] for i in range(len(stored)) if f"input{i}" in stored]
 
 
+def stored_output(module: nn.Module) -> Tensor:
+    """The output that BackPACK has stored on a module."""
+    return vars(module)["output"]
+
+
 def transposed_jacobian_products(module: nn.Module, inputs: Sequence[Tensor], columns: Tensor) -> list[Tensor]:
     """Columns `[K, *output]` at the output of a module taken to its inputs, `[K, *input]` each.
 
@@ -97,19 +102,19 @@ def transposed_jacobian_products(module: nn.Module, inputs: Sequence[Tensor], co
         columns: vectors at its output.
     """
     found = derivatives_of(module)
-    is_mixed = len({t.dtype for t in (*inputs, module.output, *module.parameters())}) > 1  # under autocast
+    is_mixed = len({t.dtype for t in (*inputs, stored_output(module), *module.parameters())}) > 1  # under autocast
     if found is not None and found[1](module, inputs[0].ndim) and not is_mixed:
-        return [found[0]._jac_t_mat_prod(module, (), (), columns)]
+        return [found[0]._jac_t_mat_prod(module, (), (), columns)]  # pyright: ignore[reportArgumentType] - unused there
     with warnings.catch_warnings():  # of calls that have no batched rule, and are looped over
         warnings.simplefilter("ignore", UserWarning)
         try:
             products = torch.autograd.grad(
-                module.output, inputs, columns, retain_graph=True, allow_unused=True, is_grads_batched=True
+                stored_output(module), inputs, columns, retain_graph=True, allow_unused=True, is_grads_batched=True
             )
         except RuntimeError:
             pulled = [
                 torch.autograd.grad(
-                    module.output, inputs, c, retain_graph=True, materialize_grads=True, allow_unused=True
+                    stored_output(module), inputs, c, retain_graph=True, materialize_grads=True, allow_unused=True
                 )
                 for c in columns
             ]
