@@ -55,22 +55,30 @@ ROWS = {
         *("wide-resnet-fixup", "wide-resnet-batch", "wide-resnet-group", "wide-resnet-none")
     ],
     "residual networks as torchvision writes them: in-place ReLU, `+=`": ["residual-blocks"],
-    "scales, biases, Layer and RMS norm as modules": ["scalars-and-norms"],
+    "scales, biases, PReLU, Layer and RMS norm as modules": ["scalars-and-norms"],
     "outputs of each token `[N, T, C]`": ["mlp-tokens", "sequence-conv1d"],
     "a vision transformer block, attention from plain calls": ["vision-transformer"],
     "`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`, cross-attention": [
         *("transformer-encoder-layer", "cross-attention")
     ],
     "embeddings": ["embedding", "embedding-padding"],
-    "weights tied between modules": ["tied-weights", "tied-weights-linear"],
+    "weights tied between layers of one kind": ["tied-weights", "tied-weights-linear"],
     "a module called twice": ["called-twice", "called-twice-linear"],
-    "frozen layers, adapters on a frozen base": ["frozen-layers", "adapters"],
-    "parameters used without a module: scales, biases, `F.linear`, `x @ W`": [
-        *("fixup", "inplace-batchnorm", "inplace-groupnorm", "functional", "matmul", "adapters-bare")
+    "frozen layers; low-rank adapters that are modules, on a frozen base": ["frozen-layers", "adapters"],
+    "parameters used without a layer of their own: scales, biases, `F.linear`, `x @ W`, bare adapters": [
+        *(
+            "fixup",
+            "inplace-batchnorm",
+            "inplace-groupnorm",
+            "inplace-instancenorm",
+            "functional",
+            "matmul",
+            "adapters-bare",
+        )
     ],
     "class tokens and position parameters": ["transformer-first-token", "transformer-tokens"],
     "examples and time folded into one axis": ["folded-time"],
-    "position embeddings looked up once, tables of relative positions": [
+    "position embeddings looked up without a batch axis, `pos(torch.arange(T))`; tables of relative positions": [
         *("positions", "positions-as-many-as-examples")
     ],
     "message passing on batches of graphs": ["message-passing"],

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from laplace_ws import row_examples
 from laplace_ws.data import GraphBatch
 from laplace_ws.models import Bias, Scale, WideResNet
 
@@ -336,15 +337,17 @@ class MessagePassing(nn.Module):
         self.head = nn.Linear(3, 3)
 
     def forward(self, batch: GraphBatch) -> Tensor:
-        h = torch.tanh(self.norm(self.embed(batch.nodes)))
+        with row_examples(batch.graph):
+            h = torch.tanh(self.norm(self.embed(batch.nodes)))
         source, target = batch.edges
-        messages = torch.tanh(self.message(torch.cat([h[source], h[target]], 1)))
+        with row_examples(batch.graph_of_edge):
+            messages = torch.tanh(self.message(torch.cat([h[source], h[target]], 1)))
         return self.head(batch.mean(h.index_add(0, target, messages)))
 
 
 def _graphs() -> GraphBatch:
-    """Graphs of 1 to 4 nodes and 0 to 9 edges."""
-    sizes = [(3, 7), (4, 8), (1, 0), (2, 9), (2, 3)]
+    """Graphs of 1 to 4 nodes and 0 to 9 edges; as many nodes as edges in the first two, as many edges as graphs in the last two."""
+    sizes = [(3, 6), (4, 1), (1, 0), (2, 1), (2, 1)]
     return GraphBatch.from_graphs(
         [(torch.randn(v, 2, dtype=torch.float64), torch.randint(0, v, (2, e))) for v, e in sizes]
     )
@@ -373,8 +376,8 @@ def _cnn() -> nn.Module:
 
 
 def _scalars() -> nn.Module:
-    """Scales and biases as modules, the toolkit's and ASDL's, and norms over features."""
-    first = [nn.Linear(3, 4), nn.LayerNorm(4), Bias(), nn.Tanh(), Scale()]
+    """Scales and biases as modules, the toolkit's and ASDL's, slopes, and norms over features."""
+    first = [nn.Linear(3, 4), nn.LayerNorm(4), Bias(), nn.Tanh(), Scale(), nn.PReLU(4), nn.Linear(4, 4), nn.PReLU()]
     return nn.Sequential(*first, asdl.Bias(), nn.SiLU(), nn.RMSNorm(4), asdl.Scale(), nn.Linear(4, 3))
 
 
@@ -395,6 +398,9 @@ def _conv3d() -> nn.Module:
         nn.Conv3d(1, 2, 2, stride=(1, 2, 1)),
         nn.BatchNorm3d(2),
         nn.ReLU(),
+        nn.Conv3d(2, 2, 1),
+        nn.InstanceNorm3d(2, affine=True, track_running_stats=True),
+        nn.Tanh(),
         nn.AdaptiveAvgPool3d(1),
         nn.Flatten(),
         nn.Linear(2, 3),

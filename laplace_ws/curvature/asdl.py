@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from laplace_ws.curvature.backend import Backend, ColumnwiseLinearisation, check_outputs
 from laplace_ws.curvature.calls import UnreadableCallError
 from laplace_ws.curvature.checks import check_covered, check_unchanged, versions
-from laplace_ws.curvature.modules import MODULE_CALLS, module_call, module_uses
+from laplace_ws.curvature.modules import MODULE_CALLS, instead_of, module_call, module_uses
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac.rows import Examples
 from laplace_ws.kfac.sharing import Use
@@ -35,8 +35,6 @@ with warnings.catch_warnings():
 
 MODULE_CALLS[asdl.Bias] = lambda m, x: (torch.add, (x, m.weight))
 MODULE_CALLS[asdl.Scale] = lambda m, x: (torch.mul, (x, m.weight))
-
-INSTEAD = 'freeze it (requires_grad_(False)) or choose backend="native"'
 
 
 class AsdlBackend(Backend):
@@ -128,7 +126,7 @@ class KeepOperation(asdl.Operation):
         except UnreadableCallError as error:
             name = next(n for n, p in self._parameters.items() if any(p is own for own in self.module.parameters()))
             raise UnsupportedParameterError(
-                f"{name!r} is used by {type(self.module).__name__}, {error}; freeze it (requires_grad_(False))."
+                f"{name!r} is used by {type(self.module).__name__}, {error}; {instead_of(self.module)}."
             ) from None
         self.versions += versions(self.uses[-1])
         self._shapes.append(out_data.shape)
@@ -143,8 +141,8 @@ class KeepOperation(asdl.Operation):
             return [column.new_zeros(shape) for shape in self._shapes]
         if len(self.output_gradients) < len(self._shapes):
             raise UnsupportedParameterError(
-                f"{self._name!r} is called {len(self._shapes)} times, but only {len(self.output_gradients)} of the calls reach the output, "
-                f"and ASDL does not tell which; {INSTEAD}."
+                f"{self._name!r} is called {len(self._shapes)} times, but only {len(self.output_gradients)} of the calls reach the output "
+                f"(checkpointing calls it again), and ASDL does not tell which; {instead_of(self.module)}."
             )
         return self.output_gradients[::-1]
 
@@ -160,7 +158,7 @@ def _owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[st
         kind = type(module).__name__
         if module_call(module) is None:
             raise UnsupportedParameterError(
-                f"{own[0]!r} belongs to a {kind}, which ASDL has no operation for; {INSTEAD}."
+                f"{own[0]!r} belongs to a {kind}, which ASDL has no operation for; {instead_of(module)}."
             )
         if module._is_full_backward_hook:
             raise UnsupportedParameterError(

@@ -68,6 +68,10 @@ class Backend(ABC):
         """
 
 
+_OLD_PARAMETRISATIONS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
+"""Hooks of the functions in torch.nn.utils from before torch.nn.utils.parametrizations, and what takes them away."""
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that require grad, by name; a tied parameter appears once, under its first name."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -76,6 +80,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             f"{type(model).__name__} has no parameter that requires grad; unfreeze what the posterior is to be over "
             "(requires_grad_(True))."
         )
+    for module_name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__name__ in _OLD_PARAMETRISATIONS:
+                raise UnsupportedParameterError(
+                    f"{module_name or type(model).__name__!r} has a {hook.name} that is computed before each call, which has no curvature "
+                    f"block; fold it in with torch.nn.utils.{_OLD_PARAMETRISATIONS[type(hook).__name__]}(module), or freeze its parameters."
+                )
     for name in parameters:
         module, parametrised, rest = name.partition("parametrizations.")
         if parametrised:
@@ -101,7 +112,7 @@ def check_pair(batch: object, number: int) -> tuple[Tensor, Tensor]:
     for name, value in zip("xy", batch, strict=True):
         if not (isinstance(value, Tensor) or (name == "x" and isinstance(value, RaggedInputs))):
             raise InvalidBatchError(
-                f"{name} of batch {number} is a {type(value).__name__} but must be one tensor; "
+                f"{name} of batch {number} is a {type(value).__name__} but must be one tensor (or x a laplace_ws.data.GraphBatch); "
                 "join its parts into one, and take them apart in the model."
             )
     return batch[0], batch[1]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,8 +36,8 @@ from laplace_ws.curvature.backpack_structure import model_state
 from laplace_ws.curvature.backpack_trace import convert
 from laplace_ws.curvature.calls import SELECTIONS, TRANSPOSES, Call, Operand, UnreadableCallError, read_call
 from laplace_ws.curvature.checks import check_covered
-from laplace_ws.curvature.modules import module_uses
-from laplace_ws.curvature.native import FREEZE_HINT
+from laplace_ws.curvature.modules import instead_of, module_uses
+from laplace_ws.curvature.native import FREEZE_OR_WRITE
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac.rows import Examples, row_examples
 from laplace_ws.kfac.sharing import Use
@@ -97,7 +97,7 @@ class BackpackLinearisation(Linearisation):
         ]
         pairs = []
         for leaf, rows in live:
-            with row_examples(rows) if rows is not None else nullcontext():
+            with row_examples(rows):
                 pairs += [(use, leaf) for use in _uses(leaf, parameters, examples)]
         self.uses = [use for use, _ in pairs]
         self._users = [leaf for _, leaf in pairs]
@@ -198,9 +198,7 @@ def _uses(leaf: nn.Module, parameters: Mapping[str, nn.Parameter], examples: Exa
     if not operands:
         return []
     name, parameter = next((operand.name, operand.tensor) for operand in operands.values())
-    instead = (
-        "write the layer with calls that have a block (linear, matmul, conv, embedding, normalisations, scale, bias)"
-    )
+    instead = FREEZE_OR_WRITE
     call = type(leaf).__name__
     try:
         if not isinstance(leaf, Apply):
@@ -210,13 +208,14 @@ def _uses(leaf: nn.Module, parameters: Mapping[str, nn.Parameter], examples: Exa
             return uses
         reader = leaf.expression.reader(parameter)
         call = reader.name
-        instead = 'choose backend="native"' if reader.module is not None else instead
+        if reader.module is not None:
+            instead = instead_of(reader.module)
         args, kwargs = leaf.expression.arguments(leaf.values(stored_inputs(leaf)), _following(operands))
         return read_call(
             leaf.expression.torch_function, Call(call, operands, stored_output(leaf), examples), *args, **kwargs
         )
     except UnreadableCallError as error:
-        raise UnsupportedParameterError(f"{name!r} is used by {call}, {error}; {FREEZE_HINT} or {instead}.") from None
+        raise UnsupportedParameterError(f"{name!r} is used by {call}, {error}; {instead}.") from None
 
 
 def _following(operands: dict[int, Operand]) -> Callable[[Expression, dict[str, Any]], Any]:

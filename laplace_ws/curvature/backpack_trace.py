@@ -24,7 +24,7 @@ from laplace_ws.curvature.backpack_structure import copy_structure, model_hooks
 from laplace_ws.curvature.calls import READERS
 from laplace_ws.curvature.modules import module_call
 from laplace_ws.errors import UnsupportedParameterError
-from laplace_ws.kfac.rows import declared_row_examples
+from laplace_ws.kfac.rows import declared_row_examples, row_examples
 
 _FIELDS = {"values", "indices"}  # of what max, sort and the like return
 _TENSOR_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag", *_FIELDS}
@@ -61,8 +61,14 @@ class _Tracer(fx.Tracer):
         return module_call(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        rows = declared_row_examples.get()
+        if isinstance(rows, fx.Proxy):
+            with row_examples(
+                None
+            ):  # an attribute of a proxy becomes a node when it is first asked for: now, before its use
+                _ = rows.node
         proxy = super().create_proxy(*args, **kwargs)
-        proxy.node.meta["row_examples"] = declared_row_examples.get()
+        proxy.node.meta["row_examples"] = rows
         return proxy
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -166,7 +172,7 @@ def convert(model: nn.Module, keeps: Callable[[nn.Module], bool]) -> Chain:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise UnsupportedParameterError(
             f"{type(model).__name__} cannot be traced for BackPACK ({type(error).__name__}: {reason}); take control flow that depends on "
-            'data out of its forward pass, or choose backend="native".'
+            'data or on shapes (if, assert, range) out of its forward pass, or choose backend="native".'
         ) from error
 
 

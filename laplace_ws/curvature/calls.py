@@ -75,9 +75,12 @@ class Call:
         """Which example each row of the output, and of the input, belongs to."""
         rows = self.examples.rows(len(self.output)) if self.output.ndim else None
         if rows is None:
-            raise UnreadableCallError(
+            how = (
                 f"whose output {tuple(self.output.shape)} has no leading axis of the batch's {self.examples.n} examples"
             )
+            if self.examples.are_ragged:
+                how += " (say which example each row belongs to: with laplace_ws.row_examples(index): …)"
+            raise UnreadableCallError(how)
         return rows
 
     def parameter(self, tensor: Tensor | None) -> str | None:
@@ -281,6 +284,28 @@ def _rms_norm(
     return _affine(call, F.rms_norm(input, normalized_shape, eps=eps), weight, None)
 
 
+def _instance_norm(
+    call: Call,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> list[Use]:
+    statistics = {"use_input_stats": use_input_stats, "eps": eps}
+    if use_input_stats:  # and the running ones, which a second call would move, are not read
+        running_mean = running_var = None
+    return _affine(call, F.instance_norm(input, running_mean, running_var, **statistics), weight, bias, at=1)
+
+
+def _prelu(call: Call, input: Tensor, weight: Tensor) -> list[Use]:
+    at = 1 if weight.numel() > 1 and input.ndim > 1 else None
+    return [_elementwise(call, weight, input.detach().clamp(max=0), at)]
+
+
 def _group_norm(
     call: Call,
     input: Tensor,
@@ -327,6 +352,8 @@ READERS: dict[Callable[..., Any], Callable[..., list[Use]]] = {
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     F.group_norm: _group_norm,
+    F.instance_norm: _instance_norm,
+    F.prelu: _prelu,
 }
 """Readers by the function that a `TorchFunctionMode` reports."""
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace_ws.curvature.backend import Backend
+from laplace_ws.curvature.backend import Backend, check_outputs
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import Use, example_gradients
 
@@ -30,7 +30,9 @@ def check_linearisation(
     """
     x = x[:N_PROBED]
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-        f = model(x)  # before the backend: what it leaves in the model must not hide what it does to it
+        f = check_outputs(
+            model(x), len(x)
+        )  # before the backend: what it leaves in the model must not hide what it does to it
         if not f.isfinite().all():
             raise InvalidBatchError(
                 f"{type(model).__name__} gives outputs that are not finite; look for NaN in its weights or inputs."
@@ -108,7 +110,8 @@ def check_covered(uses: Sequence[Use], parameters: Mapping[str, nn.Parameter]) -
     for name in parameters:
         if name not in covered:
             raise UnsupportedParameterError(
-                f"{name!r} requires grad but has no gradient (it is not used in the forward pass); freeze it (requires_grad_(False))."
+                f"{name!r} requires grad but has no gradient (it is not used in the forward pass, or in compiled code alone); freeze it "
+                "(requires_grad_(False))."
             )
 
 

@@ -36,6 +36,11 @@ def _batch_norm(m: Any, x: Tensor) -> ModuleCall:
     return F.batch_norm, (x, m.running_mean, m.running_var, m.weight, m.bias, by_batch, 0.0, m.eps)
 
 
+def _instance_norm(m: Any, x: Tensor) -> ModuleCall:
+    by_input = m.training or not m.track_running_stats
+    return F.instance_norm, (x, m.running_mean, m.running_var, m.weight, m.bias, by_input, 0.0, m.eps)
+
+
 def _embedding(m: Any, x: Tensor) -> ModuleCall:
     return F.embedding, (x, m.weight, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
 
@@ -49,13 +54,21 @@ MODULE_CALLS: dict[type[nn.Module], Callable[[Any, Tensor], ModuleCall]] = {
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
     nn.BatchNorm3d: _batch_norm,
+    nn.InstanceNorm1d: _instance_norm,
+    nn.InstanceNorm2d: _instance_norm,
+    nn.InstanceNorm3d: _instance_norm,
     nn.LayerNorm: lambda m, x: (F.layer_norm, (x, m.normalized_shape, m.weight, m.bias, m.eps)),
     nn.RMSNorm: lambda m, x: (F.rms_norm, (x, m.normalized_shape, m.weight, m.eps)),
     nn.GroupNorm: lambda m, x: (F.group_norm, (x, m.num_groups, m.weight, m.bias, m.eps)),
+    nn.PReLU: lambda m, x: (F.prelu, (x, m.weight)),
     Bias: lambda m, x: (torch.add, (x, m.bias)),
     Scale: lambda m, x: (torch.mul, (x, m.scale)),
 }
 """The call that a module makes on its input, by class; a subclass with a forward of its own has none."""
+
+
+COVERED_BY_NONE = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
+"""Modules whose parameters no backend has a block for."""
 
 
 def module_call(module: nn.Module) -> Callable[[Any, Tensor], ModuleCall] | None:
@@ -64,6 +77,12 @@ def module_call(module: nn.Module) -> Callable[[Any, Tensor], ModuleCall] | None
         if kind in MODULE_CALLS:
             return MODULE_CALLS[kind] if type(module).forward is kind.forward else None
     return None
+
+
+def instead_of(module: nn.Module) -> str:
+    """What to do about a module that a backend does not cover."""
+    freeze = "freeze it (requires_grad_(False))"
+    return freeze if isinstance(module, COVERED_BY_NONE) else f'{freeze} or choose backend="native"'
 
 
 def module_uses(

@@ -32,6 +32,10 @@ from laplace_ws.kfac.rows import Examples
 from laplace_ws.kfac.sharing import Use
 
 FREEZE_HINT = "freeze it (requires_grad_(False))"
+FREEZE_OR_WRITE = (
+    f"{FREEZE_HINT} or write the layer with calls that have a block (linear, matmul, conv, embedding, normalisations, scale, "
+    "bias)"
+)
 
 
 class NativeBackend(Backend):
@@ -186,10 +190,7 @@ class _UseRecorder(TorchFunctionMode):
     def check(self, parameters: Mapping[str, nn.Parameter], f: Tensor) -> None:
         """Raise `UnsupportedParameterError` unless every parameter is covered and every recorded input still stands."""
         for name, how in self._unsupported.items():
-            raise UnsupportedParameterError(
-                f"{name!r} is used by {how}; {FREEZE_HINT} or write the layer with calls that have a block (linear, matmul, conv, "
-                "embedding, normalisations, scale, bias)."
-            )
+            raise UnsupportedParameterError(f"{name!r} is used by {how}; {FREEZE_OR_WRITE}.")
         covered = {name for use in self.uses for name in use.parameters}
         missing = {name: p for name, p in parameters.items() if name not in covered}
         for name, parameter in missing.items():

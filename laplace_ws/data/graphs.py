@@ -16,6 +16,9 @@ from laplace_ws.errors import InvalidBatchError
 class GraphBatch:
     """Several graphs side by side, as a disconnected one; an example is a graph.
 
+    A layer on nodes or edges says so where the forward pass calls it, `with row_examples(batch.graph):` or
+    `with row_examples(batch.graph_of_edge):`.
+
     Attributes:
         nodes: features of the nodes, `[V, F]` (or indices, `[V]`).
         edges: source and target node of each edge, `[2, E]`.
@@ -82,25 +85,3 @@ class GraphBatch:
         """Mean over the nodes of each graph; zero for a graph without nodes."""
         sizes = torch.bincount(self.graph, minlength=self.n_graphs).clamp(min=1)
         return h.new_zeros(self.n_graphs, h.shape[1]).index_add(0, self.graph, h) / sizes[:, None]
-
-    def example_of_rows(self, n_rows: int) -> Int[Tensor, " B"] | None:
-        """Graph of each row of a tensor over nodes, over edges, or (None) over graphs, told apart by their numbers.
-
-        Raises:
-            InvalidBatchError: the numbers do not tell them apart.
-        """
-        index_by_name = {
-            "nodes": self.graph,
-            "edges": self.graph_of_edge,
-            "graphs": torch.arange(self.n_graphs, device=self.device),
-        }
-        fitting = {name: index for name, index in index_by_name.items() if len(index) == n_rows}
-        if not fitting:
-            return None
-        first, *others = fitting.values()
-        if any(not torch.equal(first, other) for other in others):
-            raise InvalidBatchError(
-                f"a batch has {n_rows} {' and as many '.join(fitting)}, so a layer with {n_rows} rows does not show what they are; call it "
-                "within laplace_ws.row_examples(batch.graph) or row_examples(batch.graph_of_edge)."
-            )
-        return first

@@ -15,6 +15,9 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+ROWS_OF_A_BLOCK = 2048
+"""Rows that `gram` adds up at once."""
+
 
 def total(tensors: Iterable[Any]) -> Any:
     """Sum of one tensor (or number) or more of one shape."""
@@ -22,8 +25,17 @@ def total(tensors: Iterable[Any]) -> Any:
 
 
 def gram(rows: Float[Tensor, "*G M D"]) -> Float[Tensor, "*G D D"]:
-    """Σ_m r_m r_mᵀ over the second to last axis."""
-    return rows.mT @ rows
+    """Σ_m r_m r_mᵀ over the second to last axis.
+
+    Long sums are taken in blocks: a matrix product that adds 65,536 short rows in single precision is right to 4e-5 only.
+    """
+    n_blocks = rows.shape[-2] // ROWS_OF_A_BLOCK
+    if n_blocks < 2 or rows.shape[-1] > ROWS_OF_A_BLOCK:  # the blocks' products would take more memory than the rows
+        return rows.mT @ rows
+    n_rows = n_blocks * ROWS_OF_A_BLOCK
+    blocks = rows[..., :n_rows, :].unflatten(-2, (n_blocks, ROWS_OF_A_BLOCK))
+    rest = rows[..., n_rows:, :]
+    return (blocks.mT @ blocks).sum(-3) + rest.mT @ rest
 
 
 def input_gram_expand(a: Float[Tensor, "*G N R I"]) -> Float[Tensor, "*G I I"]:

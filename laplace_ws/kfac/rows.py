@@ -83,10 +83,6 @@ class RaggedInputs(Protocol):
         """Some of the examples."""
         ...
 
-    def example_of_rows(self, n_rows: int) -> Int[Tensor, " B"] | None:
-        """Example of each row of a tensor of so many rows; None where rows lie grouped by example, equally many each."""
-        ...
-
 
 @dataclass(frozen=True)
 class Examples:
@@ -100,27 +96,32 @@ class Examples:
     n: int
     batch: Tensor | RaggedInputs | None = None
 
+    @property
+    def are_ragged(self) -> bool:
+        """Whether they may have unequal numbers of rows, so that only `row_examples` tells whose a row is."""
+        return self.batch is not None and not isinstance(self.batch, Tensor)
+
     def rows(self, n_rows: int) -> Rows | None:
-        """Rows of a tensor with `n_rows` rows; None where they cannot belong to the examples."""
+        """Rows of a tensor with `n_rows` rows; None where it is not known which examples they belong to."""
         index = declared_row_examples.get()
-        if index is None and isinstance(self.batch, RaggedInputs):
-            index = self.batch.example_of_rows(n_rows)
-        if index is None:
-            return Rows(n_rows, self.n) if n_rows % self.n == 0 else None
-        return Rows(n_rows, self.n, index) if len(index) == n_rows else None
+        if index is not None:
+            return Rows(n_rows, self.n, index) if len(index) == n_rows else None
+        is_grouped = n_rows == self.n if self.are_ragged else n_rows % self.n == 0
+        return Rows(n_rows, self.n) if is_grouped else None
 
 
 declared_row_examples: ContextVar[Tensor | None] = ContextVar("example of each row", default=None)
 
 
 @contextmanager
-def row_examples(index: Int[Tensor, " B"]) -> Iterator[None]:
+def row_examples(index: Int[Tensor, " B"] | None) -> Iterator[None]:
     """Say, inside a forward pass, which example each row of the layers called within belongs to.
 
-    For graphs and other examples of unequal size whose rows lie in one tensor: `with row_examples(graph_of_edge): m = self.message(e)`.
+    For graphs and other examples of unequal size whose rows lie in one tensor:
+    `with row_examples(batch.graph): h = self.embed(batch.nodes)`.
 
     Args:
-        index: example of each row, 0 … N−1.
+        index: example of each row, 0 … N−1; None where the rows are the examples again.
     """
     token = declared_row_examples.set(index)
     try:

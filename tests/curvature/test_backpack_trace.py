@@ -148,15 +148,11 @@ NATIVE = r'freeze it \(requires_grad_\(False\)\) or choose backend="native"'
 UNSUPPORTED = {
     "recurrence": (
         Wrapped(lambda m, x: m.rnn(x[:, None])[0][:, -1], rnn=nn.LSTM(3, 2, batch_first=True)),
-        rf"'rnn.weight_ih_l0' is used by LSTM, which has no curvature block; {NATIVE}",
+        r"'rnn.weight_ih_l0' is used by LSTM, which has no curvature block; freeze it \(requires_grad_\(False\)\)\.$",
     ),
     "attention": (
         Wrapped(lambda m, x: m.a(x[:, None], x[:, None], x[:, None])[0][:, 0], a=nn.MultiheadAttention(3, 1)),
         rf"'a.in_proj_weight' is used by MultiheadAttention, which has no curvature block; {NATIVE}",
-    ),
-    "slope": (
-        nn.Sequential(nn.Linear(3, 2), nn.PReLU()),
-        rf"'1.weight' is used by PReLU, .* no curvature block; {NATIVE}",
     ),
     "batch statistics": (
         nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)),

@@ -1,7 +1,5 @@
 """The native backend beyond the conformance suite: sampled columns, invariances, what it cannot cover, attention and graphs."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +8,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
 
-from laplace_ws import InvalidBatchError, Laplace, UnsupportedParameterError, kron_factors, row_examples
-from laplace_ws.curvature import compute, exact
+from laplace_ws import Laplace, UnsupportedParameterError, kron_factors, row_examples
+from laplace_ws.curvature import BACKENDS, compute, exact
 from laplace_ws.curvature.native import _UseRecorder
 from laplace_ws.data import GraphBatch
 from laplace_ws.kfac import Examples
@@ -174,6 +172,27 @@ def test_what_cannot_be_covered_is_named(name):
         Laplace(model, "regression").check(x)
     with pytest.raises(UnsupportedParameterError, match=message):
         Laplace(model, "regression").fit([(x, torch.zeros_like(model(x)))])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_parametrisation_by_hooks_is_named(backend):
+    model = nn.Sequential(nn.Linear(3, 2), nn.utils.weight_norm(nn.Linear(2, 2)))
+    with pytest.raises(
+        UnsupportedParameterError, match=r"'1' has a weight .* fold it in with torch.nn.utils.remove_weight_norm"
+    ):
+        Laplace(model, "regression", backend=backend)
+    nn.utils.remove_weight_norm(model[1])
+    Laplace(model, "regression", backend=backend).check(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("tied_in", ["diag", "full"])
+def test_an_embedding_tied_to_the_output_layer_has_a_diagonal_and_a_full_matrix(tied_in):
+    model = double(UNSUPPORTED["tied embedding"][0])
+    x, y = torch.randint(0, 4, (5, 3)), torch.randn(5, 4).double()
+    la = Laplace(model, "regression", hessian_structure=tied_in)
+    la.fit([(x, y)])
+    truth = exact.ggn(model, "regression", x, y)
+    torch.testing.assert_close(la.H.to_dense(), truth if tied_in == "full" else truth.diagonal().diag())
 
 
 @pytest.mark.parametrize("parametrise", [weight_norm, spectral_norm])
@@ -347,7 +366,8 @@ class ReadOut(nn.Module):
         self.first, self.last = nn.Linear(2, 3), nn.Linear(3, 2)
 
     def forward(self, batch):
-        return batch.mean(self.last(self.first(batch.nodes)))
+        with row_examples(batch.graph):
+            return batch.mean(self.last(self.first(batch.nodes)))
 
 
 def graphs(*sizes):
@@ -372,21 +392,33 @@ def test_factors_of_graphs_are_sums_over_nodes():
     torch.testing.assert_close(expand.B, J.T @ J * (1 / 3 + 1 + 1 / 5))
 
 
-def test_rows_that_do_not_tell_nodes_from_edges_are_refused_until_they_are_declared():
-    class Edges(ReadOut):
-        declared = False
+class Undeclared(ReadOut):
+    def forward(self, batch):
+        return batch.mean(self.last(self.first(batch.nodes)))
 
+
+class WrongIndex(ReadOut):
+    def forward(self, batch):
+        with row_examples(batch.graph_of_edge):
+            return batch.mean(self.last(self.first(batch.nodes)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [((3, 2), (2, 2), (2, 2)), ((2, 1), (2, 1), (2, 1))], ids=["uneven", "even"])
+@pytest.mark.parametrize("net", [Undeclared, WrongIndex])
+def test_rows_of_graphs_are_declared_or_refused(net, sizes, backend):
+    """Also where there are as many of each graph: the next batch may have other numbers."""
+    with pytest.raises(
+        UnsupportedParameterError, match=r"'first.weight' is used by .*with laplace_ws.row_examples\(index\)"
+    ):
+        kron_factors(double(net()), "regression", [(graphs(*sizes), torch.randn(3, 2).double())], backend=backend)
+
+
+def test_the_index_of_rows_is_not_that_of_others():
+    class Swapped(ReadOut):
         def forward(self, batch):
-            with row_examples(batch.graph) if self.declared else nullcontext():
-                h = self.first(batch.nodes)
-            source, target = batch.edges
-            with row_examples(batch.graph_of_edge) if self.declared else nullcontext():
-                return batch.mean(h.new_zeros(len(h), 2).index_add(0, target, self.last(h[source])))
+            with row_examples(batch.graph.flip(0)):
+                return batch.mean(self.last(self.first(batch.nodes)))
 
-    model, x, y = double(Edges()), graphs((3, 2), (1, 2), (2, 2)), torch.randn(3, 2).double()
-    with pytest.raises(InvalidBatchError, match=r"6 nodes and as many edges, .*row_examples\(batch\.graph\)"):
-        kron_factors(model, "regression", [(x, y)])
-    model.declared = True
-    la = Laplace(model, "regression", hessian_structure="full")
-    la.fit([(x, y)])
-    torch.testing.assert_close(la.H.to_dense(), exact.ggn(model, "regression", x, y), rtol=1e-10, atol=1e-12)
+    with pytest.raises(UnsupportedParameterError, match="rows that are not grouped by example"):
+        kron_factors(double(Swapped()), "regression", [(graphs((3, 2), (1, 2)), torch.randn(2, 2).double())])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from laplace_ws import Laplace, UnsupportedParameterError, kron_factors
-from laplace_ws.kfac import accumulate
+from laplace_ws.kfac import accumulate, factors
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -101,3 +101,14 @@ def test_large_vectors_and_vocabularies(monkeypatch):
     torch.testing.assert_close(above["0.weight"].to_dense(), expand["0.weight"].to_dense())
     with pytest.raises(UnsupportedParameterError, match=r'kfac_approx={"0.weight": "expand"}'):
         kron_factors(model, "classification", data, kfac_approx="reduce")
+
+
+@pytest.mark.parametrize(
+    "shape", [(65_536, 4), (2, 10_000, 4), (4_096, 3), (5_000, 8), (3, 4), (9_000, 2_500)], ids=str
+)
+def test_long_sums_keep_their_digits(shape):
+    """Rows of very different size, as the gradients of many pixels are."""
+    rows = torch.randn(shape) * torch.rand(*shape[:-1], 1) ** 4
+    truth = rows.double().mT @ rows.double()
+    assert (factors.gram(rows).double() - truth).norm() / truth.norm() < 4e-6
+    torch.testing.assert_close(factors.gram(rows.double()), truth)
