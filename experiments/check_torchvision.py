@@ -1,13 +1,13 @@
 """Which of torchvision's classifiers the backends cover, one of each family, with random weights.
 
-    python experiments/check_torchvision.py
+    python experiments/check_torchvision.py [model …]
 
 Runs what a fit runs first: uses and gradients of a few examples, held against autograd. Prints one line a model; needs no data.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 import torchvision
@@ -55,7 +55,12 @@ def answer(name: str, backend: str) -> str:
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(IMAGE_SIZES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="model", help=", ".join(IMAGE_SIZES))
+    names = parser.parse_args().models or list(IMAGE_SIZES)
+    for name in names:
+        if name not in IMAGE_SIZES:
+            parser.error(f"unknown model {name!r}: choose of {', '.join(IMAGE_SIZES)}")
     print(f"| | {' | '.join(BACKENDS)} |\n{'|---' * (len(BACKENDS) + 1)}|")
     for name in tqdm(names, unit="model", disable=None):
         answers = [answer(name, backend) for backend in BACKENDS]

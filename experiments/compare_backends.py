@@ -28,7 +28,7 @@ from laplace_ws.curvature import BACKENDS, Curvature, CurvatureSum, kron_factors
 from laplace_ws.kfac import KronAccumulator, approximation_by_parameter
 from laplace_ws.likelihoods import Categorical
 from laplace_ws.matrices import Kron
-from laplace_ws.models import MLP, WideResNet
+from laplace_ws.models import MLP, Norm, WideResNet
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,16 @@ def as_markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def check(config: CompareConfig) -> None:
+    """Exit with what is wrong, before any work."""
+    known = ("mlp", *(norm.value for norm in Norm))
+    wrong = [network for network in config.networks if network not in known]
+    if wrong:
+        raise SystemExit(f"unknown network {wrong[0]!r}: choose of {', '.join(known)}")
+    if config.n_repeats < 1:
+        raise SystemExit(f"n_repeats={config.n_repeats} must be at least 1")
+
+
 def main() -> None:
     parser = jsonargparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", action="config")
@@ -179,6 +189,7 @@ def main() -> None:
     arguments = parser.parse_args()
     del arguments["config"]
     config = CompareConfig(**arguments.as_dict())
+    check(config)
     torch.set_num_threads(config.threads)
     rows = compare(config)
     path = Path(config.out) / "compare_backends.json"

@@ -70,7 +70,6 @@ ROWS = {
             "fixup",
             "inplace-batchnorm",
             "inplace-groupnorm",
-            "inplace-instancenorm",
             "functional",
             "matmul",
             "adapters-bare",

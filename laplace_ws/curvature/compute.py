@@ -74,7 +74,9 @@ def make_backend(backend: str | Backend) -> Backend:
     if isinstance(backend, Backend):
         return backend
     if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}.")
+        raise ValueError(
+            f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}, or pass an instance of a `Backend`."
+        )
     return BACKENDS[backend]()
 
 

@@ -63,6 +63,9 @@ class MarglikResult:
     train_seconds: float
     curvature_seconds: float
 
+    def __getitem__(self, place: int) -> Any:
+        return tuple(self)[place]
+
     def __iter__(self) -> Iterator[Any]:
         return iter((self.la, self.model, self.margliks, self.losses))
 

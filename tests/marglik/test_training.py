@@ -77,6 +77,7 @@ def test_result_unpacks_into_four_and_holds_the_best():
     model = mlp()
     result = marglik_training(model, blobs(), **QUICK, optimizer_kwargs=SGD, curvature="ggn")
     la, returned, margliks, losses = result
+    assert result[2] is margliks
     assert isinstance(result, MarglikResult)
     assert returned is model
     assert len(losses) == 6
