@@ -382,14 +382,21 @@ def _scalars() -> nn.Module:
 
 
 def _conv1d() -> nn.Module:
-    """Outputs of each position: a sequence model."""
+    """Outputs of each position: a sequence model, with an in-place activation on the view that a Linear returns."""
 
     class ChannelsLast(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.transpose(1, 2)
 
     return nn.Sequential(
-        nn.Conv1d(2, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.ELU(), nn.Conv1d(3, 3, 1), ChannelsLast(), nn.Linear(3, 3)
+        nn.Conv1d(2, 3, 3, padding=1),
+        nn.GroupNorm(1, 3),
+        nn.ELU(),
+        nn.Conv1d(3, 3, 1),
+        ChannelsLast(),
+        nn.Linear(3, 4),
+        nn.ReLU(inplace=True),
+        nn.Linear(4, 3),
     )
 
 

@@ -184,12 +184,18 @@ def _operations(
                 operations.append(KeepOperation(name, module, parameters, examples))
                 context.register_operation(module, operations[-1])
                 handles.append(module.register_forward_pre_hook(operations[-1].forward_pre_process))
+                handles.append(module.register_forward_hook(_without_view, prepend=True))
                 if not any(module is other for other in hooked):
                     handles.append(module.register_forward_hook(partial(_call_operation, context)))
             yield operations
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _without_view(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+    """An output to which an in-place call may follow: on a view, as a Linear returns, it would take the gradient past ASDL's hooks."""
+    return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
 def _call_operation(

@@ -52,6 +52,9 @@ class Backend(ABC):
 
     name: str
 
+    def forget(self) -> None:  # noqa: B027 - most keep nothing
+        """Drop what is kept of a model from one batch to the next."""
+
     @abstractmethod
     def linearise(
         self, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]
@@ -82,7 +85,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         )
     for module_name, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
-            if type(hook).__name__ in _OLD_PARAMETRISATIONS:
+            is_trained = any(p.requires_grad and name != "bias" for name, p in module.named_parameters(recurse=False))
+            if type(hook).__name__ in _OLD_PARAMETRISATIONS and is_trained:
                 raise UnsupportedParameterError(
                     f"{module_name or type(model).__name__!r} has a {hook.name} that is computed before each call, which has no curvature "
                     f"block; fold it in with torch.nn.utils.{_OLD_PARAMETRISATIONS[type(hook).__name__]}(module), or freeze its parameters."

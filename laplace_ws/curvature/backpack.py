@@ -34,7 +34,7 @@ from laplace_ws.curvature.backpack_rules import (
 )
 from laplace_ws.curvature.backpack_structure import model_state
 from laplace_ws.curvature.backpack_trace import convert
-from laplace_ws.curvature.calls import SELECTIONS, TRANSPOSES, Call, Operand, UnreadableCallError, read_call
+from laplace_ws.curvature.calls import Call, Operand, UnreadableCallError, read_call
 from laplace_ws.curvature.checks import check_covered
 from laplace_ws.curvature.modules import instead_of, module_uses
 from laplace_ws.curvature.native import FREEZE_OR_WRITE
@@ -57,6 +57,10 @@ class BackpackBackend(Backend):
 
     def __init__(self) -> None:
         self._cached: _Converted | None = None
+
+    def forget(self) -> None:
+        """See `Backend.forget`: a trace does not notice every change of a model."""
+        self._cached = None
 
     def __reduce__(self) -> tuple[type[BackpackBackend], tuple[()]]:
         return type(self), ()  # what is cached belongs to a model in memory
@@ -227,17 +231,13 @@ def _following(operands: dict[int, Operand]) -> Callable[[Expression, dict[str, 
         operand = operands.get(id(args[0]))
         if operand is None:
             return result
-        if (
-            operand.index is None
-            and result.ndim == 2
-            and function in TRANSPOSES
-            and TRANSPOSES[function](*args, **kwargs)
-        ):
-            operands[id(result)] = replace(operand, tensor=result, transposed=not operand.transposed)
-        elif function in SELECTIONS and not operand.transposed:
-            operands[id(result)] = operand.select(function, result, *args[1:], **kwargs)
-        elif function is look_up:
-            operands[id(result)] = replace(operand.select(torch.Tensor.__getitem__, result, args[1]), looked_up=True)
+        if function is look_up:
+            followed = replace(operand.select(torch.Tensor.__getitem__, result, args[1]), looked_up=True)
+        else:
+            followed = operand.follow(function, result, *args[1:], **kwargs)
+        if followed is None:
+            raise UnreadableCallError("as a part or a view of itself")
+        operands[id(result)] = followed
         return result
 
     return evaluate

@@ -12,8 +12,10 @@ from backpack import hook_store_io
 from torch import nn
 
 
-def is_left_by_backpack(attribute: str) -> bool:
-    """Whether an attribute of a module is one that BackPACK's hooks set."""
+def is_left_by_backpack(module: nn.Module, attribute: str) -> bool:
+    """Whether an attribute of a module is one that BackPACK sets on those that it extends."""
+    if "_backpack_extend" not in vars(module):
+        return False
     return attribute in ("output", "_backpack_extend") or (attribute[:5] == "input" and attribute[5:].isdecimal())
 
 
@@ -26,7 +28,7 @@ def copy_structure(value: Any, copies: dict[int, Any] | None = None) -> Any:
         twin = copies[id(value)] = object.__new__(type(value))
         hooks = {name: item for name, item in vars(nn.Module()).items() if "hook" in name}
         for name, item in vars(value).items():
-            if not is_left_by_backpack(name):
+            if not is_left_by_backpack(value, name):
                 vars(twin)[name] = hooks[name] if name in hooks else copy_structure(item, copies)
         return twin
     if type(value) in (list, tuple, set):
@@ -62,7 +64,7 @@ def model_state(model: nn.Module) -> list[Any]:
         (
             id(module),
             type(module),
-            [(k, _frozen(v)) for k, v in vars(module).items() if k not in hooks and not is_left_by_backpack(k)],
+            [(k, _frozen(v)) for k, v in vars(module).items() if k not in hooks and not is_left_by_backpack(module, k)],
             [_Same(hook) for hook in (*model_hooks(module), *module._forward_pre_hooks.values())],
         )
         for module in model.modules()

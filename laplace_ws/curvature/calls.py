@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from laplace_ws.kfac.conv import ConvGeometry
-from laplace_ws.kfac.rows import Examples, Rows
+from laplace_ws.kfac.rows import Examples, Rows, declared_row_examples
 from laplace_ws.kfac.sharing import ConvUse, ElementwiseUse, EmbeddingUse, LinearUse, Use
 
 
@@ -46,12 +46,29 @@ class Operand:
     looked_up: bool = False
     provisional: Use | None = None
 
+    def follow(self, function: Callable[..., Any], output: Any, *args: Any, **kwargs: Any) -> Operand | None:
+        """The operand that a call makes of this one, its first argument: transposed, or a selection; None for any other call."""
+        if not isinstance(output, Tensor):
+            return None
+        if self.index is None and function in TRANSPOSES and output.ndim == 2:
+            return replace(
+                self, tensor=output, transposed=self.transposed != TRANSPOSES[function](self.tensor, *args, **kwargs)
+            )
+        if function not in SELECTIONS or self.transposed:
+            return None
+        return self.select(function, output, *args, **kwargs)
+
+    @torch.no_grad()
     def select(self, function: Callable[..., Tensor], output: Tensor, *args: Any, **kwargs: Any) -> Operand:
-        """The operand that a call of `SELECTIONS` makes of this one."""
+        """The operand whose entries a call selects from this one."""
         index = self.index
         if index is None:
             index = torch.arange(self.shape.numel(), device=output.device).view(self.shape)
         return replace(self, tensor=output, index=function(index, *args, **kwargs))
+
+    def is_added_to_all(self, function: Callable[..., Any], output: Tensor) -> bool:
+        """Whether a call adds rows that were looked up to every example; else they are the examples' own."""
+        return function in SUMS and (output.ndim > self.tensor.ndim or len(self.tensor) == 1)
 
 
 @dataclass(frozen=True)
@@ -78,7 +95,10 @@ class Call:
             how = (
                 f"whose output {tuple(self.output.shape)} has no leading axis of the batch's {self.examples.n} examples"
             )
-            if self.examples.are_ragged:
+            declared = declared_row_examples.get()
+            if declared is not None:
+                how = f"whose output {tuple(self.output.shape)} has other rows than the {len(declared)} that row_examples declares"
+            elif self.examples.are_ragged:
                 how += " (say which example each row belongs to: with laplace_ws.row_examples(index): …)"
             raise UnreadableCallError(how)
         return rows
@@ -357,6 +377,8 @@ READERS: dict[Callable[..., Any], Callable[..., list[Use]]] = {
 }
 """Readers by the function that a `TorchFunctionMode` reports."""
 
+IN_PLACE = {torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.sub_}
+"""In-place calls."""
 OVERWRITES_INPUT = {torch.Tensor.mul_}
 """In-place calls whose reader needs the input as it was before."""
 

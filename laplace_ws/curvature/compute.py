@@ -20,9 +20,10 @@ from laplace_ws.curvature.backend import (
     evaluation_mode,
     trainable_parameters,
 )
-from laplace_ws.curvature.checks import check_linearisation
+from laplace_ws.curvature.checks import LinearisationCheck, check_linearisation
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError
+from laplace_ws.kfac import RaggedInputs
 from laplace_ws.kfac.accumulate import Accumulator, KronAccumulator, example_gradients
 from laplace_ws.kfac.approximation import KfacApproxSpec, approximation_by_parameter
 from laplace_ws.likelihoods import Likelihood, make_likelihood
@@ -133,7 +134,7 @@ class CurvatureSum:
         self.n_examples = 0
         self.n_targets = 0
         self.output_shape: tuple[int, ...] | None = None
-        self._checked = False
+        self._check = LinearisationCheck(backend, model, self.parameters)
 
     def add_all(self, data: Batches) -> None:
         """Add every batch of an iterable.
@@ -151,25 +152,34 @@ class CurvatureSum:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add one batch."""
+        if not len(x):
+            raise InvalidBatchError("a batch holds no example.")
         check_devices(self.model, x, y)
         with evaluation_mode(self.model):
-            if not self._checked and len(x) > 1:  # one example alone says nothing of how rows belong to examples
-                check_linearisation(self.backend, self.model, x, self.parameters)
-                self._checked = True
-            with self.backend.linearise(self.model, x, self.parameters) as linearisation:
-                f = linearisation.outputs
-                self.likelihood.check(f, y)
-                nll = self.likelihood.nll_sum(f.double(), y).item()
-                if not math.isfinite(nll):
-                    raise InvalidBatchError(
-                        f"the negative log likelihood of a batch is {nll}; look for NaN in its inputs or targets."
-                    )
-                with torch.autocast(x.device.type, enabled=False):
-                    self._add_curvature(linearisation, y)
+            self._check.start(x)
+            if not self._add(x, y):
+                self._check.run(x)
+                self._add(x, y)
+
+    def _add(self, x: Tensor, y: Tensor) -> bool:
+        """Add one batch if its uses are like those that were checked; whether they are."""
+        with self.backend.linearise(self.model, x, self.parameters) as linearisation:
+            if not self._check.knows(linearisation.uses):
+                return False
+            f = linearisation.outputs
+            self.likelihood.check(f, y)
+            nll = self.likelihood.nll_sum(f.double(), y).item()
+            if not math.isfinite(nll):
+                raise InvalidBatchError(
+                    f"the negative log likelihood of a batch is {nll}; look for NaN in its inputs or targets."
+                )
+            with torch.autocast(x.device.type, enabled=False):
+                self._add_curvature(linearisation, y)
         self.nll_sum += nll
         self.n_examples += len(x)
         self.n_targets += y.numel()
         self.output_shape = tuple(f.shape[1:])
+        return True
 
     def _add_curvature(self, linearisation: Linearisation, y: Tensor) -> None:
         uses, f = linearisation.uses, linearisation.outputs
@@ -206,12 +216,15 @@ def jacobians(
         UnsupportedParameterError: a parameter that requires grad cannot be covered.
         InvalidBatchError: the inputs do not fit the model.
     """
+    if not isinstance(x, (Tensor, RaggedInputs)) or not len(x):
+        raise InvalidBatchError(
+            f"x must be a tensor of inputs (or a GraphBatch) that is not empty, got a {type(x).__name__}."
+        )
     parameters = trainable_parameters(model)
     check_devices(model, x)
     backend = make_backend(backend)
     with evaluation_mode(model):
-        if len(x) > 1:
-            check_linearisation(backend, model, x, parameters)
+        check_linearisation(backend, model, x, parameters)
         with backend.linearise(model, x, parameters) as linearisation:
             f = linearisation.outputs.reshape(len(x), -1)
             columns = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +16,9 @@ from torch.overrides import TorchFunctionMode
 from laplace_ws.curvature.attention import Parts, multi_head_attention, read_projection, take_parts
 from laplace_ws.curvature.backend import Backend, ColumnwiseLinearisation, check_outputs
 from laplace_ws.curvature.calls import (
+    IN_PLACE,
     OVERWRITES_INPUT,
-    SELECTIONS,
-    SUMS,
-    TRANSPOSES,
+    READERS,
     Call,
     Operand,
     UnreadableCallError,
@@ -57,20 +55,18 @@ class NativeBackend(Backend):
             f = model(x)
         f = check_outputs(f, len(x))
         recorder.check(parameters, f)
-        yield NativeLinearisation(f, recorder.uses, recorder.edges, recorder.output_shapes)
+        yield NativeLinearisation(f, recorder.kept)
 
 
 class NativeLinearisation(ColumnwiseLinearisation):
     """Outputs of one forward pass, with the autograd graph behind them."""
 
-    def __init__(
-        self, f: Tensor, uses: Sequence[Use], edges: Sequence[GradientEdge], output_shapes: Sequence[torch.Size]
-    ):
+    def __init__(self, f: Tensor, kept: Sequence[_Kept]):
         self.outputs = f.detach()
-        self.uses = uses
+        self.uses = [use for use, _, _ in kept]
         self._f = f
-        self._edges = edges
-        self._output_shapes = output_shapes
+        self._edges = [edge for _, edge, _ in kept]
+        self._output_shapes = [shape for _, _, shape in kept]
 
     def _pull(self, column: Tensor) -> list[Tensor]:
         grads = torch.autograd.grad(self._f, self._edges, column, retain_graph=True, allow_unused=True)
@@ -78,14 +74,20 @@ class NativeLinearisation(ColumnwiseLinearisation):
         return [g if g is not None else column.new_zeros(shape) for g, shape in zip(grads, shapes, strict=True)]
 
 
+class _Kept(NamedTuple):
+    """A use, where to take gradients at its output, and the shape of that."""
+
+    use: Use
+    edge: GradientEdge
+    shape: torch.Size
+
+
 class _UseRecorder(TorchFunctionMode):
     """Records the uses of parameters while active."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], examples: Examples):
         super().__init__()
-        self.uses: list[Use] = []
-        self.edges: list[GradientEdge] = []
-        self.output_shapes: list[torch.Size] = []
+        self.kept: list[_Kept] = []
         self._examples = examples
         self._operands = {id(p): Operand(name, p.shape, p) for name, p in parameters.items()}
         self._unsupported: dict[str, str] = {}
@@ -106,63 +108,50 @@ class _UseRecorder(TorchFunctionMode):
                 return func(*args, **kwargs)
         before = (args[0].clone(), *args[1:]) if func in OVERWRITES_INPUT else args
         output = func(*args, **kwargs)
+        if func in READERS and func not in IN_PLACE and isinstance(output, Tensor) and output._is_view():
+            output = output.clone()  # an in-place call that follows on a view would take its gradient edge off the path
         self._record(func, operands, before, kwargs, output)
         return output
 
     def _record(self, func: Callable, operands: dict[int, Operand], args: Any, kwargs: Any, output: Any) -> None:
         if not any(t.requires_grad and id(t) not in self._operands for t in _tensors((output,))):
             return  # a look at a shape, a detached copy, a call without gradient
-        name = getattr(func, "__name__", str(func))
         first = operands.get(id(args[0])) if args else None
-        if first is not None and self._derive(func, first, args, kwargs, output):
+        followed = first.follow(func, output, *args[1:], **kwargs) if first is not None else None
+        if followed is not None:
+            self._operands[id(output)] = followed
             return
-        call = Call(name, operands, output, self._examples)
+        # rows that were looked up and are not added to every example are the examples' own, and recorded where they were looked up
+        read = {
+            key: operand
+            for key, operand in operands.items()
+            if operand.provisional is None or operand.is_added_to_all(func, output)
+        }
+        if not read:
+            return
+        name = getattr(func, "__name__", str(func))
+        call = Call(name, read, output, self._examples)
         try:
             if func is F.embedding and self._look_up(call, *args, **kwargs):
                 return
-            if not self._resolve_provisional(func, operands, output):
-                return
-            uses = read_call(func, call, *args, **kwargs)
+            self._keep(read_call(func, call, *args, **kwargs), output)
         except UnreadableCallError as error:
-            self._refuse(operands, name, error)
+            self._refuse(read, name, error)
         else:
-            self._keep(uses, output)
-
-    def _derive(self, func: Callable, operand: Operand, args: Any, kwargs: Any, output: Any) -> bool:
-        """Follow a parameter through transposes and selections; whether the call is one."""
-        if operand.index is None and func in TRANSPOSES and output.ndim == 2 and TRANSPOSES[func](*args, **kwargs):
-            self._operands[id(output)] = replace(operand, tensor=output, transposed=not operand.transposed)
-            return True
-        if func not in SELECTIONS or operand.transposed or not isinstance(output, Tensor):
-            return False
-        with torch.no_grad():
-            self._operands[id(output)] = operand.select(func, output, *args[1:], **kwargs)
-        return True
+            for operand in read.values():
+                self.kept = [kept for kept in self.kept if kept.use is not operand.provisional]
 
     def _look_up(self, call: Call, input: Tensor, weight: Tensor, padding_idx: int | None = None, **rest: Any) -> bool:
-        """Follow rows of an embedding that are looked up without a batch axis; whether the call does that."""
+        """Follow rows of an embedding that are looked up without a batch axis, as positions are; whether the call does that."""
         without_batch = self._examples.n > 1 and (input.ndim == 1 or len(input) == 1)
         if not without_batch or padding_idx is not None or id(weight) not in call.operands:
             return False
-        operand = call.operands[id(weight)].select(torch.Tensor.__getitem__, call.output, input)
         use = None
         if self._examples.rows(len(input)) is not None:  # as many as examples, or a multiple: perhaps theirs
             (use,) = read_call(F.embedding, call, input, weight, padding_idx, **rest)
             self._keep([use], call.output)
-        self._operands[id(call.output)] = replace(operand, looked_up=True, provisional=use)
-        return True
-
-    def _resolve_provisional(self, func: Callable, operands: dict[int, Operand], output: Tensor) -> bool:
-        """Whether to read the call: not where rows that were looked up prove to be the examples' own, which is recorded."""
-        for operand in operands.values():
-            if operand.provisional is None:
-                continue
-            if func not in SUMS or output.shape == operand.tensor.shape:
-                return False
-            kept = [use is not operand.provisional for use in self.uses]
-            self.uses = list(compress(self.uses, kept))
-            self.edges = list(compress(self.edges, kept))
-            self.output_shapes = list(compress(self.output_shapes, kept))
+        rows = call.operands[id(weight)].select(torch.Tensor.__getitem__, call.output, input)
+        self._operands[id(call.output)] = replace(rows, looked_up=True, provisional=use)
         return True
 
     def _project(
@@ -182,16 +171,14 @@ class _UseRecorder(TorchFunctionMode):
 
     def _keep(self, uses: Sequence[Use], output: Tensor) -> None:
         edge = get_gradient_edge(output)
-        self.uses += uses
-        self.edges += [edge] * len(uses)
-        self.output_shapes += [output.shape] * len(uses)
+        self.kept += [_Kept(use, edge, output.shape) for use in uses]
         self._versions += versions(uses)
 
     def check(self, parameters: Mapping[str, nn.Parameter], f: Tensor) -> None:
         """Raise `UnsupportedParameterError` unless every parameter is covered and every recorded input still stands."""
         for name, how in self._unsupported.items():
             raise UnsupportedParameterError(f"{name!r} is used by {how}; {FREEZE_OR_WRITE}.")
-        covered = {name for use in self.uses for name in use.parameters}
+        covered = {name for kept in self.kept for name in kept.use.parameters}
         missing = {name: p for name, p in parameters.items() if name not in covered}
         for name, parameter in missing.items():
             seen = (

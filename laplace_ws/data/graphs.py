@@ -31,17 +31,30 @@ class GraphBatch:
     graph: Int[Tensor, " V"]
     n_graphs: int
 
+    def __post_init__(self) -> None:
+        if self.edges.ndim != 2 or len(self.edges) != 2:
+            raise InvalidBatchError(
+                f"edges must be [2, E], source and target of each edge, got {tuple(self.edges.shape)}."
+            )
+        if self.graph.shape != self.nodes.shape[:1]:
+            raise InvalidBatchError(
+                f"graph must name the graph of each of the {len(self.nodes)} nodes, got {tuple(self.graph.shape)}."
+            )
+
     @classmethod
     def from_graphs(cls, graphs: Sequence[tuple[Tensor, Tensor]]) -> GraphBatch:
         """Join graphs, each given as its nodes `[v, F]` and edges `[2, e]`.
 
         Raises:
-            InvalidBatchError: an edge names a node that its graph does not have.
+            InvalidBatchError: there is no graph, or an edge names a node that its graph does not have.
         """
+        if not graphs:
+            raise InvalidBatchError("a batch needs one graph at least.")
         sizes = [len(nodes) for nodes, _ in graphs]
         for number, (size, (_, edges)) in enumerate(zip(sizes, graphs, strict=True)):
             if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < size:
-                raise InvalidBatchError(f"graph {number} has {size} nodes, but an edge names node {int(edges.max())}.")
+                wrong = int(edges.min()) if edges.min() < 0 else int(edges.max())
+                raise InvalidBatchError(f"graph {number} has {size} nodes, but an edge names node {wrong}.")
         starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
         nodes = torch.cat([nodes for nodes, _ in graphs])
         edges = torch.cat([edges + start for start, (_, edges) in zip(starts, graphs, strict=True)], 1)
@@ -57,7 +70,13 @@ class GraphBatch:
         return self.n_graphs
 
     def __getitem__(self, chosen: slice) -> GraphBatch:
-        """The graphs of a slice."""
+        """The graphs of a slice.
+
+        Raises:
+            TypeError: a number; graphs are taken by slices, `batch[2:3]`.
+        """
+        if isinstance(chosen, int):
+            raise TypeError(f"take graphs of a batch by a slice, batch[{chosen}:{chosen + 1}].")
         numbers = torch.arange(self.n_graphs, device=self.graph.device)[chosen]
         new_number = self.graph.new_full((self.n_graphs,), -1)
         new_number[numbers] = torch.arange(len(numbers), device=self.graph.device)

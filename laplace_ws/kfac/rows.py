@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from laplace_ws.errors import InvalidBatchError
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -123,6 +125,10 @@ def row_examples(index: Int[Tensor, " B"] | None) -> Iterator[None]:
     Args:
         index: example of each row, 0 … N−1; None where the rows are the examples again.
     """
+    if isinstance(index, Tensor) and (index.ndim != 1 or index.is_floating_point() or index.dtype is torch.bool):
+        raise InvalidBatchError(
+            f"row_examples takes integers [B], the example of each row, got {index.dtype} of shape {tuple(index.shape)}."
+        )
     token = declared_row_examples.set(index)
     try:
         yield

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from laplace_ws.curvature import Backend, CurvatureSum, make_backend, parse_curvature
 from laplace_ws.curvature.backend import check_devices, evaluation_mode, trainable_parameters
-from laplace_ws.curvature.checks import check_linearisation
+from laplace_ws.curvature.checks import N_PROBED, check_linearisation
 from laplace_ws.curvature.compute import Batches, default_generator
 from laplace_ws.errors import NotFittedError
 from laplace_ws.kfac import Accumulator
@@ -108,7 +108,7 @@ class BaseLaplace(PosteriorHyperparameters):
         check_devices(self.model, x)
         parameters = trainable_parameters(self.model)
         with evaluation_mode(self.model):
-            uses, outputs = check_linearisation(self.backend, self.model, x, parameters)
+            uses, outputs = check_linearisation(self.backend, self.model, x[:N_PROBED], parameters)
             self._make_accumulator(parameters).start_batch(uses, outputs.ndim)
 
     def fit(self, train_loader: Batches, *, n_data: int | None = None, progress_bar: bool = False) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
 
-from laplace_ws import Laplace, UnsupportedParameterError, kron_factors, row_examples
+from laplace_ws import InvalidBatchError, Laplace, UnsupportedParameterError, kron_factors, row_examples
 from laplace_ws.curvature import BACKENDS, compute, exact
 from laplace_ws.curvature.native import _UseRecorder
 from laplace_ws.data import GraphBatch
@@ -181,7 +181,10 @@ def test_a_parametrisation_by_hooks_is_named(backend):
         UnsupportedParameterError, match=r"'1' has a weight .* fold it in with torch.nn.utils.remove_weight_norm"
     ):
         Laplace(model, "regression", backend=backend)
-    nn.utils.remove_weight_norm(model[1])
+    model[1].weight_g.requires_grad_(False)
+    model[1].weight_v.requires_grad_(False)
+    Laplace(model, "regression", backend=backend)
+    nn.utils.remove_weight_norm(model[1].requires_grad_())
     Laplace(model, "regression", backend=backend).check(torch.randn(4, 3))
 
 
@@ -225,7 +228,8 @@ def test_no_weight_gradient_and_one_forward(monkeypatch):
     model.register_forward_hook(lambda *_: calls.append("forward"))
     for p in model.parameters():
         p.register_hook(lambda g: calls.append("weight gradient"))
-    monkeypatch.setattr(compute, "check_linearisation", lambda *_: None)  # once a fit, on four examples
+    monkeypatch.setattr(compute.LinearisationCheck, "start", lambda *_: None)  # once a fit, on four examples
+    monkeypatch.setattr(compute.LinearisationCheck, "knows", lambda *_: True)
     kron_factors(model, "classification", [(x[:2], y[:2]), (x[2:], y[2:])])
     assert calls == ["forward"] * 2
 
@@ -256,6 +260,12 @@ def test_positions_looked_up_once_are_covered(name, n_tokens):
 
 
 USERS = {
+    "linear": lambda m, x: m.b(F.one_hot(x, 6).double()) * F.linear(m.a(x), m.c),
+    "normalised": lambda m, x: F.layer_norm(m.a(x), (2,), m.d) + m.b(F.one_hot(x, 6).double()),
+    "plus a bias": lambda m, x: (m.a(x) + m.d) * m.b(F.one_hot(x, 6).double()),
+    "class-conditional": lambda m, x: (
+        torch.tanh(F.conv1d(F.one_hot(x, 6).double()[:, None], m.e, padding=1) + m.a(x)[:, :, None]).sum(2) + m.b.bias
+    ),
     "multiplied": lambda m, x: torch.tanh(m.a(x)) * m.b(F.one_hot(x, 6).double()),
     "added": lambda m, x: m.a(x) + m.b(F.one_hot(x, 6).double()),
     "viewed": lambda m, x: m.b(F.one_hot(x, 6).double()) * m.a(x).unsqueeze(0)[0],
@@ -264,8 +274,13 @@ USERS = {
 
 @pytest.mark.parametrize("name", USERS)
 def test_rows_looked_up_for_each_example_are_not_taken_for_positions(name):
-    model = double(Wrapped(USERS[name], a=nn.Embedding(6, 2), b=nn.Linear(6, 2)))
+    model = double(
+        Wrapped(USERS[name], a=nn.Embedding(6, 2), b=nn.Linear(6, 2), c=weight(2, 2), d=weight(2), e=weight(2, 1, 3))
+    )
     x, y = torch.randint(0, 6, (5,)), torch.randn(5, 2).double()
+    for parameter in model.parameters():  # freeze what this one does not use
+        used = torch.autograd.grad(model(x).sum(), parameter, allow_unused=True)[0] is not None
+        parameter.requires_grad_(used)
     la = Laplace(model, "regression", hessian_structure="full")
     la.fit([(x, y)])
     torch.testing.assert_close(la.H.to_dense(), exact.ggn(model, "regression", x, y), rtol=1e-10, atol=1e-12)
@@ -349,7 +364,7 @@ def test_attention_computes_what_torch_does(name):
     parameters = dict(attention.named_parameters())
     with _UseRecorder(parameters, Examples(4)) as recorder:
         y, weights = attention(*inputs, **arguments)
-    assert {p for use in recorder.uses for p in use.parameters} == set(parameters)
+    assert {p for kept in recorder.kept for p in kept.use.parameters} == set(parameters)
     expected, expected_weights = attention(*inputs, **arguments)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(weights, expected_weights)
@@ -405,13 +420,51 @@ class WrongIndex(ReadOut):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sizes", [((3, 2), (2, 2), (2, 2)), ((2, 1), (2, 1), (2, 1))], ids=["uneven", "even"])
-@pytest.mark.parametrize("net", [Undeclared, WrongIndex])
-def test_rows_of_graphs_are_declared_or_refused(net, sizes, backend):
+@pytest.mark.parametrize(
+    ("net", "says"),
+    [
+        (Undeclared, r"\(say which example each row belongs to: with laplace_ws.row_examples\(index\)"),
+        (WrongIndex, r"has other rows than the \d+ that row_examples declares"),
+    ],
+)
+def test_rows_of_graphs_are_declared_or_refused(net, says, sizes, backend):
     """Also where there are as many of each graph: the next batch may have other numbers."""
-    with pytest.raises(
-        UnsupportedParameterError, match=r"'first.weight' is used by .*with laplace_ws.row_examples\(index\)"
-    ):
+    with pytest.raises(UnsupportedParameterError, match=f"'first.weight' is used by .*{says}"):
         kron_factors(double(net()), "regression", [(graphs(*sizes), torch.randn(3, 2).double())], backend=backend)
+
+
+def declared(index):
+    def forward(net, batch):
+        with row_examples(index(batch)):
+            return batch.mean(net.last(net.first(batch.nodes)))
+
+    return type("Declared", (ReadOut,), {"forward": forward})
+
+
+BAD_GRAPHS = {
+    "index of floats": lambda: declared(lambda b: b.graph.double())()(graphs((3, 2))),
+    "index of two axes": lambda: declared(lambda b: b.graph[None])()(graphs((3, 2))),
+    "no graph": lambda: GraphBatch.from_graphs([]),
+    "negative node": lambda: GraphBatch.from_graphs([(torch.randn(2, 2), torch.tensor([[0], [-1]]))]),
+    "edges by row": lambda: GraphBatch(torch.randn(3, 2), torch.zeros(4, 2), torch.zeros(3).long(), 1),
+    "graph of too few nodes": lambda: GraphBatch(torch.randn(3, 2), torch.zeros(2, 4), torch.zeros(2).long(), 1),
+    "one graph by its number": lambda: graphs((3, 2))[0],
+}
+SAYS = {
+    "index of floats": "row_examples takes integers",
+    "index of two axes": "row_examples takes integers",
+    "no graph": "a batch needs one graph at least",
+    "negative node": "names node -1",
+    "edges by row": r"edges must be \[2, E\], .* got \(4, 2\)",
+    "graph of too few nodes": r"each of the 3 nodes, got \(2,\)",
+    "one graph by its number": r"batch\[0:1\]",
+}
+
+
+@pytest.mark.parametrize("name", BAD_GRAPHS)
+def test_bad_graphs_are_refused_in_one_sentence(name):
+    with pytest.raises((InvalidBatchError, TypeError), match=SAYS[name]):
+        BAD_GRAPHS[name]()
 
 
 def test_the_index_of_rows_is_not_that_of_others():
