@@ -6,6 +6,7 @@ from cases import N, double
 from curvature.shared import pulled
 from torch import nn
 
+from laplace_ws import kron_factors
 from laplace_ws.curvature import backpack_rules
 from laplace_ws.curvature.backpack import BackpackBackend
 from laplace_ws.curvature.native import NativeBackend
@@ -109,6 +110,16 @@ def test_columns_one_by_one_where_there_is_no_batched_rule(monkeypatch):
 
     monkeypatch.setattr(torch.autograd, "grad", without_batches)
     assert_follows(nn.GELU(), rows(N, 3))
+
+
+def test_autocast_agrees_with_the_native_backend():
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 3))
+    data = [(torch.randn(6, 3), torch.randint(0, 3, (6,)))]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        native, other = (kron_factors(model, "classification", data, backend=name) for name in ("native", "backpack"))
+    torch.testing.assert_close(
+        other.to_dense(), native.to_dense(), rtol=0.1, atol=0.02 * native.to_dense().max().item()
+    )
 
 
 def test_mixed_precision_follows_the_graph():

@@ -259,6 +259,16 @@ def test_positions_looked_up_once_are_covered(name, n_tokens):
     torch.testing.assert_close(block.A, torch.eye(12).double().diagonal() * (torch.arange(12) < n_tokens) / n_tokens)
 
 
+def test_positions_that_are_subtracted_are_named():
+    model = Positions(lambda embedding, i: -embedding(i) + 0)
+    model.positions, minus = nn.Embedding(12, 4), Positions(LOOK_UPS["added"])
+    minus.forward = lambda x: minus.head((minus.tokens(x) - minus.positions(torch.arange(3))).mean(1))
+    minus.shift, minus.table = None, None
+    for net, how in ((model, "is used by neg"), (minus, "other than added to every example")):
+        with pytest.raises(UnsupportedParameterError, match=f"'positions.weight' .*{how}"):
+            kron_factors(net, "classification", [(torch.randint(0, 6, (5, 3)), torch.randint(0, 3, (5,)))])
+
+
 USERS = {
     "linear": lambda m, x: m.b(F.one_hot(x, 6).double()) * F.linear(m.a(x), m.c),
     "normalised": lambda m, x: F.layer_norm(m.a(x), (2,), m.d) + m.b(F.one_hot(x, 6).double()),
