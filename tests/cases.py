@@ -18,12 +18,12 @@ from laplace_ws.models import Bias, Scale, WideResNet
 N = 5  # examples: prime, so that no other axis is taken for the batch by accident
 
 
-def double(model: nn.Module) -> nn.Module:
+def double(model: nn.Module, noise: float = 0.3) -> nn.Module:
     """The model in float64, with every parameter away from zero (Fixup starts with zeros, norms with ones)."""
     model = model.double()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
+            p.add_(torch.randn_like(p) * noise)
     return model
 
 
@@ -433,10 +433,11 @@ class Case:
     make_x: Callable[[], Tensor | GraphBatch]
     likelihood: str = "classification"
     target_shape: tuple[int, ...] = (N,)
+    noise: float = 0.3
 
     def make(self) -> tuple[nn.Module, Tensor, Tensor]:
         """Model in float64 (statistics of normalisations set), inputs and targets."""
-        model, x = double(self.make_model()), self.make_x()
+        model, x = double(self.make_model(), self.noise), self.make_x()
         model.train()
         with torch.no_grad():
             model(x)
@@ -508,7 +509,7 @@ CASES = [
 ]
 
 WIDE_RESNETS = [
-    Case(f"wide-resnet-{norm}", partial(WideResNet, 10, 1, 2, 3, norm=norm), _images)
+    Case(f"wide-resnet-{norm}", partial(WideResNet, 10, 1, 2, 3, norm=norm), _images, noise=0.03)
     for norm in ("fixup", "batch", "group", "none")
 ]
-"""Too many parameters for a dense matrix."""
+"""Too many parameters for a dense matrix, and for much noise: a saturated softmax has no curvature."""
