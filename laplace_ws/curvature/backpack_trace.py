@@ -208,7 +208,9 @@ class _Builder:
                 self._inlined[node] = operator.attrgetter(node.target)(self._root)
             elif node.op == "output":
                 output = self._template(node.args[0])
-            else:
+            elif (
+                node.users or node.target is not operator.getitem
+            ):  # not what is unpacked and left aside, as attention's weights are
                 self._add(node)
         return Chain(source, self._steps, output)
 
