@@ -88,7 +88,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             is_trained = any(p.requires_grad and name != "bias" for name, p in module.named_parameters(recurse=False))
             if type(hook).__name__ in _OLD_PARAMETRISATIONS and is_trained:
                 raise UnsupportedParameterError(
-                    f"{module_name or type(model).__name__!r} has a {hook.name} that is computed before each call, which has no curvature "
+                    f"{module_name or type(model).__name__!r} has a {getattr(hook, 'name', 'weight')} that is computed before each call, which has no curvature "
                     f"block; fold it in with torch.nn.utils.{_OLD_PARAMETRISATIONS[type(hook).__name__]}(module), or freeze its parameters."
                 )
     for name in parameters:
@@ -120,6 +120,14 @@ def check_pair(batch: object, number: int) -> tuple[Tensor, Tensor]:
                 "join its parts into one, and take them apart in the model."
             )
     return batch[0], batch[1]
+
+
+def check_inputs(x: object) -> None:
+    """Raise `InvalidBatchError` unless x holds examples, in a tensor or otherwise."""
+    if not isinstance(x, (Tensor, RaggedInputs)) or not len(x):
+        raise InvalidBatchError(
+            f"x must be a tensor of inputs (or a GraphBatch) that is not empty, got a {type(x).__name__}."
+        )
 
 
 def check_devices(model: nn.Module, *tensors: Tensor) -> None:
