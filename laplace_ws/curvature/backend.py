@@ -84,12 +84,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             "(requires_grad_(True))."
         )
     for module_name, module in model.named_modules():
+        is_trained = any(p.requires_grad and name != "bias" for name, p in module.named_parameters(recurse=False))
         for hook in module._forward_pre_hooks.values():
-            is_trained = any(p.requires_grad and name != "bias" for name, p in module.named_parameters(recurse=False))
-            if type(hook).__name__ in _OLD_PARAMETRISATIONS and is_trained:
+            remove = _OLD_PARAMETRISATIONS.get(type(hook).__name__)
+            if remove is not None and is_trained:
                 raise UnsupportedParameterError(
-                    f"{module_name or type(model).__name__!r} has a {getattr(hook, 'name', 'weight')} that is computed before each call, which has no curvature "
-                    f"block; fold it in with torch.nn.utils.{_OLD_PARAMETRISATIONS[type(hook).__name__]}(module), or freeze its parameters."
+                    f"{module_name or type(model).__name__!r} has a {vars(hook)['name']} that is computed before each call and has no "
+                    f"curvature block; fold it in with torch.nn.utils.{remove}(module), or freeze its parameters."
                 )
     for name in parameters:
         module, parametrised, rest = name.partition("parametrizations.")

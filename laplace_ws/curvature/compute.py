@@ -16,6 +16,7 @@ from laplace_ws.curvature.backend import (
     Backend,
     Linearisation,
     check_devices,
+    check_inputs,
     check_pair,
     evaluation_mode,
     trainable_parameters,
@@ -23,7 +24,6 @@ from laplace_ws.curvature.backend import (
 from laplace_ws.curvature.checks import LinearisationCheck, check_linearisation
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError
-from laplace_ws.kfac import RaggedInputs
 from laplace_ws.kfac.accumulate import Accumulator, KronAccumulator, example_gradients
 from laplace_ws.kfac.approximation import KfacApproxSpec, approximation_by_parameter
 from laplace_ws.likelihoods import Likelihood, make_likelihood
@@ -216,10 +216,7 @@ def jacobians(
         UnsupportedParameterError: a parameter that requires grad cannot be covered.
         InvalidBatchError: the inputs do not fit the model.
     """
-    if not isinstance(x, (Tensor, RaggedInputs)) or not len(x):
-        raise InvalidBatchError(
-            f"x must be a tensor of inputs (or a GraphBatch) that is not empty, got a {type(x).__name__}."
-        )
+    check_inputs(x)
     parameters = trainable_parameters(model)
     check_devices(model, x)
     backend = make_backend(backend)
