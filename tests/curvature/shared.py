@@ -3,6 +3,7 @@
 import torch
 from backpack import disable
 from backpack.context import CTX
+from torch import nn
 
 from laplace_ws.curvature.backend import trainable_parameters
 
@@ -41,3 +42,21 @@ def snapshot_with_backpack(model):
         ),
         "torch": (vars(torch.autograd.Function)["apply"], torch.arange, torch.nn.Module.__call__),
     }
+
+
+class Wrapped(nn.Module):
+    """A module with the given attributes and forward."""
+
+    def __init__(self, forward, **parameters):
+        super().__init__()
+        for name, value in parameters.items():
+            setattr(self, name, value)
+        self._forward = forward
+
+    def forward(self, x):
+        return self._forward(self, x)
+
+
+def weight(*shape):
+    """A parameter of a shape."""
+    return nn.Parameter(torch.randn(*shape))
