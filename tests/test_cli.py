@@ -335,7 +335,13 @@ def test_an_interrupt_of_workers_stops_them_all(tmp_path):
     }
     path.write_text(yaml.safe_dump(long))
     command = [sys.executable, "-m", "laplace_ws", "train", "--config", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell has its background jobs ignore it
+    )
     metrics = tmp_path / "long" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.exists() and {"tuned", "fixed-0.5"} <= runs_in(metrics)):
