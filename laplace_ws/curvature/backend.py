@@ -125,10 +125,15 @@ def check_pair(batch: object, number: int) -> tuple[Tensor, Tensor]:
 
 def check_inputs(x: object) -> None:
     """Raise `InvalidBatchError` unless x holds examples, in a tensor or otherwise."""
-    if not isinstance(x, (Tensor, RaggedInputs)) or not len(x):
-        raise InvalidBatchError(
-            f"x must be a tensor of inputs (or a GraphBatch) that is not empty, got a {type(x).__name__}."
-        )
+    if not isinstance(x, (Tensor, RaggedInputs)):
+        raise InvalidBatchError(f"x must be a tensor of inputs (or a GraphBatch), got a {type(x).__name__}.")
+    if not len(x):
+        raise InvalidBatchError("a batch holds no example.")
+
+
+def own_copy(x: Tensor) -> Tensor:
+    """Inputs for a model that may change them in place, so that they are the same when they are looked at again."""
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 def check_devices(model: nn.Module, *tensors: Tensor) -> None:

@@ -43,7 +43,7 @@ from laplace_ws.kfac.rows import Examples, row_examples
 from laplace_ws.kfac.sharing import Use
 
 COLUMN_BYTES = 2**28
-"""Memory that the columns of one pullback may take, at the outputs of all modules together; on a CPU, more makes large models slower."""
+"""Memory that the columns of one pullback may take, at the outputs of all modules together."""
 
 
 class BackpackBackend(Backend):

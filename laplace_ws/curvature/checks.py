@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace_ws.curvature.backend import Backend, check_outputs
+from laplace_ws.curvature.backend import Backend, check_outputs, own_copy
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import Use, example_gradients
 
@@ -67,12 +67,8 @@ def check_linearisation(
         InvalidBatchError: the outputs are not finite.
     """
     backend.forget()
-    if isinstance(x, Tensor):
-        x = x.clone()  # a model may change its input in place
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-        f = check_outputs(
-            model(x.clone() if isinstance(x, Tensor) else x), len(x)
-        )  # before the backend, which might hide what it does
+        f = check_outputs(model(own_copy(x)), len(x))  # before the backend, which might hide what it does
         if not f.isfinite().all():
             raise InvalidBatchError(
                 f"{type(model).__name__} gives outputs that are not finite; look for NaN in its weights or inputs."
@@ -82,7 +78,7 @@ def check_linearisation(
                 f"the outputs of {type(model).__name__} do not depend on any parameter that requires grad; is there a detach() or a "
                 "no_grad() in its forward pass?"
             )
-        with backend.linearise(model, x, parameters) as linearisation:
+        with backend.linearise(model, own_copy(x), parameters) as linearisation:
             _check_same_outputs(model, f, linearisation.outputs)
             generator = torch.Generator(f.device).manual_seed(0)
             v = torch.randn(f.shape, dtype=torch.float32, device=f.device, generator=generator).to(f.dtype)

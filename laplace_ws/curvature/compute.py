@@ -19,11 +19,12 @@ from laplace_ws.curvature.backend import (
     check_inputs,
     check_pair,
     evaluation_mode,
+    own_copy,
     trainable_parameters,
 )
 from laplace_ws.curvature.checks import LinearisationCheck, check_linearisation
 from laplace_ws.curvature.native import NativeBackend
-from laplace_ws.errors import InvalidBatchError
+from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac.accumulate import Accumulator, KronAccumulator, example_gradients
 from laplace_ws.kfac.approximation import KfacApproxSpec, approximation_by_parameter
 from laplace_ws.likelihoods import Likelihood, make_likelihood
@@ -152,18 +153,21 @@ class CurvatureSum:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add one batch."""
-        if not len(x):
-            raise InvalidBatchError("a batch holds no example.")
+        check_inputs(x)
         check_devices(self.model, x, y)
         with evaluation_mode(self.model):
             self._check.start(x)
             if not self._add(x, y):
                 self._check.run(x)
-                self._add(x, y)
+                if not self._add(x, y):
+                    raise UnsupportedParameterError(
+                        f"{type(self.model).__name__} uses its parameters otherwise whenever it is run on one batch; take out what changes "
+                        "from call to call in its forward pass."
+                    )
 
     def _add(self, x: Tensor, y: Tensor) -> bool:
         """Add one batch if its uses are like those that were checked; whether they are."""
-        with self.backend.linearise(self.model, x, self.parameters) as linearisation:
+        with self.backend.linearise(self.model, own_copy(x), self.parameters) as linearisation:
             if not self._check.knows(linearisation.uses):
                 return False
             f = linearisation.outputs
@@ -222,7 +226,7 @@ def jacobians(
     backend = make_backend(backend)
     with evaluation_mode(model):
         check_linearisation(backend, model, x, parameters)
-        with backend.linearise(model, x, parameters) as linearisation:
+        with backend.linearise(model, own_copy(x), parameters) as linearisation:
             f = linearisation.outputs.reshape(len(x), -1)
             columns = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
             columns = columns[:, None].expand(-1, len(x), -1).reshape(-1, *linearisation.outputs.shape)

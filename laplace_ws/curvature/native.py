@@ -40,8 +40,8 @@ class NativeBackend(Backend):
     """Uses of parameters through a function mode, gradients through graph edges; computes no weight gradient.
 
     A `TorchFunctionMode` sees every call that takes a registered parameter, and the gradient edge of its output is taken at that
-    moment, so a later in-place operation does no harm. One `torch.autograd.grad` with respect to the edges then gives the gradient
-    at every use.
+    moment, so a later in-place operation does no harm (an output that is a view is copied first). One `torch.autograd.grad` with
+    respect to the edges then gives the gradient at every use.
     """
 
     name = "native"

@@ -91,7 +91,7 @@ class GraphBatch:
         return self.nodes.device
 
     def to(self, *args, **kwargs) -> GraphBatch:
-        """Move to a device, and the node features, if they are floating point, to a type; see `Tensor.to`."""
+        """Move to a device, and the nodes to a type; see `Tensor.to`."""
         nodes = self.nodes.to(*args, **kwargs)
         return GraphBatch(nodes, self.edges.to(nodes.device), self.graph.to(nodes.device), self.n_graphs)
 

@@ -181,6 +181,20 @@ def test_a_column_that_is_wrong_beside_others_is_noticed():
         Laplace(nn.Linear(3, 2), "regression", backend=Wrong()).check(torch.randn(4, 3))
 
 
+def test_no_batch_is_left_out_of_a_model_that_changes_from_call_to_call():
+    class Restless(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x.repeat_interleave(self.calls, 0)).unflatten(0, (len(x), -1)).mean(1)
+
+    with pytest.raises(
+        UnsupportedParameterError, match="uses its parameters otherwise whenever it is run on one batch"
+    ):
+        kron_factors(Restless(3, 2), "regression", [(torch.randn(4, 3), torch.randn(4, 2))])
+
+
 def test_ordinary_batches_are_checked_once(monkeypatch):
     checked = []
     check = checks.check_linearisation
@@ -209,7 +223,9 @@ def test_a_model_that_changes_its_input_in_place_is_as_good(backend):
 
     x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
     model = InPlace().double()
-    found = kron_factors(model, "regression", [(x.clone(), y)], backend=backend)
+    given = x.clone()
+    found = kron_factors(model, "regression", [(given, y)], backend=backend)
+    assert torch.equal(given, x)
     truth = kron_factors(nn.Linear(3, 2).double(), "regression", [((2 * x).tanh(), y)])
     torch.testing.assert_close(found["inner.weight"].A, truth["weight"].A)
 
@@ -241,7 +257,9 @@ def test_empty_and_foreign_inputs_are_refused_in_one_sentence(backend):
     model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
     with pytest.raises(InvalidBatchError, match="a batch holds no example"):
         kron_factors(model, "regression", [(x[:0], y[:0])], backend=backend)
-    for wrong in (x[:0], [x, y], (x, y)):
+    with pytest.raises(InvalidBatchError, match="a batch holds no example"):
+        jacobians(model, x[:0], backend=backend)
+    for wrong in ([x, y], (x, y)):
         with pytest.raises(InvalidBatchError, match="x must be a tensor of inputs"):
             jacobians(model, wrong, backend=backend)
     for output in ((x, x), {"logits": x}):
