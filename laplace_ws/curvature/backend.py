@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import RaggedInputs, Use
+
+Receiver = Callable[[int, Float[Tensor, "K B ..."]], None]
+"""Takes the number of a use, and columns back-propagated to its output."""
 
 
 class Linearisation(ABC):
@@ -30,6 +33,31 @@ class Linearisation(ABC):
     @abstractmethod
     def pullback(self, columns: Float[Tensor, "K N ..."]) -> list[Float[Tensor, "K B ..."]]:
         """Back-propagate K columns of output space to the output of each use."""
+
+    def stream(self, columns: Float[Tensor, "K N ..."], receive: Receiver, *, is_last: bool = False) -> None:
+        """Back-propagate K columns, and hand each use's part on as soon as it is there, so that it need not be kept.
+
+        Args:
+            columns: vectors of output space.
+            receive: called once for each use, in any order, with its number and the gradients at its output.
+            is_last: whether what the forward pass keeps may be given up, as no columns follow.
+        """
+        for number, g in enumerate(self.pullback(columns)):
+            receive(number, g)
+
+
+COLUMN_BYTES = 2**22
+"""Memory that the columns of one pullback may take on a CPU, at the outputs of all uses together: beyond its caches, columns together
+take as long as one after the other."""
+COLUMN_SHARE = 0.25
+"""The part of a GPU's free memory that they may take."""
+
+
+def columns_in_memory(output_shapes: Sequence[torch.Size], f: Tensor) -> int:
+    """How many columns to back-propagate at once, given the shapes of what each gives: at least one."""
+    n_bytes = max(1, sum(shape.numel() for shape in output_shapes) * f.element_size())
+    budget = COLUMN_SHARE * torch.cuda.mem_get_info(f.device)[0] if f.is_cuda else COLUMN_BYTES
+    return max(1, int(budget) // n_bytes)
 
 
 class ColumnwiseLinearisation(Linearisation):

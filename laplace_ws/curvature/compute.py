@@ -186,11 +186,15 @@ class CurvatureSum:
         return True
 
     def _add_curvature(self, linearisation: Linearisation, y: Tensor) -> None:
-        uses, f = linearisation.uses, linearisation.outputs
-        self.accumulator.start_batch(uses, f.ndim)
+        f = linearisation.outputs
+        self.accumulator.start_batch(linearisation.uses, f.ndim)
         columns = self._columns(f, y)
-        while chunk := list(islice(columns, linearisation.columns_at_once)):
-            self.accumulator.add_columns(uses, linearisation.pullback(torch.stack(chunk)))
+        chunk = list(islice(columns, linearisation.columns_at_once))
+        while chunk:
+            next_chunk = list(islice(columns, linearisation.columns_at_once))
+            linearisation.stream(torch.stack(chunk), self.accumulator.add, is_last=not next_chunk)
+            chunk = next_chunk
+        self.accumulator.end_batch()
 
     def _columns(self, f: Tensor, y: Tensor) -> Iterator[Float[Tensor, "N ..."]]:
         if self.curvature is Curvature.GGN:

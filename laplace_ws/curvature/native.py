@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from laplace_ws.curvature.attention import Parts, multi_head_attention, read_projection, take_parts
-from laplace_ws.curvature.backend import Backend, ColumnwiseLinearisation, check_outputs
+from laplace_ws.curvature.backend import Backend, Linearisation, Receiver, check_outputs, columns_in_memory
 from laplace_ws.curvature.calls import (
     IN_PLACE,
     OVERWRITES_INPUT,
@@ -58,7 +61,7 @@ class NativeBackend(Backend):
         yield NativeLinearisation(f, recorder.kept)
 
 
-class NativeLinearisation(ColumnwiseLinearisation):
+class NativeLinearisation(Linearisation):
     """Outputs of one forward pass, with the autograd graph behind them."""
 
     def __init__(self, f: Tensor, kept: Sequence[_Kept]):
@@ -67,11 +70,92 @@ class NativeLinearisation(ColumnwiseLinearisation):
         self._f = f
         self._edges = [edge for _, edge, _ in kept]
         self._output_shapes = [shape for _, _, shape in kept]
+        self.columns_at_once = columns_in_memory(self._output_shapes, f)
+        self._can_vectorise = True
 
-    def _pull(self, column: Tensor) -> list[Tensor]:
-        grads = torch.autograd.grad(self._f, self._edges, column, retain_graph=True, allow_unused=True)
-        shapes = self._output_shapes  # a use that never reaches f has no gradient: zero
-        return [g if g is not None else column.new_zeros(shape) for g, shape in zip(grads, shapes, strict=True)]
+    def pullback(self, columns: Float[Tensor, "K N ..."]) -> list[Float[Tensor, "K B ..."]]:
+        """See `Linearisation.pullback`; several columns in one vectorised pass, where torch can vectorise it."""
+        if len(columns) > 1 and self._can_vectorise:
+            try:
+                return self._pull(columns, is_grads_batched=True)
+            except torch.OutOfMemoryError:
+                self.columns_at_once = max(1, len(columns) // 2)
+                return self._pull_in_parts(columns)
+            except RuntimeError:  # an operation without a rule for it, such as a custom autograd function
+                self._can_vectorise = False
+                self.columns_at_once = 1
+        if len(columns) > 1:
+            return self._pull_in_parts(columns)
+        return [g[None] for g in self._pull(columns[0])]
+
+    def _pull_in_parts(self, columns: Tensor) -> list[Tensor]:
+        parts = [self.pullback(part) for part in columns.split(self.columns_at_once)]
+        return [torch.cat(g) for g in zip(*parts, strict=True)]
+
+    def _pull(self, columns: Tensor, **options: Any) -> list[Tensor]:
+        grads = torch.autograd.grad(self._f, self._edges, columns, retain_graph=True, allow_unused=True, **options)
+        leading = columns.shape[: columns.ndim - self._f.ndim]  # a use that never reaches f has no gradient: zero
+        return [
+            g if g is not None else columns.new_zeros(*leading, *shape)
+            for g, shape in zip(grads, self._output_shapes, strict=True)
+        ]
+
+    def stream(self, columns: Float[Tensor, "K N ..."], receive: Receiver, *, is_last: bool = False) -> None:
+        """See `Linearisation.stream`; a single column is handed on while the backward pass goes on, and nothing of it kept."""
+        if len(columns) > 1:
+            super().stream(columns, receive)
+            return
+        waiting = set(range(len(self._edges)))
+
+        def hand_on(number: int, g: Tensor | None) -> None:
+            if g is not None:
+                waiting.remove(number)
+                receive(number, g[None])
+
+        inner, outer = self._inner_and_outer
+        handles = [
+            self._edges[n].node.register_prehook(_at_output(self._edges[n].output_nr, n, hand_on)) for n in inner
+        ]
+        try:
+            targets = [self._edges[n] for n in outer]
+            grads = torch.autograd.grad(self._f, targets, columns[0], retain_graph=not is_last, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for number, g in zip(outer, grads, strict=True):
+            hand_on(number, g)
+        for number in sorted(waiting):  # uses that never reach f
+            receive(number, columns.new_zeros(1, *self._output_shapes[number]))
+
+    @cached_property
+    def _inner_and_outer(self) -> tuple[list[int], list[int]]:
+        """Uses behind which, seen from f, there are others, so that the backward pass runs through them; and those where it may end."""
+        above = _nodes_above(self._f.grad_fn, {edge.node for edge in self._edges})
+        numbers = range(len(self._edges))
+        return [n for n in numbers if self._edges[n].node in above], [
+            n for n in numbers if self._edges[n].node not in above
+        ]
+
+
+def _at_output(place: int, number: int, hand_on: Callable[[int, Tensor | None], None]) -> Callable[[Any], None]:
+    """A hook for the node that makes the output of a use."""
+    return lambda grads: hand_on(number, grads[place])
+
+
+def _nodes_above(root: Any, marked: set[Any]) -> set[Any]:
+    """Nodes of an autograd graph from which a backward pass gets to a marked one."""
+    above: dict[Any, bool] = {}
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        following = [n for n, _ in node.next_functions if n is not None]
+        new = [n for n in following if n not in above]
+        if node not in above and new:
+            stack += new
+            continue
+        above[node] = any(n in marked or above[n] for n in following)
+        stack.pop()
+    return {node for node, is_above in above.items() if is_above}
 
 
 class _Kept(NamedTuple):

@@ -7,8 +7,10 @@ is a sum over examples, so any split of the data gives the same result.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -17,7 +19,8 @@ from torch import Tensor
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import factors
 from laplace_ws.kfac.approximation import KfacApprox
-from laplace_ws.kfac.sharing import EmbeddingUse, MatrixUse, Use, at_least_float32
+from laplace_ws.kfac.correlation import PatchGram, Plan
+from laplace_ws.kfac.sharing import ConvUse, EmbeddingUse, MatrixUse, Use, at_least_float32
 from laplace_ws.matrices import CurvatureMatrix, Dense, Diag, Kron, KronBlock
 from laplace_ws.matrices.kron import at_least_one
 
@@ -40,17 +43,74 @@ class Accumulator(ABC):
     def __init__(self, parameters: Mapping[str, Tensor]):
         self.parameters = {name: at_least_float32(p.detach()) for name, p in parameters.items()}
         self.shapes = {name: p.shape for name, p in parameters.items()}
+        self._uses: Sequence[Use] = ()
+        self._n_uses: Counter[str] = Counter()
+        self._pieces: dict[str, list[Tensor]] = defaultdict(list)
 
-    def start_batch(self, uses: Sequence[Use], output_ndim: int) -> None:  # noqa: B027 - most need nothing
+    def start_batch(self, uses: Sequence[Use], output_ndim: int) -> None:
         """Take note of the uses in the forward pass of a batch whose outputs have `output_ndim` dimensions."""
+        self._uses = uses
+        self._pieces.clear()
+        self._n_uses = Counter(name for use in uses for name in use.parameters if name in self.shapes)
+
+    def add(self, number: int, g: Float[Tensor, "K B ..."]) -> None:
+        """Add columns of the present batch, back-propagated to the output of use `number`; no other columns come before each use has its
+        part of these.
+        """
+        pulled = Pulled(self._uses[number], g)
+        for name in self._uses[number].parameters:
+            pieces = self._pieces[name]
+            pieces.append(self._piece(name, pulled))
+            if len(pieces) == self._n_uses[name]:
+                self._add_sum(name, factors.total(self._pieces.pop(name)))
+
+    def end_batch(self) -> None:
+        """Let go of the batch."""
+        self._uses = ()
 
     @abstractmethod
-    def add_columns(self, uses: Sequence[Use], g: Gradients) -> None:
-        """Add back-propagated columns of the present batch."""
+    def _piece(self, name: str, pulled: Pulled) -> Tensor:
+        """What one use contributes to the curvature of a parameter, where contributions of its uses simply add up."""
+
+    @abstractmethod
+    def _add_sum(self, name: str, pieces: Tensor) -> None:
+        """Add what the pieces of all uses of a parameter come to."""
 
     @abstractmethod
     def result(self) -> CurvatureMatrix:
         """The curvature summed over all batches so far."""
+
+
+class Pulled:
+    """Columns back-propagated to the output of one use, and what several parameters of the use need of them, computed once."""
+
+    def __init__(self, use: Use, g: Float[Tensor, "K B ..."]):
+        self.use = use
+        self.g = g
+
+    def gradients(self, name: str) -> Float[Tensor, "K N ..."]:
+        """Gradients of each example with respect to a parameter."""
+        return self.use.example_gradients(name, self.g)
+
+    @cached_property
+    def _gram(self) -> Tensor:
+        assert isinstance(self.use, MatrixUse)
+        return self.use.output_gradient_gram(self.g)
+
+    @cached_property
+    def _sum(self) -> Tensor:
+        assert isinstance(self.use, MatrixUse)
+        return self.use.output_gradient_sum(self.g)
+
+    def gram(self, is_bias: bool) -> Float[Tensor, "*G O O"]:
+        """Σ g gᵀ, for a bias over the channels of all groups together."""
+        assert isinstance(self.use, MatrixUse)
+        return self.use.bias_gradient_gram(self.g) if is_bias and self.use.groups > 1 else self._gram
+
+    def sum(self, is_bias: bool) -> Float[Tensor, "*G K N O"]:
+        """Σ_r g, for a bias with the channels of all groups side by side."""
+        assert isinstance(self.use, MatrixUse)
+        return self.use.bias_gradient_sum(self.g) if is_bias and self.use.groups > 1 else self._sum
 
 
 class KronAccumulator(Accumulator):
@@ -64,27 +124,101 @@ class KronAccumulator(Accumulator):
     def __init__(self, parameters: Mapping[str, Tensor], approximations: Mapping[str, KfacApprox]):
         super().__init__(parameters)
         self.approximations = approximations
-        self._blocks: dict[str, KronBlock] = {}
-        self._roles: dict[str, _Role] = {}
+        self._sums: dict[str, _FactorSums] = {}
 
     def start_batch(self, uses: Sequence[Use], output_ndim: int) -> None:
         """See `Accumulator.start_batch`; adds the input factors."""
+        super().start_batch(uses, output_ndim)
         for name, parameter in self.parameters.items():
             own = [use for use in uses if name in use.parameters]
             role = _Role.of(name, parameter, own, self.approximations[name], output_ndim)
-            self._roles[name] = role
-            block = _empty_block(parameter, role, own)
-            self._blocks[name] = self._blocks[name] + block if name in self._blocks else block
+            if name not in self._sums:
+                self._sums[name] = _FactorSums(parameter, role, own[0])
+            self._sums[name].add_inputs(role, own)
 
-    def add_columns(self, uses: Sequence[Use], g: Gradients) -> None:
-        """See `Accumulator.add_columns`; adds the gradient factors."""
-        for name, role in self._roles.items():
-            own = [(use, grad) for use, grad in zip(uses, g, strict=True) if name in use.parameters]
-            self._blocks[name].B.add_(_gradient_gram(name, role, own))
+    def _piece(self, name: str, pulled: Pulled) -> Tensor:
+        role = self._sums[name].role
+        if role.kind == "vector" or role.diagonal_B:
+            return pulled.gradients(name).flatten(2)
+        is_bias = role.kind == "bias"
+        return pulled.gram(is_bias) if role.approx is KfacApprox.EXPAND else pulled.sum(is_bias)
+
+    def _add_sum(self, name: str, pieces: Tensor) -> None:
+        self._sums[name].add_columns(pieces)
 
     def result(self) -> Kron:
         """See `Accumulator.result`."""
-        return Kron(self._blocks)
+        return Kron({name: sums.block() for name, sums in self._sums.items()})
+
+
+class _FactorSums:
+    """Sums of the factors of one parameter, over batches.
+
+    Args:
+        parameter: the parameter.
+        role: how it enters its uses.
+        use: one of them.
+    """
+
+    def __init__(self, parameter: Tensor, role: _Role, use: Use):
+        self.role = role
+        self._shape = parameter.shape
+        self._A: Tensor | None = None
+        self._patch_grams: dict[Plan, PatchGram] = {}
+        self._n_inputs: float | Tensor = 0
+        self._is_transposed = isinstance(use, MatrixUse) and use.transposed and role.kind == "matrix"
+        size: tuple[int, ...] = (parameter.numel(),) * (1 if role.diagonal_B else 2)
+        if role.kind == "matrix":
+            assert isinstance(use, MatrixUse)
+            n_outputs = parameter.shape[-1 if use.transposed else 0] // use.groups
+            size = (*([use.groups] if use.groups > 1 else []), n_outputs, n_outputs)
+        self._B = parameter.new_zeros(size)
+
+    def add_inputs(self, role: _Role, uses: Sequence[Use]) -> None:
+        """Add to the input factor what the uses in one batch contribute."""
+        self.role = role
+        if role.kind != "matrix":
+            return
+        matrix_uses = [use for use in uses if isinstance(use, MatrixUse)]
+        n_examples = matrix_uses[0].n_examples
+        n_positions = factors.total(use.n_positions for use in matrix_uses)
+        if role.approx is KfacApprox.REDUCE:
+            a = factors.mean_over_positions([use.input_sum() for use in matrix_uses], n_positions)
+            self._A = factors.add_gram(self._A, a)
+            self._n_inputs = self._n_inputs + n_examples
+            return
+        self._n_inputs = self._n_inputs + _number_of_inputs(n_positions, n_examples)
+        for use in matrix_uses:
+            plan = use.plan if isinstance(use, ConvUse) else None
+            if plan is None:
+                self._A = factors.accumulated(self._A, use.input_gram())
+            else:
+                assert isinstance(use, ConvUse)
+                self._patch_grams.setdefault(plan, PatchGram(plan)).add(at_least_float32(use.x))
+
+    def add_columns(self, pieces: Tensor) -> None:
+        """Add to the gradient factor the pieces of all uses in one batch, see `KronAccumulator`."""
+        if self.role.diagonal_B:
+            self._B += pieces.square().sum((0, 1))
+        elif self.role.kind != "vector" and self.role.approx is KfacApprox.EXPAND:
+            self._B += pieces
+        else:
+            self._B = factors.add_gram(self._B, pieces.flatten(-3, -2))
+
+    def block(self) -> KronBlock:
+        """The block of the sums so far."""
+        if self.role.kind != "matrix":
+            return KronBlock(self._shape, self._B.clone(), diagonal_B=self.role.diagonal_B)
+        grams = [gram.result() for gram in self._patch_grams.values()]
+        A = factors.total(grams if self._A is None else [self._A, *grams]) / at_least_one(self._n_inputs)
+        return KronBlock(
+            self._shape,
+            self._B.clone(),
+            A,
+            self._n_inputs,
+            transposed=self._is_transposed,
+            diagonal_A=self.role.diagonal_A,
+        )
 
 
 @dataclass(frozen=True)
@@ -133,56 +267,12 @@ def _check_matrix_uses(name: str, uses: Sequence[Use], kinds: set[str], approx: 
     return diagonal
 
 
-def _empty_block(parameter: Tensor, role: _Role, uses: Sequence[Use]) -> KronBlock:
-    """A batch's block, with its input factor and no gradient columns yet."""
-    if role.kind != "matrix":
-        size = parameter.numel()
-        B = parameter.new_zeros(size if role.diagonal_B else (size, size))
-        return KronBlock(parameter.shape, B, diagonal_B=role.diagonal_B)
-    matrix_uses = [use for use in uses if isinstance(use, MatrixUse)]
-    first = matrix_uses[0]
-    n_positions = factors.total(use.n_positions for use in matrix_uses)
-    if role.approx is KfacApprox.REDUCE:
-        n_inputs = first.n_examples
-        A_sum = factors.input_gram_reduce([use.input_sum() for use in matrix_uses], n_positions)
-    else:
-        n_inputs = _number_of_inputs(n_positions, first.n_examples)
-        A_sum = factors.total(
-            use.input_sum().sum(0) if role.diagonal_A else factors.input_gram_expand(use.inputs())
-            for use in matrix_uses
-        )
-    n_outputs = parameter.shape[-1 if first.transposed else 0] // first.groups
-    B = parameter.new_zeros(*([first.groups] if first.groups > 1 else []), n_outputs, n_outputs)
-    return KronBlock(
-        parameter.shape,
-        B,
-        A_sum / at_least_one(n_inputs),
-        n_inputs,
-        transposed=first.transposed,
-        diagonal_A=role.diagonal_A,
-    )
-
-
 def _number_of_inputs(n_positions: int | Tensor, n_examples: int) -> float | Tensor:
     """Number of positions in a batch, `[G, 1, 1]` where the groups have different ones."""
     if not isinstance(n_positions, Tensor):
         return n_positions * n_examples
     n = n_positions.sum(-1)
     return n.item() if n.ndim == 0 else n[:, None, None]
-
-
-def _gradient_gram(name: str, role: _Role, uses: Sequence[tuple[Use, Tensor]]) -> Tensor:
-    if role.kind == "vector" or role.diagonal_B:
-        grads = factors.total(use.example_gradients(name, g) for use, g in uses).flatten(2)  # [K, N, D]
-        return grads.square().sum((0, 1)) if role.diagonal_B else factors.gram(grads.flatten(0, 1))
-    matrix_uses = [(use, g) for use, g in uses if isinstance(use, MatrixUse)]
-    if role.approx is KfacApprox.EXPAND:
-        by_position = (
-            use.output_gradients(g) if role.kind == "matrix" else use.bias_gradients(g) for use, g in matrix_uses
-        )
-        return factors.total(factors.gradient_gram_expand(g) for g in by_position)
-    sums = [use.output_gradient_sum(g) if role.kind == "matrix" else use.bias_gradient_sum(g) for use, g in matrix_uses]
-    return factors.gradient_gram_reduce(sums)
 
 
 class DiagAccumulator(Accumulator):
@@ -192,10 +282,11 @@ class DiagAccumulator(Accumulator):
         super().__init__(parameters)
         self._diagonals = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
 
-    def add_columns(self, uses: Sequence[Use], g: Gradients) -> None:
-        """See `Accumulator.add_columns`."""
-        for name, diagonal in self._diagonals.items():
-            diagonal += example_gradients(name, uses, g).square().sum((0, 1))
+    def _piece(self, name: str, pulled: Pulled) -> Tensor:
+        return pulled.gradients(name)
+
+    def _add_sum(self, name: str, pieces: Tensor) -> None:
+        self._diagonals[name] += pieces.square().sum((0, 1))
 
     def result(self) -> Diag:
         """See `Accumulator.result`."""
@@ -210,11 +301,16 @@ class DenseAccumulator(Accumulator):
         first = next(iter(self.parameters.values()))
         n_params = sum(shape.numel() for shape in self.shapes.values())
         self._matrix = torch.zeros(n_params, n_params, dtype=first.dtype, device=first.device)
+        self._gradients: dict[str, Tensor] = {}
 
-    def add_columns(self, uses: Sequence[Use], g: Gradients) -> None:
-        """See `Accumulator.add_columns`."""
-        rows = [example_gradients(name, uses, g).flatten(2) for name in self.shapes]
-        self._matrix += factors.gram(torch.cat(rows, dim=2).flatten(0, 1))
+    def _piece(self, name: str, pulled: Pulled) -> Tensor:
+        return pulled.gradients(name)
+
+    def _add_sum(self, name: str, pieces: Tensor) -> None:
+        self._gradients[name] = pieces.flatten(2)
+        if len(self._gradients) == len(self.shapes):
+            rows = torch.cat([self._gradients.pop(name) for name in self.shapes], dim=2)
+            self._matrix = factors.add_gram(self._matrix, rows.flatten(0, 1))
 
     def result(self) -> Dense:
         """See `Accumulator.result`."""

@@ -74,31 +74,53 @@ def patches(x: Float[Tensor, "N C *S"], geometry: ConvGeometry) -> Float[Tensor,
 
     I runs over (channel in group, *kernel) row-major, as `weight.flatten(1)` does. The slow path, and the oracle of the fast ones.
     """
+    windows = _windows(x, geometry)
     n_axes = len(geometry.kernel)
-    out = F.pad(x, [p for pair in reversed(geometry.padding) for p in pair])
-    for axis in range(n_axes):
-        dim = 2 + 2 * axis  # the axes already treated are (tap, output) pairs
-        index = (geometry.taps(axis, x.shape[2 + axis]) + geometry.padding[axis][0]).to(x.device)
-        out = out.index_select(dim, index.flatten()).unflatten(dim, index.shape)
-    taps, outputs = range(2, 2 + 2 * n_axes, 2), range(3, 3 + 2 * n_axes, 2)
-    out = out.permute(0, *outputs, 1, *taps)  # [N, *out, C, *K]
-    rows = out.reshape(len(x), -1, geometry.groups, x.shape[1] // geometry.groups * prod(geometry.kernel))
+    rows = windows.permute(0, *range(3 + n_axes, 3 + 2 * n_axes), 1, 2, *range(3, 3 + n_axes))  # [N, *out, G, C/G, *K]
+    rows = rows.reshape(len(x), -1, geometry.groups, x.shape[1] // geometry.groups * prod(geometry.kernel))
     return _groups_first(rows, geometry.groups)
+
+
+def patch_columns(x: Float[Tensor, "N C *S"], geometry: ConvGeometry) -> Float[Tensor, "N G I R"]:
+    """The same with the output positions last, as they lie in memory: a faster copy than `patches`."""
+    windows = _windows(x, geometry)
+    return windows.flatten(3 + len(geometry.kernel)).flatten(2, 2 + len(geometry.kernel))
+
+
+def _windows(x: Tensor, geometry: ConvGeometry) -> Float[Tensor, "N G C_G *K *out"]:
+    """A view of the padded input with an axis for each tap and each output."""
+    x = F.pad(x, [p for pair in reversed(geometry.padding) for p in pair]).contiguous()
+    n_channels = x.shape[1] // geometry.groups
+    n_out = [
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, s, d in zip(x.shape[2:], geometry.kernel, geometry.stride, geometry.dilation, strict=True)
+    ]
+    of_example, of_channel, *of_pixel = x.stride()
+    strides = [of_example, n_channels * of_channel, of_channel]
+    strides += [d * stride for d, stride in zip(geometry.dilation, of_pixel, strict=True)]
+    strides += [s * stride for s, stride in zip(geometry.stride, of_pixel, strict=True)]
+    return x.as_strided((len(x), geometry.groups, n_channels, *geometry.kernel, *n_out), strides)
 
 
 def patch_sum(x: Float[Tensor, "N C *S"], geometry: ConvGeometry) -> Float[Tensor, "*G N I"]:
     """Sum over the output positions of the input patches, without forming them.
 
-    The set of positions that a tap reads is a product over the axes, so the sum separates into one small matrix
-    product an axis: `Σ_h Σ_w x[c, h, w] P[h, k] Q[w, l]` with P[h, k] the number of outputs for which tap k reads row h.
+    The set of pixels that a tap reads is a product over the axes, so the sum separates: one sum an axis and tap.
     """
     out = x
-    for axis, size in enumerate(x.shape[2:]):
-        taps = geometry.taps(axis, size)
-        reads = (taps[None] == torch.arange(size)[:, None, None]).sum(-1).to(x)  # [size, K]
-        out = out.movedim(2, -1) @ reads  # the treated axis moves last: [N, C, *rest, K]
+    for axis in reversed(range(x.ndim - 2)):  # the last axis first: as it lies in memory, and little is left after it
+        reads = (_within(read, x.shape[2 + axis]) for read in geometry.taps(axis, x.shape[2 + axis]).tolist())
+        sums = [out.movedim(2 + axis, -1)[..., first:end:step].sum(-1) for first, end, step in reads]
+        out = torch.stack(sums, 2 + axis)
     sums = out.reshape(len(x), geometry.groups, -1)
     return _groups_first(sums, geometry.groups)
+
+
+def _within(positions: list[int], size: int) -> tuple[int, int, int]:
+    """The positions of a tap that lie in the image, as a slice."""
+    inside = [p for p in positions if 0 <= p < size]
+    step = positions[1] - positions[0] if len(positions) > 1 else 1
+    return (inside[0], inside[-1] + 1, step) if inside else (0, 0, step)
 
 
 def _groups_first(x: Tensor, groups: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 Canonical form of one use of a layer: inputs a `[*G, N, R, I]`, back-propagated columns g `[*G, K, N, R, O]`, with N examples, R sharing
 positions, K columns, and, for convolutions with channel groups and packed projections alone, a leading axis G of groups (each group is a
-layer of its own).
+layer of its own). In the notation of Eschenhagen et al. 2023, K-FAC-expand has the factors Σ_n Σ_r a aᵀ and Σ_c Σ_n Σ_r g gᵀ, and
+K-FAC-reduce Σ_n ā āᵀ and Σ_c Σ_n (Σ_r g)(Σ_r g)ᵀ.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+SHORTEST_PRODUCT = 256
+"""Positions of an example below which products are taken over all examples at once."""
 ROWS_OF_A_BLOCK = 2048
 """Rows that `gram` adds up at once."""
 
@@ -25,43 +29,62 @@ def total(tensors: Iterable[Any]) -> Any:
 
 
 def gram(rows: Float[Tensor, "*G M D"]) -> Float[Tensor, "*G D D"]:
-    """Σ_m r_m r_mᵀ over the second to last axis.
+    """Σ_m r_m r_mᵀ over the second to last axis."""
+    return _long_product(rows.mT, rows.mT)
 
-    Long sums are taken in blocks: a matrix product that adds 65,536 short rows in single precision is right to 4e-5 only.
+
+def cross_gram(a: Float[Tensor, "N G C L"], b: Float[Tensor, "N G D L"]) -> Float[Tensor, "G C D"]:
+    """Σ_n Σ_l a_nl b_nlᵀ, for positions that lie last."""
+    if a.shape[-1] < SHORTEST_PRODUCT:
+        a, b = (t.permute(1, 2, 0, 3).flatten(2) for t in (a, b))
+        return _long_product(a, b)
+    if a.shape[1] == 1 and a.device.type == "cpu":  # sums the examples up in place
+        return torch.addbmm(a.new_zeros(()).expand(a.shape[2], b.shape[2]), a[:, 0], b[:, 0].mT, beta=0)[None]
+    return total((a_part @ b_part.mT).sum(0) for a_part, b_part in _parts(a, b))
+
+
+def accumulated(sums: Tensor | None, term: Tensor) -> Tensor:
+    """Add in place to sums, which may not have begun."""
+    return term.contiguous() if sums is None else sums.add_(term)
+
+
+def add_gram(sums: Float[Tensor, "*G D D"] | None, rows: Float[Tensor, "*G M D"]) -> Float[Tensor, "*G D D"]:
+    """`gram` added in place to sums, without a temporary of their size where the rows are few."""
+    if sums is None or rows.ndim > 2 or len(rows) >= 2 * ROWS_OF_A_BLOCK:
+        return accumulated(sums, gram(rows))
+    return sums.addmm_(rows.mT, rows)
+
+
+def _long_product(a: Float[Tensor, "*G C M"], b: Float[Tensor, "*G D M"]) -> Float[Tensor, "*G C D"]:
+    """a bᵀ, with long sums taken in blocks.
+
+    A matrix product that adds 65,536 short rows in single precision is right to 4e-5 only.
     """
-    n_blocks = rows.shape[-2] // ROWS_OF_A_BLOCK
-    if n_blocks < 2 or rows.shape[-1] > ROWS_OF_A_BLOCK:  # the blocks' products would take more memory than the rows
-        return rows.mT @ rows
+    n_blocks = a.shape[-1] // ROWS_OF_A_BLOCK
+    if n_blocks < 2 or b.shape[-2] > ROWS_OF_A_BLOCK:  # the blocks' products would take more memory than the rows
+        return a @ b.mT
     n_rows = n_blocks * ROWS_OF_A_BLOCK
-    blocks = rows[..., :n_rows, :].unflatten(-2, (n_blocks, ROWS_OF_A_BLOCK))
-    rest = rows[..., n_rows:, :]
-    return (blocks.mT @ blocks).sum(-3) + rest.mT @ rest
+    a_blocks, b_blocks = (t[..., :n_rows].unflatten(-1, (n_blocks, ROWS_OF_A_BLOCK)).movedim(-2, -3) for t in (a, b))
+    return (a_blocks @ b_blocks.mT).sum(-3) + a[..., n_rows:] @ b[..., n_rows:].mT
 
 
-def input_gram_expand(a: Float[Tensor, "*G N R I"]) -> Float[Tensor, "*G I I"]:
-    """Σ_n Σ_r a aᵀ; divided by the number of positions, the input factor of K-FAC-expand [Eschenhagen et al. 2023]."""
-    return gram(a.flatten(-3, -2))
+def _parts(a: Tensor, b: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Examples so many at a time that their products take no more memory than they themselves."""
+    at_once = max(1, len(a) * a.shape[-1] // (2 * b.shape[-2]))
+    return zip(a.split(at_once), b.split(at_once), strict=True)
 
 
-def gradient_gram_expand(g: Float[Tensor, "*G K N R O"]) -> Float[Tensor, "*G O O"]:
-    """Σ_c Σ_n Σ_r g gᵀ, the gradient factor of K-FAC-expand."""
-    return gram(g.flatten(-4, -2))
+def mean_over_positions(
+    sums: Sequence[Float[Tensor, "*G N I"]], n_positions: int | Int[Tensor, "*G N"]
+) -> Float[Tensor, "*G N I"]:
+    """ā of each example, the mean of its inputs over the positions of all uses; zero for an example without any.
 
-
-def input_gram_reduce(
-    a_sums: Sequence[Float[Tensor, "*G N I"]], n_positions: int | Int[Tensor, "*G N"]
-) -> Float[Tensor, "*G I I"]:
-    """Σ_n ā āᵀ with ā the mean over the positions of all uses; divided by N, the input factor of K-FAC-reduce.
+    Σ_n ā āᵀ, divided by N, is the input factor of K-FAC-reduce [Eschenhagen et al. 2023].
 
     Args:
-        a_sums: for each use of the weight, its inputs summed over the positions of the use.
-        n_positions: number of positions of an example, all uses together; the mean of an example without any is zero.
+        sums: for each use of the weight, its inputs summed over the positions of the use.
+        n_positions: number of positions of an example, all uses together.
     """
     if isinstance(n_positions, Tensor):
-        return gram(total(a_sums) / n_positions.clamp(min=1)[..., None])
-    return gram(total(a_sums) / n_positions)
-
-
-def gradient_gram_reduce(g_sums: Sequence[Float[Tensor, "*G K N O"]]) -> Float[Tensor, "*G O O"]:
-    """Σ_c Σ_n (Σ_r g)(Σ_r g)ᵀ, r over the positions of all uses: the gradient factor of K-FAC-reduce."""
-    return gram(total(g_sums).flatten(-3, -2))
+        return total(sums) / n_positions.clamp(min=1)[..., None]
+    return total(sums) / n_positions

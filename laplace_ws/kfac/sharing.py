@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from laplace_ws.kfac.conv import ConvGeometry, n_positions, patch_sum, patches
-from laplace_ws.kfac.factors import total
+from laplace_ws.kfac.conv import ConvGeometry, n_positions, patch_columns, patch_sum, patches
+from laplace_ws.kfac.correlation import Plan, cheapest_plan
+from laplace_ws.kfac.factors import cross_gram, gram, total
 from laplace_ws.kfac.rows import Rows
 
 
@@ -93,6 +94,10 @@ class MatrixUse(Use):
         """The inputs summed over the sharing positions."""
         return self.inputs().sum(-2)
 
+    def input_gram(self) -> Float[Tensor, "*G I I"]:
+        """Σ_n Σ_r a aᵀ; `[I]`, its diagonal, where it is diagonal."""
+        return gram(self.inputs().flatten(-3, -2))
+
     @abstractmethod
     def output_gradients(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "*G K N R O"]:
         """Gradients at the use's output in canonical form."""
@@ -101,13 +106,17 @@ class MatrixUse(Use):
         """Gradients at the use's output summed over the sharing positions."""
         return self.output_gradients(g).sum(-2)
 
-    def bias_gradients(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "K N R O"]:
-        """Gradients at the use's output with the channels of all groups side by side."""
+    def output_gradient_gram(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "*G O O"]:
+        """Σ_c Σ_n Σ_r g gᵀ."""
+        return gram(self.output_gradients(g).flatten(-4, -2))
+
+    def bias_gradient_gram(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "O O"]:
+        """`output_gradient_gram` with the channels of all groups side by side."""
         out = self.output_gradients(g)
-        return out if self.groups == 1 else out.movedim(0, -2).flatten(-2)
+        return gram((out if self.groups == 1 else out.movedim(0, -2).flatten(-2)).flatten(-4, -2))
 
     def bias_gradient_sum(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "K N O"]:
-        """`bias_gradients` summed over the sharing positions."""
+        """Gradients at the use's output summed over the sharing positions, with the channels of all groups side by side."""
         out = self.output_gradient_sum(g)
         return out if self.groups == 1 else out.movedim(0, -2).flatten(-2)
 
@@ -152,6 +161,10 @@ class LinearUse(MatrixUse):
         """See `MatrixUse.input_sum`."""
         return self.rows.sum(self._by_row().sum(1))
 
+    def input_gram(self) -> Tensor:
+        """See `MatrixUse.input_gram`."""
+        return gram(self._by_row().flatten(0, 1))
+
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""
         return _positions(self.rows, g)
@@ -159,6 +172,14 @@ class LinearUse(MatrixUse):
     def output_gradient_sum(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradient_sum`."""
         return self.rows.sum(_by_position(g).sum(2), 1)
+
+    def output_gradient_gram(self, g: Tensor) -> Tensor:
+        """See `MatrixUse.output_gradient_gram`."""
+        return gram(_by_position(g).flatten(0, 2))
+
+    def bias_gradient_gram(self, g: Tensor) -> Tensor:
+        """See `MatrixUse.bias_gradient_gram`."""
+        return self.output_gradient_gram(g)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +228,11 @@ class PackedLinearUse(LinearUse):
         a = super().input_sum()
         return self._place(a.expand(len(self.parts), *a.shape))
 
+    def input_gram(self) -> Tensor:
+        """See `MatrixUse.input_gram`."""
+        A = super().input_gram()
+        return self._place(A.expand(len(self.parts), *A.shape))
+
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""
         return self._split(super().output_gradients(g))
@@ -214,6 +240,14 @@ class PackedLinearUse(LinearUse):
     def output_gradient_sum(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradient_sum`."""
         return self._split(super().output_gradient_sum(g))
+
+    def output_gradient_gram(self, g: Tensor) -> Tensor:
+        """See `MatrixUse.output_gradient_gram`."""
+        return gram(self._split(_by_position(g)).flatten(1, 3))
+
+    def bias_gradient_gram(self, g: Tensor) -> Tensor:
+        """See `MatrixUse.bias_gradient_gram`."""
+        return gram(self._split(_by_position(g)).movedim(0, -2).flatten(-2).flatten(0, 2))
 
     def _split(self, g: Tensor) -> Tensor:
         return self._place(g.unflatten(-1, (len(self.parts), -1)).movedim(-2, 0))
@@ -246,6 +280,16 @@ class ConvUse(MatrixUse):
         a = patch_sum(at_least_float32(self.x), self.geometry)  # [*G, B, I]
         return self.rows.sum(a, a.ndim - 2)
 
+    def input_gram(self) -> Tensor:
+        """See `MatrixUse.input_gram`; forms the patches."""
+        a = patch_columns(at_least_float32(self.x), self.geometry)
+        return _without_single_group(cross_gram(a, a))
+
+    @property
+    def plan(self) -> Plan | None:
+        """How to sum `input_gram` over batches without patches; None where patches are cheaper."""
+        return cheapest_plan(self.geometry, self.x.shape)
+
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""
         g = _positions(self.rows, g.flatten(3).transpose(2, 3))  # [K, N, R, G·O]
@@ -255,6 +299,18 @@ class ConvUse(MatrixUse):
         """See `MatrixUse.output_gradient_sum`; sums in the layout that g has."""
         sums = self.rows.sum(at_least_float32(g).sum(tuple(range(3, g.ndim))), 1)  # [K, N, G·O]
         return sums if self.groups == 1 else sums.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
+
+    def output_gradient_gram(self, g: Tensor) -> Tensor:
+        """See `MatrixUse.output_gradient_gram`."""
+        return self._gram_by_group(g, self.groups)
+
+    def bias_gradient_gram(self, g: Tensor) -> Tensor:
+        """See `MatrixUse.bias_gradient_gram`."""
+        return self._gram_by_group(g, 1)
+
+    def _gram_by_group(self, g: Tensor, groups: int) -> Tensor:
+        pixels = at_least_float32(g).flatten(0, 1).flatten(2).unflatten(1, (groups, -1))  # [K·B, G, O, pixels]
+        return _without_single_group(cross_gram(pixels, pixels))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +349,10 @@ class EmbeddingUse(MatrixUse):
         if self.padding_idx is not None:
             counts[:, self.padding_idx] = 0
         return counts
+
+    def input_gram(self) -> Tensor:
+        """See `MatrixUse.input_gram`: how often each index occurs."""
+        return self.input_sum().sum(0)
 
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""
@@ -345,6 +405,10 @@ class ElementwiseUse(Use):
             return grads.reshape(*grads.shape[:2], *self.shape)
         of_p = grads.new_zeros(*grads.shape[:2], self.shape.numel())
         return of_p.index_add_(2, self.index.flatten(), grads.flatten(2)).unflatten(2, self.shape)
+
+
+def _without_single_group(x: Float[Tensor, "G C D"]) -> Float[Tensor, "*G C D"]:
+    return x[0] if len(x) == 1 else x
 
 
 def _positions(rows: Rows, g: Float[Tensor, "K B ... O"]) -> Float[Tensor, "K N R O"]:
