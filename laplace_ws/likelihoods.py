@@ -10,10 +10,11 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace_ws.errors import InvalidBatchError
@@ -42,7 +43,14 @@ class Likelihood(ABC):
 
     @abstractmethod
     def hessian_columns(self, f: Float[Tensor, "N ..."]) -> Iterator[Float[Tensor, "N ..."]]:
-        """Columns s_c with Σ_c s_c s_cᵀ = ∇²_f(−log p), one column per output and loss term."""
+        """Columns s_c with Σ_c s_c s_cᵀ = ∇²_f(−log p) for each example; those that vanish are left out, see `is_significant`."""
+
+    def projected_column(self, f: Float[Tensor, "N ..."], generator: torch.Generator | None) -> Float[Tensor, "N ..."]:
+        """Σ_c ε_c s_c with fresh signs ε_c = ±1 for each example: its square has the Hessian as its mean."""
+        column = torch.zeros_like(f)
+        for root in self.hessian_columns(f):
+            column += root * _signs(f.shape[:1] + (1,) * (f.ndim - 1), f, generator)
+        return column
 
     @abstractmethod
     def sampled_column(self, f: Float[Tensor, "N ..."], generator: torch.Generator | None) -> Float[Tensor, "N ..."]:
@@ -72,13 +80,61 @@ class Likelihood(ABC):
         return f"{type(self).__name__}()"
 
 
+def is_significant(square_sums: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Which columns are worth a backward pass, given the squared norm of each over a batch: those above the rounding of the sum of all."""
+    return square_sums > torch.finfo(square_sums.dtype).eps * square_sums.sum()
+
+
 def _unit_columns(scale: Float[Tensor, "N ..."]) -> Iterator[Float[Tensor, "N ..."]]:
     """Columns of a diagonal Hessian, given the square root of its diagonal."""
     flat = scale.reshape(len(scale), -1)
-    for output in range(flat.shape[1]):
+    for output in is_significant(_at_least_float32(flat).square().sum(0)).nonzero().flatten().tolist():
         column = torch.zeros_like(flat)
         column[:, output] = flat[:, output]
         yield column.reshape(scale.shape)
+
+
+def _signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randint(0, 2, shape, generator=generator, device=like.device).to(like.dtype) * 2 - 1
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """Softmax probabilities from the likeliest class down, and the root of diag(p) − ppᵀ that follows from them.
+
+    "Is it the class of rank j, given that it is none above?" is a question with two answers, and the covariance of a label is the sum over
+    these questions: s_j = scale_j (e_j − p_below / below_j). That is the Cholesky factor with the classes in this order, of C − 1 columns
+    [Tanabe & Sagae 1992]; the order lets its columns vanish together where the model is sure, and no term cancels.
+
+    Attributes:
+        classes: class of each rank, `[N, T, C]`.
+        p: probability of each rank.
+        below: summed probability of the ranks below.
+        scale: √(p_j below_j / (p_j + below_j)).
+    """
+
+    classes: Int[Tensor, "N T C"]
+    p: Float[Tensor, "N T C"]
+    below: Float[Tensor, "N T C"]
+    scale: Float[Tensor, "N T C"]
+
+    @classmethod
+    def of(cls, f: Float[Tensor, "N ... C"]) -> _Ranks:
+        """Rank the classes of each example and term."""
+        logits = _at_least_float32(f).reshape(len(f), -1, f.shape[-1])
+        p, classes = logits.softmax(-1).sort(-1, descending=True)
+        from_here = p.flip(-1).cumsum(-1).flip(-1)
+        below = F.pad(from_here[..., 1:], (0, 1))
+        scale = (p * (below / from_here)).sqrt()
+        return cls(classes, p, below, scale.nan_to_num())  # 0/0 where the probabilities end in zeros
+
+    def by_class(self, ranked: Float[Tensor, "N C"], term: int) -> Float[Tensor, "N C"]:
+        """Put values of one term from the order of ranks into that of classes."""
+        return torch.empty_like(ranked).scatter_(-1, self.classes[:, term], ranked)
 
 
 def _check_same_shape(name: str, f: Tensor, y: Tensor) -> None:
@@ -125,15 +181,25 @@ class Categorical(Likelihood):
         return F.cross_entropy(f.reshape(-1, f.shape[-1]), y.reshape(-1).long(), reduction="sum")
 
     def hessian_columns(self, f: Tensor) -> Iterator[Tensor]:
-        """s_c = √p_c (e_c − p), so that Σ_c s_c s_cᵀ = diag(p) − ppᵀ, for each of the T terms in turn."""
-        p = f.softmax(-1).reshape(len(f), -1, f.shape[-1])
-        for term in range(p.shape[1]):
-            for c in range(p.shape[2]):
-                column = torch.zeros_like(p)
-                column[:, term] = -p[:, term]
-                column[:, term, c] += 1
-                column[:, term] *= p[:, term, c, None].sqrt()
-                yield column.reshape(f.shape)
+        """C − 1 columns for each of the T terms in turn, see `_Ranks`: Σ_c s_c s_cᵀ = diag(p) − ppᵀ."""
+        ranks = _Ranks.of(f)
+        for term, rank in is_significant(ranks.scale.square().sum(0)).nonzero().tolist():
+            ranked = torch.zeros_like(ranks.p[:, term])
+            scale = ranks.scale[:, term, rank]
+            ranked[:, rank] = scale
+            share = ranks.p[:, term, rank + 1 :] / ranks.below[:, term, rank, None]
+            ranked[:, rank + 1 :] = -scale[:, None] * share.nan_to_num()
+            column = torch.zeros_like(ranks.p)
+            column[:, term] = ranks.by_class(ranked, term)
+            yield column.reshape(f.shape).to(f.dtype)
+
+    def projected_column(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        """See `Likelihood.projected_column`; all columns and terms in one go, at the cost of a cumulative sum."""
+        ranks = _Ranks.of(f)
+        signed = ranks.scale * _signs(ranks.scale.shape, ranks.scale, generator)
+        shares = (signed / ranks.below).nan_to_num()[..., :-1].cumsum(-1)
+        ranked = signed - ranks.p * F.pad(shares, (1, 0))
+        return torch.empty_like(ranked).scatter_(-1, ranks.classes, ranked).reshape(f.shape).to(f.dtype)
 
     def sampled_column(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
         """See `Likelihood.sampled_column`."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy import stats
 
-from laplace_ws import Bernoulli, Categorical, Gaussian, InvalidBatchError, make_likelihood
+from laplace_ws import Bernoulli, Categorical, Gaussian, InvalidBatchError, Likelihood, make_likelihood
 
 LIKELIHOODS = {"classification": Categorical(), "regression": Gaussian(0.7), "binary": Bernoulli()}
 
@@ -45,6 +45,72 @@ def test_sampled_columns_are_gradients_at_the_models_own_labels(name):
     hessian = columns.T @ columns
     torch.testing.assert_close(draws.T @ draws / len(draws), hessian, rtol=0, atol=0.03 * hessian.abs().max().item())
     assert draws.mean(0).abs().max() < 0.03 * hessian.abs().max().sqrt()
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 2, 3)])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_projected_columns_have_the_hessian_as_second_moment(name, shape):
+    likelihood = LIKELIHOODS[name]
+    f, _ = outputs_and_targets(name, shape)
+    draws = likelihood.projected_column(f.expand(40_000, *shape[1:]), torch.Generator().manual_seed(0)).flatten(1)
+    columns = torch.cat(list(likelihood.hessian_columns(f))).flatten(1)
+    hessian = columns.T @ columns
+    torch.testing.assert_close(draws.T @ draws / len(draws), hessian, rtol=0, atol=0.03 * hessian.abs().max().item())
+    assert draws.mean(0).abs().max() < 0.03 * hessian.abs().max().sqrt()
+
+
+def test_projection_without_a_formula_of_its_own_is_that_of_the_columns():
+    f = torch.randn(3, 4, 5, dtype=torch.float64)
+    own, general = (
+        kind.projected_column(Categorical(), f, torch.Generator().manual_seed(0)) for kind in (Categorical, Likelihood)
+    )
+    assert own.shape == general.shape == f.shape
+    # one loss term an example: the sign of every column is drawn alike, for all examples at once or column by column
+    many = f[:1, 0].expand(20_000, -1)
+    moments = [kind.projected_column(Categorical(), many, None) for kind in (Categorical, Likelihood)]
+    own, general = (draws.T @ draws / len(draws) for draws in moments)
+    torch.testing.assert_close(own, general, rtol=0, atol=0.03 * own.max().item())
+
+
+def test_signs_leave_no_variance_where_the_model_wavers_between_two_classes():
+    """Labels would be wrong now and then by a whole class; the sign of the one column that counts does not show in its square."""
+    f = torch.tensor([[3.0, 0.0, -200.0, -200.0]], dtype=torch.float64).expand(1000, -1)
+    hessian = torch.autograd.functional.hessian(lambda z: Categorical().nll_sum(z, torch.tensor([0])), f[:1])[0, :, 0]
+    draws = Categorical().projected_column(f, None)
+    torch.testing.assert_close(torch.einsum("na,nb->nab", draws, draws), hessian.expand(1000, -1, -1), rtol=1e-10, atol=1e-15)
+    labelled = Categorical().sampled_column(f, None)
+    assert torch.einsum("na,nb->nab", labelled, labelled).std(0).max() > 2 * hessian.max()
+
+
+def test_softmax_columns_are_one_fewer_than_classes_and_fewer_where_probabilities_vanish():
+    def n_columns(f):
+        return len(list(Categorical().hessian_columns(f)))
+
+    assert n_columns(torch.randn(4, 10)) == 9
+    assert n_columns(torch.randn(4, 3, 10)) == 27
+    sure = torch.full((4, 10), -60.0).scatter_(1, torch.tensor([[3], [1], [1], [9]]), 0.0)
+    assert n_columns(sure) == 9  # all are as small as the first
+    sure[torch.arange(4), torch.tensor([2, 0, 3, 1])] = -2.0
+    assert n_columns(sure) == 1  # the likelier two of each example stand in one column, whatever their numbers
+    assert n_columns(torch.tensor([[0.0, -200.0]])) == 0  # exp(-200) is 0 in single precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_columns_left_out_are_below_rounding(dtype):
+    f = (torch.randn(6, 12, dtype=torch.float64) * 40).to(dtype)
+    columns = torch.stack(list(Categorical().hessian_columns(f))).double()
+    assert len(columns) < 11
+    p = f.double().softmax(-1)
+    others = p[:, None, :] * (1 - torch.eye(12, dtype=torch.float64))  # 1 − p without cancellation
+    hessian = torch.diag_embed(p * others.sum(-1)) - others * p[:, :, None]
+    error = torch.einsum("kna,knb->nab", columns, columns) - hessian
+    assert error.abs().max() < 4 * torch.finfo(dtype).eps * hessian.diagonal(dim1=1, dim2=2).sum()
+
+
+def test_softmax_columns_survive_confident_logits():
+    (column,) = Categorical().hessian_columns(torch.tensor([[60.0, 0.0]], dtype=torch.float64))
+    small = torch.tensor(-60.0, dtype=torch.float64).exp().item()
+    torch.testing.assert_close(column.square(), torch.full((1, 2), small, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_nll_against_scipy():

@@ -30,7 +30,8 @@ def test_kron_of_one_example_and_position_is_the_gradient_outer_product(case):
 
 @pytest.mark.parametrize("mc_samples", [1, 2, 5])
 @pytest.mark.parametrize("likelihood", ["classification", "regression", "binary"])
-def test_ggn_mc_is_unbiased_for_every_number_of_samples(likelihood, mc_samples):
+@pytest.mark.parametrize("curvature", ["ggn_mc", "ggn_mc_rademacher"])
+def test_ggn_mc_is_unbiased_for_every_number_of_samples(curvature, likelihood, mc_samples):
     model, x = (
         double(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))),
         torch.randn(1, 3, dtype=torch.float64),
@@ -38,7 +39,7 @@ def test_ggn_mc_is_unbiased_for_every_number_of_samples(likelihood, mc_samples):
     y = torch.zeros(1, dtype=torch.long) if likelihood == "classification" else torch.zeros(1, 3, dtype=torch.float64)
     n = 20_000 // mc_samples
     many = [(x.expand(n, -1), y.expand(n, *y.shape[1:]))]
-    estimate = kron_factors(model, likelihood, many, curvature="ggn_mc", mc_samples=mc_samples)
+    estimate = kron_factors(model, likelihood, many, curvature=curvature, mc_samples=mc_samples)
     truth = kron_factors(model, likelihood, [(x, y)], curvature="ggn")
     for name, block in truth.items():
         if block.A is not None:
