@@ -34,6 +34,10 @@ class Linearisation(ABC):
     def pullback(self, columns: Float[Tensor, "K N ..."]) -> list[Float[Tensor, "K B ..."]]:
         """Back-propagate K columns of output space to the output of each use."""
 
+    def forget_uses(self) -> None:
+        """Let go of the uses, and with them of what the forward pass left; columns can still be pulled back."""
+        self.uses = ()
+
     def stream(self, columns: Float[Tensor, "K N ..."], receive: Receiver, *, is_last: bool = False) -> None:
         """Back-propagate K columns, and hand each use's part on as soon as it is there, so that it need not be kept.
 

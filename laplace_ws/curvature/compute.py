@@ -190,6 +190,7 @@ class CurvatureSum:
     def _add_curvature(self, linearisation: Linearisation, y: Tensor) -> None:
         f = linearisation.outputs
         self.accumulator.start_batch(linearisation.uses, f.ndim)
+        linearisation.forget_uses()
         columns = self._columns(f, y)
         chunk = list(islice(columns, linearisation.columns_at_once))
         while chunk:

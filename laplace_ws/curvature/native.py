@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,7 +57,9 @@ class NativeBackend(Backend):
             f = model(x)
         f = check_outputs(f, len(x))
         recorder.check(parameters, f)
-        yield NativeLinearisation(f, recorder.kept)
+        linearisation = NativeLinearisation(f, recorder.kept)
+        del f, recorder  # they would keep what `forget_uses` lets go
+        yield linearisation
 
 
 class NativeLinearisation(Linearisation):

@@ -135,10 +135,12 @@ class KronAccumulator(Accumulator):
             if name not in self._sums:
                 self._sums[name] = _FactorSums(parameter, role, own[0])
             self._sums[name].add_inputs(role, own)
+        of_vectors = {name for name, sums in self._sums.items() if sums.needs_example_gradients}
+        self._uses = [use if of_vectors & set(use.parameters) else use.without_inputs() for use in uses]
 
     def _piece(self, name: str, pulled: Pulled) -> Tensor:
         role = self._sums[name].role
-        if role.kind == "vector" or role.diagonal_B:
+        if self._sums[name].needs_example_gradients:
             return pulled.gradients(name).flatten(2)
         is_bias = role.kind == "bias"
         return pulled.gram(is_bias) if role.approx is KfacApprox.EXPAND else pulled.sum(is_bias)
@@ -173,6 +175,11 @@ class _FactorSums:
             n_outputs = parameter.shape[-1 if use.transposed else 0] // use.groups
             size = (*([use.groups] if use.groups > 1 else []), n_outputs, n_outputs)
         self._B = parameter.new_zeros(size)
+
+    @property
+    def needs_example_gradients(self) -> bool:
+        """Whether the gradient factor is made of the gradients of each example."""
+        return self.role.kind == "vector" or self.role.diagonal_B
 
     def add_inputs(self, role: _Role, uses: Sequence[Use]) -> None:
         """Add to the input factor what the uses in one batch contribute."""

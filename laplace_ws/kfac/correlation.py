@@ -228,9 +228,9 @@ def _products(region: Region, first: Tensor, second: Tensor) -> Float[Tensor, "G
 
 MOST_TAPS = 128
 """Kernels with more taps are not planned: pairs of taps grow with the square."""
-_COPY = 100
+_COPY = 60
 """Cost of copying one number into a patch, in floating point operations of a matrix product."""
-_CALL = 1_000_000
+_CALL = 2_000_000
 """Cost of one small product, in the same unit."""
 
 
@@ -250,6 +250,6 @@ def cheapest_plan(geometry: ConvGeometry, shape: tuple[int, ...]) -> Plan | None
     n_inputs = own_channels * n_taps
     of_patches = n_examples * n_positions(geometry, tuple(size)) * geometry.groups * n_inputs * (2 * n_inputs + _COPY)
     n_pixels = n_examples * prod(n + m for n, m in zip(plan.length, plan.margin, strict=True))
-    of_shift = n_pixels * channels * (2 * own_channels + _COPY // 10)
+    of_shift = n_pixels * channels * (2 * own_channels + _COPY // 6)
     of_plan = plan.n_shifts * of_shift + len(plan.regions) * _CALL
     return plan if of_plan < of_patches else None

@@ -11,7 +11,7 @@ video, nodes of a graph), which are further sharing positions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,10 @@ class Use(ABC):
     @abstractmethod
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters of this use that require grad."""
+
+    def without_inputs(self) -> Use:
+        """What gradients in canonical form need of the use; its inputs, which take the memory, are let go."""
+        return self
 
     @abstractmethod
     def example_gradients(self, name: str, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "K N ..."]:
@@ -143,6 +147,10 @@ class LinearUse(MatrixUse):
     def transposed(self) -> bool:  # type: ignore[override]
         """See `MatrixUse.transposed`."""
         return self.weight_is_transposed
+
+    def without_inputs(self) -> Use:
+        """See `Use.without_inputs`."""
+        return replace(self, x=self.x.new_empty(0))
 
     def _by_row(self) -> Float[Tensor, "B q I"]:
         x = at_least_float32(self.x)
@@ -259,6 +267,10 @@ class ConvUse(MatrixUse):
 
     x: Float[Tensor, "B C *S"]
     geometry: ConvGeometry
+
+    def without_inputs(self) -> Use:
+        """See `Use.without_inputs`."""
+        return replace(self, x=self.x.new_empty(0))
 
     @property
     def groups(self) -> int:  # type: ignore[override]

@@ -1,0 +1,160 @@
+"""What the fast paths must not do, counted, not timed: form patches, take weight gradients, run the model twice, fill the memory."""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from laplace_ws.bench.meter import peak_bytes
+from laplace_ws.curvature import BACKENDS, CurvatureSum, make_backend, parse_curvature
+from laplace_ws.kfac import KronAccumulator, approximation_by_parameter, sharing
+from laplace_ws.kfac.correlation import make_plan
+from laplace_ws.likelihoods import Categorical
+from laplace_ws.models import MLP, WideResNet
+
+CURVATURES = ["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"]
+APPROXIMATIONS = ["reduce", "expand"]
+N_CLASSES = 7
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name, and keeps the sizes of what matrix products give."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+        self.product_sizes = []
+        self.weight_gradients = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        self.counts[name] += 1
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            self.product_sizes.append(tuple(out.shape[-2:]))
+        if name == "convolution_backward" and args[-1][1]:
+            self.weight_gradients += 1
+        return out
+
+
+def make(network="wide-resnet", size=16):
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 3, size, size), torch.randint(0, N_CLASSES, (16,))
+    if network == "mlp":
+        return MLP(3 * size**2, [19, 23], N_CLASSES), x, y
+    return WideResNet(10, 1, 3, N_CLASSES, norm="none"), x, y
+
+
+def curvature_sum(model, curvature="ggn", approx="reduce", backend="native"):
+    return CurvatureSum(
+        model,
+        Categorical(),
+        lambda p: KronAccumulator(p, approximation_by_parameter(approx, list(p))),
+        curvature=parse_curvature(curvature),
+        backend=make_backend(backend),
+    )
+
+
+@contextmanager
+def no_patches(monkeypatch):
+    """Fail wherever patches are formed, and form none to save calls, as for images as small as these."""
+
+    def fail(*args):
+        raise AssertionError("patches were formed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharing, "patches", fail)
+        patch.setattr(sharing, "patch_columns", fail)
+        patch.setattr(sharing, "cheapest_plan", lambda geometry, shape: make_plan(geometry, tuple(shape[2:])))
+        yield
+
+
+@pytest.mark.parametrize("approx", APPROXIMATIONS)
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_patches_and_no_weight_gradients(monkeypatch, backend, curvature, approx):
+    model, x, y = make()
+    total = curvature_sum(model, curvature, approx, backend)
+    total.add(x[:4], y[:4])  # holds the backend against autograd, which needs both
+    with no_patches(monkeypatch), Operations() as operations:
+        total.add(x, y)
+        total.accumulator.result()
+    assert not operations.counts.keys() & {"im2col", "col2im", "unfold", "unfold_backward"}
+    n_convs = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    if backend != "backpack":  # whose backward passes are convolutions too
+        assert operations.counts["convolution"] == n_convs
+    n_columns = N_CLASSES - 1 if curvature == "ggn" else 1
+    assert operations.counts["convolution_backward"] <= n_columns * n_convs
+    # where nothing lies before the first layer of a network, asdl can end a pass at its smallest parameter alone
+    assert operations.weight_gradients <= (n_columns if backend == "asdl" else 0)
+
+
+def test_the_counts_see_a_weight_gradient_and_patches(monkeypatch):
+    model, x, y = make()
+    with Operations() as operations:
+        F.cross_entropy(model(x), y).backward()
+        F.unfold(x, 3)
+    assert operations.weight_gradients == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    assert operations.counts["im2col"] == 1
+    total = curvature_sum(model, "ef", "expand")
+    total.add(x, y)
+    monkeypatch.setattr(sharing.ConvUse, "plan", None)
+    with no_patches(monkeypatch), pytest.raises(AssertionError, match="patches were formed"):
+        total.add(x, y)
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_linear_layers_take_no_weight_gradient(curvature):
+    model, x, y = make("mlp")
+    total = curvature_sum(model, curvature)
+    total.add(x[:4], y[:4])
+    shapes = {tuple(p.shape) for p in model.parameters() if p.ndim == 2}
+    with Operations() as operations:
+        total.add(x, y)
+    assert not shapes & set(operations.product_sizes)
+    with Operations() as operations:
+        F.cross_entropy(model(x), y).backward()
+    assert shapes <= set(operations.product_sizes)
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_forward_pass_a_batch(backend, curvature):
+    """And before the first batch, a check on four of its examples: once without the backend, once with it."""
+    model, x, y = make("mlp")
+    calls = []
+    model.register_forward_hook(lambda module, arguments, output: calls.append(len(output)))
+    total = curvature_sum(model, curvature, backend=backend)
+    total.add(x, y)
+    total.add(x, y)
+    total.add(x[:11], y[:11])
+    assert calls == [4, 4, 16, 16, 11]
+
+
+@pytest.mark.parametrize(
+    ("curvature", "approx", "bound"),
+    [
+        ("ef", "reduce", 1.0),
+        ("ggn_mc", "reduce", 1.0),
+        ("ggn", "reduce", 1.25),
+        ("ef", "expand", 1.1),
+        ("ggn", "expand", 1.25),
+    ],
+)
+def test_peak_memory_is_that_of_a_training_step(curvature, approx, bound):
+    model, x, y = make(size=32)
+
+    def training_step():
+        F.cross_entropy(model(x), y).backward()
+
+    total = curvature_sum(model, curvature, approx)
+    for _ in range(2):
+        total.add(x, y)
+        training_step()
+        model.zero_grad()
+    of_step, _, of_curvature = peak_bytes([training_step, model.zero_grad, lambda: total.add(x, y)], x.device)
+    assert of_curvature < bound * of_step
