@@ -25,6 +25,7 @@ from laplace_ws.curvature.backend import (
 from laplace_ws.curvature.checks import LinearisationCheck, check_linearisation
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
+from laplace_ws.kfac import FactorPrecision
 from laplace_ws.kfac.accumulate import Accumulator, KronAccumulator, example_gradients
 from laplace_ws.kfac.approximation import KfacApproxSpec, approximation_by_parameter
 from laplace_ws.likelihoods import Likelihood, make_likelihood
@@ -257,6 +258,7 @@ def kron_factors(
     backend: str | Backend = "native",
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
+    factor_precision: str | FactorPrecision = "float32",
 ) -> Kron:
     """Kronecker factors of the curvature of the summed negative log likelihood.
 
@@ -269,6 +271,7 @@ def kron_factors(
         backend: "native", "asdl", "backpack", or a `Backend`: who runs the model; the numbers are the same.
         mc_samples: random columns an example, for "ggn_mc" and "ggn_mc_rademacher".
         generator: source of the labels or signs; by default one of our own, which `torch.manual_seed` makes reproducible.
+        factor_precision: of the products that make up the factors: "float32", "tf32" or "bf16", see `FactorPrecision`.
 
     Returns:
         A mapping from parameter name to its block: `kron[name].to_dense()` is the block of the curvature over the parameter
@@ -280,7 +283,8 @@ def kron_factors(
     """
 
     def make_accumulator(parameters: Mapping[str, nn.Parameter]) -> KronAccumulator:
-        return KronAccumulator(parameters, approximation_by_parameter(kfac_approx, list(parameters)))
+        approximations = approximation_by_parameter(kfac_approx, list(parameters))
+        return KronAccumulator(parameters, approximations, factor_precision)
 
     total = CurvatureSum(
         model,

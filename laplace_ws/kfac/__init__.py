@@ -8,6 +8,7 @@ from laplace_ws.kfac.accumulate import (
     example_gradients,
 )
 from laplace_ws.kfac.approximation import KfacApprox, KfacApproxSpec, approximation_by_parameter, parse_kfac_approx
+from laplace_ws.kfac.factors import FactorPrecision
 from laplace_ws.kfac.rows import Examples, RaggedInputs, Rows, row_examples
 from laplace_ws.kfac.sharing import (
     ConvUse,
@@ -27,6 +28,7 @@ __all__ = [
     "ElementwiseUse",
     "EmbeddingUse",
     "Examples",
+    "FactorPrecision",
     "KfacApprox",
     "KfacApproxSpec",
     "KronAccumulator",

@@ -119,11 +119,18 @@ class KronAccumulator(Accumulator):
     Args:
         parameters: the parameters to cover, by name.
         approximations: approximation of each parameter.
+        factor_precision: "float32", "tf32" or "bf16", see `FactorPrecision`.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], approximations: Mapping[str, KfacApprox]):
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        approximations: Mapping[str, KfacApprox],
+        factor_precision: str | factors.FactorPrecision = "float32",
+    ):
         super().__init__(parameters)
         self.approximations = approximations
+        self.factor_precision = factors.FactorPrecision(factor_precision)
         self._sums: dict[str, _FactorSums] = {}
 
     def start_batch(self, uses: Sequence[Use], output_ndim: int) -> None:
@@ -134,9 +141,15 @@ class KronAccumulator(Accumulator):
             role = _Role.of(name, parameter, own, self.approximations[name], output_ndim)
             if name not in self._sums:
                 self._sums[name] = _FactorSums(parameter, role, own[0])
-            self._sums[name].add_inputs(role, own)
+            with factors.products_in(self.factor_precision):
+                self._sums[name].add_inputs(role, own)
         of_vectors = {name for name, sums in self._sums.items() if sums.needs_example_gradients}
         self._uses = [use if of_vectors & set(use.parameters) else use.without_inputs() for use in uses]
+
+    def add(self, number: int, g: Tensor) -> None:
+        """See `Accumulator.add`."""
+        with factors.products_in(self.factor_precision):
+            super().add(number, g)
 
     def _piece(self, name: str, pulled: Pulled) -> Tensor:
         role = self._sums[name].role

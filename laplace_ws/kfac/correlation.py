@@ -2,8 +2,8 @@
 
 The Gram matrix of patches is, entry by entry, a correlation of the input with itself: taps k and k' of one output position read two pixels
 that lie k' − k apart, wherever the position is. So the entries of all pairs of taps with one distance come from one product of the shifted
-input with itself, less what a few rows at the border add for some of the pairs but not for others. With strides, the taps that read the same
-*phase* of the input (the pixels φ, φ + s, φ + 2s, …) correlate among themselves, and pairs of phases with each other.
+input with itself, less what a few rows at the border add for some of the pairs but not for others. With strides, the taps that read the
+same *phase* of the input (the pixels φ, φ + s, φ + 2s, …) correlate among themselves, and pairs of phases with each other.
 
 Everything is linear in the products of pixels, so products are summed over batches and put together once, at the end.
 """

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_ws import Laplace, UnsupportedParameterError, kron_factors
+from laplace_ws import InvalidBatchError, Laplace, UnsupportedParameterError, kron_factors
 from laplace_ws.kfac import accumulate, factors
 
 
@@ -112,3 +112,44 @@ def test_long_sums_keep_their_digits(shape):
     truth = rows.double().mT @ rows.double()
     assert (factors.gram(rows).double() - truth).norm() / truth.norm() < 4e-6
     torch.testing.assert_close(factors.gram(rows.double()), truth)
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_products_of_rounded_inputs_are_summed_in_single_precision(kfac_approx):
+    """bfloat16 has 8 bits: each input is off by up to 2⁻⁹ of itself, their summed products by less."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16 * 16, 4))
+    data = [(torch.randn(8, 3, 16, 16), torch.randint(0, 4, (8,))) for _ in range(40)]
+
+    def factors_in(precision):
+        return kron_factors(model, "classification", data, kfac_approx=kfac_approx, factor_precision=precision)
+
+    truth, rounded = factors_in("float32"), factors_in("bf16")
+    for name in ("0.weight", "3.weight"):
+        for factor, other in ((truth[name].A, rounded[name].A), (truth[name].B, rounded[name].B)):
+            error = (other - factor).norm() / factor.norm()
+            assert 1e-5 < error < 2**-8, name
+    double = kron_factors(
+        model.double(), "classification", [(x.double(), y) for x, y in data[:2]], factor_precision="bf16"
+    )
+    exact = kron_factors(model, "classification", [(x.double(), y) for x, y in data[:2]])
+    torch.testing.assert_close(double["0.weight"].to_dense(), exact["0.weight"].to_dense(), rtol=1e-12, atol=1e-15)
+
+
+def test_tf32_is_allowed_for_the_products_alone(monkeypatch):
+    seen = []
+    product = factors._long_product
+    monkeypatch.setattr(
+        factors, "_long_product", lambda a, b: seen.append(torch.backends.cuda.matmul.allow_tf32) or product(a, b)
+    )
+    model, x = nn.Linear(3, 2), torch.randn(8, 4, 3)
+    for precision, allowed in (("float32", False), ("tf32", True)):
+        seen.clear()
+        with pytest.raises(InvalidBatchError):
+            kron_factors(
+                model, "regression", [(x, torch.zeros(8, 4, 2)), (x, torch.zeros(1))], factor_precision=precision
+            )
+        assert seen and all(flag is allowed for flag in seen)
+        assert not torch.backends.cuda.matmul.allow_tf32
+    with pytest.raises(ValueError, match="unknown factor_precision 'half': choose one of 'float32', 'tf32', 'bf16'"):
+        kron_factors(model, "regression", [(x, torch.zeros(8, 4, 2))], factor_precision="half")
