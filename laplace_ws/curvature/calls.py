@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
+from laplace_ws.kfac import ConvUse, ElementwiseUse, EmbeddingUse, LinearUse, Use
 from laplace_ws.kfac.conv import ConvGeometry
 from laplace_ws.kfac.rows import Examples, Rows, declared_row_examples
-from laplace_ws.kfac.sharing import ConvUse, ElementwiseUse, EmbeddingUse, LinearUse, Use
 
 
 class UnreadableCallError(Exception):

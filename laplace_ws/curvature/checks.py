@@ -89,8 +89,11 @@ def check_linearisation(
             # at once, as some backends treat the first column differently
             g = linearisation.pullback(torch.cat([v[None], singled_out, v[None]]))
             check_rows_by_example(linearisation.uses, [g_use[1:-1] for g_use in g], probed)
-            for column in (0, -1):
-                check_gradients(linearisation.uses, [g_use[column] for g_use in g], f, v, parameters)
+            streamed: dict[int, Tensor] = {}
+            linearisation.stream(v[None], streamed.__setitem__)
+            by_use = [streamed[number][0] for number in range(len(linearisation.uses))]
+            for gradients in ([g_use[0] for g_use in g], [g_use[-1] for g_use in g], by_use):
+                check_gradients(linearisation.uses, gradients, f, v, parameters)
             return linearisation.uses, linearisation.outputs
 
 

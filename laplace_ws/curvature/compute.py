@@ -25,9 +25,14 @@ from laplace_ws.curvature.backend import (
 from laplace_ws.curvature.checks import LinearisationCheck, check_linearisation
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
-from laplace_ws.kfac import FactorPrecision
-from laplace_ws.kfac.accumulate import Accumulator, KronAccumulator, example_gradients
-from laplace_ws.kfac.approximation import KfacApproxSpec, approximation_by_parameter
+from laplace_ws.kfac import (
+    Accumulator,
+    FactorPrecision,
+    KfacApproxSpec,
+    KronAccumulator,
+    approximation_by_parameter,
+    example_gradients,
+)
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.matrices import Kron
 

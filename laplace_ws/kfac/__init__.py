@@ -4,16 +4,16 @@ from laplace_ws.kfac.accumulate import (
     Accumulator,
     DenseAccumulator,
     DiagAccumulator,
-    KronAccumulator,
     example_gradients,
 )
 from laplace_ws.kfac.approximation import KfacApprox, KfacApproxSpec, approximation_by_parameter, parse_kfac_approx
+from laplace_ws.kfac.conv_use import ConvUse
+from laplace_ws.kfac.embedding_use import EmbeddingUse
 from laplace_ws.kfac.factors import FactorPrecision
+from laplace_ws.kfac.kron_sums import KronAccumulator
 from laplace_ws.kfac.rows import Examples, RaggedInputs, Rows, row_examples
 from laplace_ws.kfac.sharing import (
-    ConvUse,
     ElementwiseUse,
-    EmbeddingUse,
     LinearUse,
     MatrixUse,
     PackedLinearUse,

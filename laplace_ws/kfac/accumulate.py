@@ -9,28 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import factors
-from laplace_ws.kfac.approximation import KfacApprox
-from laplace_ws.kfac.correlation import PatchGram, Plan
-from laplace_ws.kfac.sharing import ConvUse, EmbeddingUse, MatrixUse, Use, at_least_float32
-from laplace_ws.matrices import CurvatureMatrix, Dense, Diag, Kron, KronBlock
-from laplace_ws.matrices.kron import at_least_one
-
-LARGEST_DENSE_VECTOR = 4096
-"""Vectors (biases, scales, affine parameters) with more entries get the diagonal of their block, which would not fit in memory."""
-LARGEST_DENSE_VOCABULARY = 8192
-"""Embeddings with more rows have no dense input factor, which K-FAC-reduce needs; "auto" gives them K-FAC-expand."""
-
-Gradients = Sequence[Float[Tensor, "K B ..."]]
-"""One chunk of K columns, back-propagated to the output of each use."""
+from laplace_ws.kfac.sharing import MatrixUse, Use, at_least_float32
+from laplace_ws.matrices import CurvatureMatrix, Dense, Diag
 
 
 class Accumulator(ABC):
@@ -113,188 +100,6 @@ class Pulled:
         return self.use.bias_gradient_sum(self.g) if is_bias and self.use.groups > 1 else self._sum
 
 
-class KronAccumulator(Accumulator):
-    """Sums the Kronecker factors of every parameter.
-
-    Args:
-        parameters: the parameters to cover, by name.
-        approximations: approximation of each parameter.
-        factor_precision: "float32", "tf32" or "bf16", see `FactorPrecision`.
-    """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        approximations: Mapping[str, KfacApprox],
-        factor_precision: str | factors.FactorPrecision = "float32",
-    ):
-        super().__init__(parameters)
-        self.approximations = approximations
-        self.factor_precision = factors.FactorPrecision(factor_precision)
-        self._sums: dict[str, _FactorSums] = {}
-
-    def start_batch(self, uses: Sequence[Use], output_ndim: int) -> None:
-        """See `Accumulator.start_batch`; adds the input factors."""
-        super().start_batch(uses, output_ndim)
-        for name, parameter in self.parameters.items():
-            own = [use for use in uses if name in use.parameters]
-            role = _Role.of(name, parameter, own, self.approximations[name], output_ndim)
-            if name not in self._sums:
-                self._sums[name] = _FactorSums(parameter, role, own[0])
-            with factors.products_in(self.factor_precision):
-                self._sums[name].add_inputs(role, own)
-        of_vectors = {name for name, sums in self._sums.items() if sums.needs_example_gradients}
-        self._uses = [use if of_vectors & set(use.parameters) else use.without_inputs() for use in uses]
-
-    def add(self, number: int, g: Tensor) -> None:
-        """See `Accumulator.add`."""
-        with factors.products_in(self.factor_precision):
-            super().add(number, g)
-
-    def _piece(self, name: str, pulled: Pulled) -> Tensor:
-        role = self._sums[name].role
-        if self._sums[name].needs_example_gradients:
-            return pulled.gradients(name).flatten(2)
-        is_bias = role.kind == "bias"
-        return pulled.gram(is_bias) if role.approx is KfacApprox.EXPAND else pulled.sum(is_bias)
-
-    def _add_sum(self, name: str, pieces: Tensor) -> None:
-        self._sums[name].add_columns(pieces)
-
-    def result(self) -> Kron:
-        """See `Accumulator.result`."""
-        return Kron({name: sums.block() for name, sums in self._sums.items()})
-
-
-class _FactorSums:
-    """Sums of the factors of one parameter, over batches.
-
-    Args:
-        parameter: the parameter.
-        role: how it enters its uses.
-        use: one of them.
-    """
-
-    def __init__(self, parameter: Tensor, role: _Role, use: Use):
-        self.role = role
-        self._shape = parameter.shape
-        self._A: Tensor | None = None
-        self._patch_grams: dict[Plan, PatchGram] = {}
-        self._n_inputs: float | Tensor = 0
-        self._is_transposed = isinstance(use, MatrixUse) and use.transposed and role.kind == "matrix"
-        size: tuple[int, ...] = (parameter.numel(),) * (1 if role.diagonal_B else 2)
-        if role.kind == "matrix":
-            assert isinstance(use, MatrixUse)
-            n_outputs = parameter.shape[-1 if use.transposed else 0] // use.groups
-            size = (*([use.groups] if use.groups > 1 else []), n_outputs, n_outputs)
-        self._B = parameter.new_zeros(size)
-
-    @property
-    def needs_example_gradients(self) -> bool:
-        """Whether the gradient factor is made of the gradients of each example."""
-        return self.role.kind == "vector" or self.role.diagonal_B
-
-    def add_inputs(self, role: _Role, uses: Sequence[Use]) -> None:
-        """Add to the input factor what the uses in one batch contribute."""
-        self.role = role
-        if role.kind != "matrix":
-            return
-        matrix_uses = [use for use in uses if isinstance(use, MatrixUse)]
-        n_examples = matrix_uses[0].n_examples
-        n_positions = factors.total(use.n_positions for use in matrix_uses)
-        if role.approx is KfacApprox.REDUCE:
-            a = factors.mean_over_positions([use.input_sum() for use in matrix_uses], n_positions)
-            self._A = factors.add_gram(self._A, a)
-            self._n_inputs = self._n_inputs + n_examples
-            return
-        self._n_inputs = self._n_inputs + _number_of_inputs(n_positions, n_examples)
-        for use in matrix_uses:
-            plan = use.plan if isinstance(use, ConvUse) else None
-            if plan is None:
-                self._A = factors.accumulated(self._A, use.input_gram())
-            else:
-                assert isinstance(use, ConvUse)
-                self._patch_grams.setdefault(plan, PatchGram(plan)).add(at_least_float32(use.x))
-
-    def add_columns(self, pieces: Tensor) -> None:
-        """Add to the gradient factor the pieces of all uses in one batch, see `KronAccumulator`."""
-        if self.role.diagonal_B:
-            self._B += pieces.square().sum((0, 1))
-        elif self.role.kind != "vector" and self.role.approx is KfacApprox.EXPAND:
-            self._B += pieces
-        else:
-            self._B = factors.add_gram(self._B, pieces.flatten(-3, -2))
-
-    def block(self) -> KronBlock:
-        """The block of the sums so far."""
-        if self.role.kind != "matrix":
-            return KronBlock(self._shape, self._B.clone(), diagonal_B=self.role.diagonal_B)
-        grams = [gram.result() for gram in self._patch_grams.values()]
-        A = factors.total(grams if self._A is None else [self._A, *grams]) / at_least_one(self._n_inputs)
-        return KronBlock(
-            self._shape,
-            self._B.clone(),
-            A,
-            self._n_inputs,
-            transposed=self._is_transposed,
-            diagonal_A=self.role.diagonal_A,
-        )
-
-
-@dataclass(frozen=True)
-class _Role:
-    """How a parameter enters its uses, and what block that gives."""
-
-    kind: str  # "matrix": a weight; "bias": of matrix uses alone; "vector": elementwise in at least one use
-    approx: KfacApprox
-    diagonal_A: bool = False
-    diagonal_B: bool = False
-
-    @classmethod
-    def of(cls, name: str, parameter: Tensor, uses: Sequence[Use], approx: KfacApprox, output_ndim: int) -> _Role:
-        if approx is KfacApprox.AUTO:
-            too_large = any(isinstance(u, EmbeddingUse) and u.weight_shape[0] > LARGEST_DENSE_VOCABULARY for u in uses)
-            approx = KfacApprox.EXPAND if output_ndim > 2 or too_large else KfacApprox.REDUCE
-        kinds = {_kind(name, use) for use in uses}
-        if "matrix" in kinds:
-            return cls("matrix", approx, diagonal_A=_check_matrix_uses(name, uses, kinds, approx))
-        kind = "bias" if kinds == {"bias"} else "vector"
-        return cls(kind, approx, diagonal_B=parameter.numel() > LARGEST_DENSE_VECTOR)
-
-
-def _kind(name: str, use: Use) -> str:
-    if isinstance(use, MatrixUse):
-        return "matrix" if name == use.weight else "bias"
-    return "vector"
-
-
-def _check_matrix_uses(name: str, uses: Sequence[Use], kinds: set[str], approx: KfacApprox) -> bool:
-    """Whether the input factor is diagonal; raises where the uses of a weight share no Kronecker block."""
-    forms = {(use.transposed, use.groups, use.diagonal_inputs) for use in uses if isinstance(use, MatrixUse)}
-    if kinds != {"matrix"} or len(forms) > 1:
-        calls = " and ".join(sorted({use.call for use in uses}))
-        raise UnsupportedParameterError(
-            f"{name!r} is used by {calls} in roles that share no Kronecker block; untie it, freeze it (requires_grad_(False)) "
-            'or choose hessian_structure="diag".'
-        )
-    diagonal = any(form[2] for form in forms) and approx is KfacApprox.EXPAND
-    vocabulary = max((use.weight_shape[0] for use in uses if isinstance(use, EmbeddingUse)), default=0)
-    if not diagonal and vocabulary > LARGEST_DENSE_VOCABULARY:
-        raise UnsupportedParameterError(
-            f"K-FAC-reduce of {name!r} needs a dense input factor of {vocabulary}×{vocabulary} (limit {LARGEST_DENSE_VOCABULARY}); "
-            f'choose kfac_approx={{"{name}": "expand"}} or freeze it (requires_grad_(False)).'
-        )
-    return diagonal
-
-
-def _number_of_inputs(n_positions: int | Tensor, n_examples: int) -> float | Tensor:
-    """Number of positions in a batch, `[G, 1, 1]` where the groups have different ones."""
-    if not isinstance(n_positions, Tensor):
-        return n_positions * n_examples
-    n = n_positions.sum(-1)
-    return n.item() if n.ndim == 0 else n[:, None, None]
-
-
 class DiagAccumulator(Accumulator):
     """Sums the exact diagonal, Σ_n Σ_c (gradient of each weight)²."""
 
@@ -337,7 +142,9 @@ class DenseAccumulator(Accumulator):
         return Dense(self.shapes, self._matrix)
 
 
-def example_gradients(name: str, uses: Sequence[Use], g: Gradients) -> Float[Tensor, "K N ..."]:
+def example_gradients(
+    name: str, uses: Sequence[Use], g: Sequence[Float[Tensor, "K B ..."]]
+) -> Float[Tensor, "K N ..."]:
     """Vector-Jacobian products of each example with respect to one parameter, all its uses together."""
     own = [(use, grad) for use, grad in zip(uses, g, strict=True) if name in use.parameters]
     return factors.total(use.example_gradients(name, grad) for use, grad in own)

@@ -14,13 +14,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from laplace_ws.kfac.conv import ConvGeometry, n_positions, patch_columns, patch_sum, patches
-from laplace_ws.kfac.correlation import Plan, cheapest_plan
-from laplace_ws.kfac.factors import cross_gram, gram, total
+from laplace_ws.kfac.factors import gram, total
 from laplace_ws.kfac.rows import Rows
 
 
@@ -175,7 +172,7 @@ class LinearUse(MatrixUse):
 
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""
-        return _positions(self.rows, g)
+        return positions(self.rows, g)
 
     def output_gradient_sum(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradient_sum`."""
@@ -262,125 +259,6 @@ class PackedLinearUse(LinearUse):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvUse(MatrixUse):
-    """`conv1d/2d/3d(x, W, b)` with x `[B, C, *S]`; the positions are the pixels of the output."""
-
-    x: Float[Tensor, "B C *S"]
-    geometry: ConvGeometry
-
-    def without_inputs(self) -> Use:
-        """See `Use.without_inputs`."""
-        return replace(self, x=self.x.new_empty(0))
-
-    @property
-    def groups(self) -> int:  # type: ignore[override]
-        """Number of channel groups."""
-        return self.geometry.groups
-
-    @property
-    def n_positions(self) -> int | Tensor:
-        """See `MatrixUse.n_positions`."""
-        return self.rows.counts * n_positions(self.geometry, tuple(self.x.shape[2:]))
-
-    def inputs(self) -> Tensor:
-        """See `MatrixUse.inputs`."""
-        a = patches(at_least_float32(self.x), self.geometry)  # [*G, B, R, I]
-        return self.rows.group(a, a.ndim - 3).flatten(-3, -2)
-
-    def input_sum(self) -> Tensor:
-        """See `MatrixUse.input_sum`."""
-        a = patch_sum(at_least_float32(self.x), self.geometry)  # [*G, B, I]
-        return self.rows.sum(a, a.ndim - 2)
-
-    def input_gram(self) -> Tensor:
-        """See `MatrixUse.input_gram`; forms the patches."""
-        a = patch_columns(at_least_float32(self.x), self.geometry)
-        return _without_single_group(cross_gram(a, a))
-
-    @property
-    def plan(self) -> Plan | None:
-        """How to sum `input_gram` over batches without patches; None where patches are cheaper."""
-        return cheapest_plan(self.geometry, self.x.shape)
-
-    def output_gradients(self, g: Tensor) -> Tensor:
-        """See `MatrixUse.output_gradients`."""
-        g = _positions(self.rows, g.flatten(3).transpose(2, 3))  # [K, N, R, G·O]
-        return g if self.groups == 1 else g.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
-
-    def output_gradient_sum(self, g: Tensor) -> Tensor:
-        """See `MatrixUse.output_gradient_sum`; sums in the layout that g has."""
-        sums = self.rows.sum(at_least_float32(g).sum(tuple(range(3, g.ndim))), 1)  # [K, N, G·O]
-        return sums if self.groups == 1 else sums.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
-
-    def output_gradient_gram(self, g: Tensor) -> Tensor:
-        """See `MatrixUse.output_gradient_gram`."""
-        return self._gram_by_group(g, self.groups)
-
-    def bias_gradient_gram(self, g: Tensor) -> Tensor:
-        """See `MatrixUse.bias_gradient_gram`."""
-        return self._gram_by_group(g, 1)
-
-    def _gram_by_group(self, g: Tensor, groups: int) -> Tensor:
-        pixels = at_least_float32(g).flatten(0, 1).flatten(2).unflatten(1, (groups, -1))  # [K·B, G, O, pixels]
-        return _without_single_group(cross_gram(pixels, pixels))
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingUse(MatrixUse):
-    """`embedding(indices, W)` with W `[V, O]`: a linear map of one-hot inputs, `a @ W`."""
-
-    indices: Int[Tensor, "B ..."]
-    dtype: torch.dtype
-    padding_idx: int | None = None
-
-    transposed = True
-    diagonal_inputs = True
-
-    @property
-    def n_positions(self) -> int | Tensor:
-        """See `MatrixUse.n_positions`."""
-        return self.rows.counts * self.indices.shape[1:].numel()
-
-    def inputs(self) -> Tensor:
-        """One-hot inputs; zero at `padding_idx`, which gets no gradient."""
-        a = F.one_hot(self.indices, self.weight_shape[0]).to(torch.promote_types(self.dtype, torch.float32))
-        if self.padding_idx is not None:
-            a[..., self.padding_idx] = 0
-        return self.rows.group(a.reshape(len(a), -1, a.shape[-1])).flatten(1, 2)
-
-    def _cells(self) -> Int[Tensor, " BQ"]:
-        """Place of each index in a table `[N, V]`, flat."""
-        example = self.rows.example_of_each(self.indices.device)
-        return (example[:, None] * self.weight_shape[0] + self.indices.reshape(len(example), -1)).flatten()
-
-    def input_sum(self) -> Tensor:
-        """How often each example holds each index."""
-        cells, vocabulary = self._cells(), self.weight_shape[0]
-        counts = torch.bincount(cells, minlength=self.n_examples * vocabulary).reshape(self.n_examples, vocabulary)
-        counts = counts.to(torch.promote_types(self.dtype, torch.float32))
-        if self.padding_idx is not None:
-            counts[:, self.padding_idx] = 0
-        return counts
-
-    def input_gram(self) -> Tensor:
-        """See `MatrixUse.input_gram`: how often each index occurs."""
-        return self.input_sum().sum(0)
-
-    def output_gradients(self, g: Tensor) -> Tensor:
-        """See `MatrixUse.output_gradients`."""
-        return _positions(self.rows, g)
-
-    def example_gradients(self, name: str, g: Tensor) -> Tensor:
-        """See `Use.example_gradients`; gathers rows instead of multiplying by one-hot inputs."""
-        g = at_least_float32(g).reshape(len(g), -1, g.shape[-1])  # [K, BQ, O]
-        out = g.new_zeros(len(g), self.n_examples * self.weight_shape[0], g.shape[-1])
-        out = out.index_add_(1, self._cells(), g).unflatten(1, (self.n_examples, -1))
-        if self.padding_idx is not None:
-            out[:, :, self.padding_idx] = 0
-        return out
-
-
-@dataclass(frozen=True, kw_only=True)
 class ElementwiseUse(Use):
     """y = factor ⊙ p + terms without p, with p broadcast: scales, biases, affine parameters of normalisations.
 
@@ -419,11 +297,7 @@ class ElementwiseUse(Use):
         return of_p.index_add_(2, self.index.flatten(), grads.flatten(2)).unflatten(2, self.shape)
 
 
-def _without_single_group(x: Float[Tensor, "G C D"]) -> Float[Tensor, "*G C D"]:
-    return x[0] if len(x) == 1 else x
-
-
-def _positions(rows: Rows, g: Float[Tensor, "K B ... O"]) -> Float[Tensor, "K N R O"]:
+def positions(rows: Rows, g: Float[Tensor, "K B ... O"]) -> Float[Tensor, "K N R O"]:
     """Gradients by example and sharing position."""
     return rows.group(_by_position(g), 1).flatten(2, 3)
 

@@ -181,6 +181,19 @@ def test_a_column_that_is_wrong_beside_others_is_noticed():
         Laplace(nn.Linear(3, 2), "regression", backend=Wrong()).check(torch.randn(4, 3))
 
 
+def test_a_column_that_is_wrong_when_it_comes_by_itself_is_noticed():
+    class Wrong(NativeBackend):
+        @contextmanager
+        def linearise(self, *args):
+            with super().linearise(*args) as linearisation:
+                stream = linearisation.stream
+                linearisation.stream = lambda c, receive, **o: stream(c, lambda n, g: receive(n, 2 * g), **o)
+                yield linearisation
+
+    with pytest.raises(UnsupportedParameterError, match="but not by that alone"):
+        Laplace(nn.Linear(3, 2), "regression", backend=Wrong()).check(torch.randn(4, 3))
+
+
 def test_no_batch_is_left_out_of_a_model_that_changes_from_call_to_call():
     class Restless(nn.Linear):
         calls = 0

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace_ws.bench.meter import peak_bytes
 from laplace_ws.curvature import BACKENDS, CurvatureSum, make_backend, parse_curvature
-from laplace_ws.kfac import KronAccumulator, approximation_by_parameter, sharing
+from laplace_ws.kfac import KronAccumulator, approximation_by_parameter, conv_use
 from laplace_ws.kfac.correlation import make_plan
 from laplace_ws.likelihoods import Categorical
 from laplace_ws.models import MLP, WideResNet
@@ -67,9 +67,9 @@ def no_patches(monkeypatch):
         raise AssertionError("patches were formed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sharing, "patches", fail)
-        patch.setattr(sharing, "patch_columns", fail)
-        patch.setattr(sharing, "cheapest_plan", lambda geometry, shape: make_plan(geometry, tuple(shape[2:])))
+        patch.setattr(conv_use, "patches", fail)
+        patch.setattr(conv_use, "patch_columns", fail)
+        patch.setattr(conv_use, "cheapest_plan", lambda geometry, shape: make_plan(geometry, tuple(shape[2:])))
         yield
 
 
@@ -102,7 +102,7 @@ def test_the_counts_see_a_weight_gradient_and_patches(monkeypatch):
     assert operations.counts["im2col"] == 1
     total = curvature_sum(model, "ef", "expand")
     total.add(x, y)
-    monkeypatch.setattr(sharing.ConvUse, "plan", None)
+    monkeypatch.setattr(conv_use.ConvUse, "plan", None)
     with no_patches(monkeypatch), pytest.raises(AssertionError, match="patches were formed"):
         total.add(x, y)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from laplace_ws import InvalidBatchError, Laplace, UnsupportedParameterError, kron_factors
-from laplace_ws.kfac import accumulate, factors
+from laplace_ws.kfac import factors, kron_sums
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -93,8 +93,8 @@ def test_large_vectors_and_vocabularies(monkeypatch):
     data = [(torch.randint(0, 9, (6, 2)), torch.randint(0, 3, (6,)))]
     below = kron_factors(model, "classification", data)
     expand = kron_factors(model, "classification", data, kfac_approx="expand")
-    monkeypatch.setattr(accumulate, "LARGEST_DENSE_VECTOR", 4)
-    monkeypatch.setattr(accumulate, "LARGEST_DENSE_VOCABULARY", 8)
+    monkeypatch.setattr(kron_sums, "LARGEST_DENSE_VECTOR", 4)
+    monkeypatch.setattr(kron_sums, "LARGEST_DENSE_VOCABULARY", 8)
     above = kron_factors(model, "classification", data)
     for name in ("1.weight", "1.bias"):
         torch.testing.assert_close(above[name].to_dense(), below[name].to_dense().diagonal().diag())
@@ -149,7 +149,8 @@ def test_tf32_is_allowed_for_the_products_alone(monkeypatch):
             kron_factors(
                 model, "regression", [(x, torch.zeros(8, 4, 2)), (x, torch.zeros(1))], factor_precision=precision
             )
-        assert seen and all(flag is allowed for flag in seen)
+        assert seen
+        assert all(flag is allowed for flag in seen)
         assert not torch.backends.cuda.matmul.allow_tf32
     with pytest.raises(ValueError, match="unknown factor_precision 'half': choose one of 'float32', 'tf32', 'bf16'"):
         kron_factors(model, "regression", [(x, torch.zeros(8, 4, 2))], factor_precision="half")
