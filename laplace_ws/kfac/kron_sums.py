@@ -23,6 +23,9 @@ LARGEST_DENSE_VECTOR = 4096
 LARGEST_DENSE_VOCABULARY = 8192
 """Embeddings with more rows have no dense input factor, which K-FAC-reduce needs; "auto" gives them K-FAC-expand."""
 
+MOST_SIZES = 4
+"""Sizes of the images under one convolution whose products are kept apart: each takes as much memory as the factor."""
+
 
 class KronAccumulator(Accumulator):
     """Sums the Kronecker factors of every parameter.
@@ -126,6 +129,14 @@ class _FactorSums:
             else:
                 assert isinstance(use, ConvUse)
                 self._patch_grams.setdefault(plan, PatchGram(plan)).add(at_least_float32(use.x))
+        if len(self._patch_grams) > MOST_SIZES:
+            self._put_together()
+
+    def _put_together(self) -> None:
+        """Turn the products of pixels into the input factor that they make."""
+        for gram in self._patch_grams.values():
+            self._A = factors.accumulated(self._A, gram.result())
+        self._patch_grams.clear()
 
     def add_columns(self, pieces: Tensor) -> None:
         """Add to the gradient factor the pieces of all uses in one batch, see `KronAccumulator`."""
@@ -140,8 +151,9 @@ class _FactorSums:
         """The block of the sums so far."""
         if self.role.kind != "matrix":
             return KronBlock(self._shape, self._B.clone(), diagonal_B=self.role.diagonal_B)
-        grams = [gram.result() for gram in self._patch_grams.values()]
-        A = factors.total(grams if self._A is None else [self._A, *grams]) / at_least_one(self._n_inputs)
+        self._put_together()
+        assert self._A is not None
+        A = self._A / at_least_one(self._n_inputs)
         return KronBlock(
             self._shape,
             self._B.clone(),

@@ -6,10 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from laplace_ws import kron_factors
+from laplace_ws.kfac import ConvUse, KfacApprox, KronAccumulator, Rows, conv_use
 from laplace_ws.kfac.conv import ConvGeometry, patch_columns, patches
 from laplace_ws.kfac.correlation import MOST_TAPS, PatchGram, cheapest_plan, make_plan
 from laplace_ws.kfac.factors import gram
+from laplace_ws.kfac.kron_sums import MOST_SIZES
 
 
 @st.composite
@@ -88,3 +92,28 @@ def test_single_precision_is_as_exact_as_with_patches(channels):
 def test_the_cheaper_way_is_chosen(geometry, shape, is_planned):
     assert (cheapest_plan(geometry, shape) is not None) is is_planned
     assert prod(geometry.kernel) <= MOST_TAPS or not is_planned
+
+
+def test_images_of_many_sizes_take_no_more_memory(monkeypatch):
+    monkeypatch.setattr(conv_use, "cheapest_plan", lambda geometry, shape: make_plan(geometry, tuple(shape[2:])))
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    data = [(torch.randn(2, 2, 4 + i, 5, dtype=torch.float64), torch.tensor([0, 1])) for i in range(3 * MOST_SIZES)]
+    found = kron_factors(model, "classification", data, kfac_approx="expand")["0.weight"]
+    geometry = ConvGeometry((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    truth = sum(by_patches(x, geometry) for x, _ in data) / sum(len(x) * x[0, 0].numel() for x, _ in data)
+    torch.testing.assert_close(found.A, truth)
+    parameters = {"0.weight": model[0].weight}
+    total = KronAccumulator(parameters, {"0.weight": KfacApprox.EXPAND})
+    for x, _ in data:
+        use = ConvUse(
+            rows=Rows(2, 2),
+            call="conv2d",
+            weight="0.weight",
+            bias=None,
+            weight_shape=model[0].weight.shape,
+            x=x,
+            geometry=geometry,
+        )
+        total.start_batch([use], 2)
+        assert len(total._sums["0.weight"]._patch_grams) <= MOST_SIZES
+    torch.testing.assert_close(total.result()["0.weight"].A, truth)
