@@ -77,7 +77,9 @@ def test_signs_leave_no_variance_where_the_model_wavers_between_two_classes():
     f = torch.tensor([[3.0, 0.0, -200.0, -200.0]], dtype=torch.float64).expand(1000, -1)
     hessian = torch.autograd.functional.hessian(lambda z: Categorical().nll_sum(z, torch.tensor([0])), f[:1])[0, :, 0]
     draws = Categorical().projected_column(f, None)
-    torch.testing.assert_close(torch.einsum("na,nb->nab", draws, draws), hessian.expand(1000, -1, -1), rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(
+        torch.einsum("na,nb->nab", draws, draws), hessian.expand(1000, -1, -1), rtol=1e-10, atol=1e-15
+    )
     labelled = Categorical().sampled_column(f, None)
     assert torch.einsum("na,nb->nab", labelled, labelled).std(0).max() > 2 * hessian.max()
 
