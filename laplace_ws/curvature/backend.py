@@ -57,11 +57,10 @@ COLUMN_SHARE = 0.25
 """The part of a GPU's free memory that they may take."""
 
 
-def columns_in_memory(output_shapes: Sequence[torch.Size], f: Tensor) -> int:
-    """How many columns to back-propagate at once, given the shapes of what each gives: at least one."""
-    n_bytes = max(1, sum(shape.numel() for shape in output_shapes) * f.element_size())
-    budget = COLUMN_SHARE * torch.cuda.mem_get_info(f.device)[0] if f.is_cuda else COLUMN_BYTES
-    return max(1, int(budget) // n_bytes)
+def columns_in_memory(n_bytes: int, device: torch.device) -> int:
+    """How many columns to work on at once, at least one, given what each takes."""
+    budget = COLUMN_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else COLUMN_BYTES
+    return max(1, int(budget) // max(1, n_bytes))
 
 
 class ColumnwiseLinearisation(Linearisation):

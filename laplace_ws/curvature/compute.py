@@ -18,6 +18,7 @@ from laplace_ws.curvature.backend import (
     check_devices,
     check_inputs,
     check_pair,
+    columns_in_memory,
     evaluation_mode,
     own_copy,
     trainable_parameters,
@@ -197,10 +198,11 @@ class CurvatureSum:
         f = linearisation.outputs
         self.accumulator.start_batch(linearisation.uses, f.ndim)
         linearisation.forget_uses()
+        in_memory = columns_in_memory(self.accumulator.column_bytes(len(f)), f.device)
         columns = self._columns(f, y)
-        chunk = list(islice(columns, linearisation.columns_at_once))
+        chunk = list(islice(columns, min(linearisation.columns_at_once, in_memory)))
         while chunk:
-            next_chunk = list(islice(columns, linearisation.columns_at_once))
+            next_chunk = list(islice(columns, min(linearisation.columns_at_once, in_memory)))
             linearisation.stream(torch.stack(chunk), self.accumulator.add, is_last=not next_chunk)
             chunk = next_chunk
         self.accumulator.end_batch()

@@ -55,6 +55,13 @@ class Accumulator(ABC):
         """Let go of the batch."""
         self._uses = ()
 
+    def column_bytes(self, n_examples: int) -> int:
+        """Memory that the gradients of each example take, for one column: none where they are never formed."""
+        return n_examples * sum(p.nbytes for name, p in self.parameters.items() if self._needs_example_gradients(name))
+
+    def _needs_example_gradients(self, name: str) -> bool:
+        return True
+
     @abstractmethod
     def _piece(self, name: str, pulled: Pulled) -> Tensor:
         """What one use contributes to the curvature of a parameter, where contributions of its uses simply add up."""

@@ -57,7 +57,7 @@ class KronAccumulator(Accumulator):
                 self._sums[name] = _FactorSums(parameter, role, own[0])
             with factors.products_in(self.factor_precision):
                 self._sums[name].add_inputs(role, own)
-        of_vectors = {name for name, sums in self._sums.items() if sums.needs_example_gradients}
+        of_vectors = {name for name in self._sums if self._needs_example_gradients(name)}
         self._uses = [use if of_vectors & set(use.parameters) else use.without_inputs() for use in uses]
 
     def add(self, number: int, g: Tensor) -> None:
@@ -65,9 +65,13 @@ class KronAccumulator(Accumulator):
         with factors.products_in(self.factor_precision):
             super().add(number, g)
 
+    def _needs_example_gradients(self, name: str) -> bool:
+        role = self._sums[name].role
+        return role.kind == "vector" or role.diagonal_B
+
     def _piece(self, name: str, pulled: Pulled) -> Tensor:
         role = self._sums[name].role
-        if self._sums[name].needs_example_gradients:
+        if self._needs_example_gradients(name):
             return pulled.gradients(name).flatten(2)
         is_bias = role.kind == "bias"
         return pulled.gram(is_bias) if role.approx is KfacApprox.EXPAND else pulled.sum(is_bias)
@@ -102,11 +106,6 @@ class _FactorSums:
             n_outputs = parameter.shape[-1 if use.transposed else 0] // use.groups
             size = (*([use.groups] if use.groups > 1 else []), n_outputs, n_outputs)
         self._B = parameter.new_zeros(size)
-
-    @property
-    def needs_example_gradients(self) -> bool:
-        """Whether the gradient factor is made of the gradients of each example."""
-        return self.role.kind == "vector" or self.role.diagonal_B
 
     def add_inputs(self, role: _Role, uses: Sequence[Use]) -> None:
         """Add to the input factor what the uses in one batch contribute."""

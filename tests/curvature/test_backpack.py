@@ -51,8 +51,8 @@ def test_columns_at_once_fit_the_memory(monkeypatch):
     for n_bytes in (1, 2**14, 2**40):
         monkeypatch.setattr(backend_module, "COLUMN_BYTES", n_bytes)
         close(kron_factors(model, "classification", [(x, y)], backend=BackpackBackend()).to_dense(), whole)
-    assert sizes[:3] == [6, 1, 1]  # the check, and one column fewer than classes
-    assert sizes[-2:] == [6, 2]
+    assert sizes[:4] == [6, 1, 1, 1]  # the check, and one column fewer than classes
+    assert sizes[-3:] == [6, 1, 2]
 
 
 # ------------------------------------------------------------------ hygiene

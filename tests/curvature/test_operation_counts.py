@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from laplace_ws import Laplace
 from laplace_ws.bench.meter import peak_bytes
 from laplace_ws.curvature import BACKENDS, CurvatureSum, make_backend, parse_curvature
-from laplace_ws.kfac import KronAccumulator, approximation_by_parameter, conv_use
+from laplace_ws.curvature import backend as backend_module
+from laplace_ws.kfac import DiagAccumulator, KronAccumulator, approximation_by_parameter, conv_use
 from laplace_ws.kfac.correlation import make_plan
 from laplace_ws.likelihoods import Categorical
 from laplace_ws.models import MLP, WideResNet
@@ -158,3 +160,17 @@ def test_peak_memory_is_that_of_a_training_step(curvature, approx, bound):
         model.zero_grad()
     of_step, _, of_curvature = peak_bytes([training_step, model.zero_grad, lambda: total.add(x, y)], x.device)
     assert of_curvature < bound * of_step
+
+
+def test_gradients_of_each_example_are_formed_a_few_columns_at_a_time(monkeypatch):
+    """Many columns fit at the outputs of a perceptron; times its weights they would be gigabytes for a larger one."""
+    model, x, y = make("mlp")
+    at_once = []
+    add = DiagAccumulator.add
+    monkeypatch.setattr(DiagAccumulator, "add", lambda self, number, g: at_once.append(len(g)) or add(self, number, g))
+    for columns, expected in ((10, {N_CLASSES - 1}), (4, {4, 2}), (0.5, {1})):
+        at_once.clear()
+        n_bytes = int(columns * len(x) * sum(p.nbytes for p in model.parameters()))
+        monkeypatch.setattr(backend_module, "COLUMN_BYTES", n_bytes)
+        Laplace(model, "classification", hessian_structure="diag").fit([(x, y)])
+        assert set(at_once) == expected
