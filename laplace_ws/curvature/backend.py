@@ -24,11 +24,13 @@ class Linearisation(ABC):
         outputs: f, detached, `[N, ...]`.
         uses: every use of a parameter in the forward pass.
         columns_at_once: how many columns one `pullback` is best given.
+        column_bytes: what one column takes at the outputs of all uses; 0 where a backend does not tell.
     """
 
     outputs: Float[Tensor, "N ..."]
     uses: Sequence[Use]
     columns_at_once: int = 1
+    column_bytes: int = 0
 
     @abstractmethod
     def pullback(self, columns: Float[Tensor, "K N ..."]) -> list[Float[Tensor, "K B ..."]]:
@@ -57,10 +59,16 @@ COLUMN_SHARE = 0.25
 """The part of a GPU's free memory that they may take."""
 
 
-def columns_in_memory(n_bytes: int, device: torch.device) -> int:
+def memory_for_columns(device: torch.device) -> int:
+    """Bytes that the columns of one pullback may take."""
+    if device.type == "cuda":
+        return int(COLUMN_SHARE * torch.cuda.mem_get_info(device)[0])
+    return COLUMN_BYTES
+
+
+def columns_in_memory(column_bytes: int, device: torch.device) -> int:
     """How many columns to work on at once, at least one, given what each takes."""
-    budget = COLUMN_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else COLUMN_BYTES
-    return max(1, int(budget) // max(1, n_bytes))
+    return max(1, memory_for_columns(device) // max(1, column_bytes))
 
 
 class ColumnwiseLinearisation(Linearisation):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace_ws.curvature.backend import Backend, check_outputs, own_copy
+from laplace_ws.curvature.backend import Backend, check_outputs, memory_for_columns, own_copy
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import Use, example_gradients
 
@@ -27,6 +27,7 @@ class LinearisationCheck:
     def __init__(self, backend: Backend, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
         self._backend, self._model, self._parameters = backend, model, parameters
         self._signatures: set[tuple[Any, ...]] = set()
+        self._column_bytes_an_example = 0.0
 
     def start(self, x: Tensor) -> None:
         """Check a few examples of the first batch, before any work is done on it."""
@@ -39,8 +40,13 @@ class LinearisationCheck:
 
     def run(self, x: Tensor) -> None:
         """Check a batch."""
-        uses, _ = check_linearisation(self._backend, self._model, x, self._parameters)
+        uses, _, column_bytes = check_linearisation(self._backend, self._model, x, self._parameters)
         self._signatures.add(_signature(uses))
+        self._column_bytes_an_example = column_bytes / len(x)
+
+    def is_small(self, n_examples: int, device: torch.device) -> bool:
+        """Whether a column of a batch with as many examples takes little memory, by the measure of the last check."""
+        return n_examples * self._column_bytes_an_example <= memory_for_columns(device)
 
 
 def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:
@@ -56,8 +62,8 @@ def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:
 
 def check_linearisation(
     backend: Backend, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]
-) -> tuple[Sequence[Use], Tensor]:
-    """Hold uses and gradients of a batch against autograd; returns its uses and outputs.
+) -> tuple[Sequence[Use], Tensor, int]:
+    """Hold uses and gradients of a batch against autograd; returns its uses, its outputs and `column_bytes`.
 
     A use that a backend cannot see, an operation that mixes examples, or rows in another order than by example would give curvature
     of a wrong scale in silence.
@@ -94,7 +100,7 @@ def check_linearisation(
             by_use = [streamed[number][0] for number in range(len(linearisation.uses))]
             for gradients in ([g_use[0] for g_use in g], [g_use[-1] for g_use in g], by_use):
                 check_gradients(linearisation.uses, gradients, f, v, parameters)
-            return linearisation.uses, linearisation.outputs
+            return linearisation.uses, linearisation.outputs, linearisation.column_bytes
 
 
 def _check_same_outputs(model: nn.Module, f: Tensor, outputs: Tensor) -> None:

@@ -38,6 +38,8 @@ from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.matrices import Kron
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+SMALLEST_SPLIT = 8
+"""Batches with fewer examples are never taken in halves."""
 
 
 class Curvature(str, Enum):
@@ -166,13 +168,29 @@ class CurvatureSum:
         check_devices(self.model, x, y)
         with evaluation_mode(self.model):
             self._check.start(x)
-            if not self._add(x, y):
-                self._check.run(x)
-                if not self._add(x, y):
-                    raise UnsupportedParameterError(
-                        f"{type(self.model).__name__} uses its parameters otherwise whenever it is run on one batch; take out what changes "
-                        "from call to call in its forward pass."
-                    )
+            for part in self._parts(x, y):
+                self._add_checked(x[part], y[part])
+
+    def _parts(self, x: Tensor, y: Tensor) -> list[slice]:
+        """The examples of a batch, in two halves where many columns need what the forward pass keeps, and that is large.
+
+        A training step gives its activations up as it goes back through them; half of them, kept, take no more than that.
+        """
+        n = len(x)
+        is_whole = self.curvature is not Curvature.GGN or n < SMALLEST_SPLIT or self._check.is_small(n, x.device)
+        if is_whole or y.shape[:1] != (n,):
+            return [slice(0, n)]
+        return [slice(0, n // 2), slice(n // 2, n)]
+
+    def _add_checked(self, x: Tensor, y: Tensor) -> None:
+        if self._add(x, y):
+            return
+        self._check.run(x)
+        if not self._add(x, y):
+            raise UnsupportedParameterError(
+                f"{type(self.model).__name__} uses its parameters otherwise whenever it is run on one batch; take out what changes from "
+                "call to call in its forward pass."
+            )
 
     def _add(self, x: Tensor, y: Tensor) -> bool:
         """Add one batch if its uses are like those that were checked; whether they are."""
