@@ -17,6 +17,10 @@ N_PROBED = 4
 """Examples of the first batch that are probed, and each by itself: few enough to cost nothing, enough to tell examples apart."""
 
 
+SMALL_COLUMN_BYTES = 2**25
+"""Columns that take less, at the outputs of all uses together, never call for saving memory."""
+
+
 class LinearisationCheck:
     """Holds what a backend says of a model against autograd: on a few examples of the first batch, and again whenever the model uses its
     parameters otherwise than in any batch before.
@@ -46,7 +50,7 @@ class LinearisationCheck:
 
     def is_small(self, n_examples: int, device: torch.device) -> bool:
         """Whether a column of a batch with as many examples takes little memory, by the measure of the last check."""
-        return n_examples * self._column_bytes_an_example <= memory_for_columns(device)
+        return n_examples * self._column_bytes_an_example <= max(memory_for_columns(device), SMALL_COLUMN_BYTES)
 
 
 def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:

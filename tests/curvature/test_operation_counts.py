@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace_ws import InvalidBatchError, Laplace
 from laplace_ws.bench.meter import peak_bytes
-from laplace_ws.curvature import BACKENDS, CurvatureSum, make_backend, parse_curvature
+from laplace_ws.curvature import BACKENDS, CurvatureSum, checks, make_backend, parse_curvature
 from laplace_ws.curvature import backend as backend_module
 from laplace_ws.kfac import DiagAccumulator, KronAccumulator, approximation_by_parameter, conv_use
 from laplace_ws.kfac.correlation import make_plan
@@ -109,7 +109,8 @@ def test_the_counts_see_a_weight_gradient_and_patches(monkeypatch):
         total.add(x, y)
 
 
-def test_large_batches_are_taken_in_halves_for_the_exact_ggn_alone():
+def test_large_batches_are_taken_in_halves_for_the_exact_ggn_alone(monkeypatch):
+    monkeypatch.setattr(checks, "SMALL_COLUMN_BYTES", 0)
     model, x, y = make(size=32)
     calls = []
     model.register_forward_hook(lambda module, arguments, output: calls.append(len(output)))
@@ -168,7 +169,8 @@ def test_one_forward_pass_a_batch(backend, curvature):
         ("ggn", "expand", 0.8),
     ],
 )
-def test_peak_memory_is_that_of_a_training_step(curvature, approx, bound):
+def test_peak_memory_is_that_of_a_training_step(monkeypatch, curvature, approx, bound):
+    monkeypatch.setattr(checks, "SMALL_COLUMN_BYTES", 0)  # images as small as these would be taken together
     model, x, y = make(size=32)
 
     def training_step():
