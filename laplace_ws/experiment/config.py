@@ -62,8 +62,9 @@ class MarglikConfig:
         n_epochs: epochs of gradient steps.
         n_epochs_burnin: epochs before the first tuning.
         marglik_frequency: epochs between two tunings.
-        n_hypersteps: steps on the hyperparameters at each tuning.
-        lr_hyp: step size of Adam on their logarithms.
+        n_hypersteps: steps on the hyperparameters at each tuning; newton takes as many as it needs.
+        hyper_optimizer: adam, newton (to the optimum within max_log_step) or mackay; tune_temperature needs adam.
+        lr_hyp: step size of adam on their logarithms.
         max_log_step: largest change of a logarithm at one tuning.
         fit_fraction: share of the batches that a tuning sees.
         prior_structure: which parameters share a prior precision; weight is for diag and full.
@@ -86,6 +87,7 @@ class MarglikConfig:
     n_epochs_burnin: int = 20
     marglik_frequency: int = 5
     n_hypersteps: int = 50
+    hyper_optimizer: Literal["adam", "newton", "mackay"] = "adam"
     lr_hyp: float = 0.1
     max_log_step: float = 1.0
     fit_fraction: float = 1.0

@@ -34,12 +34,12 @@ from laplace_ws.experiment.folder import (
     write_whole,
 )
 from laplace_ws.marglik.checkpoint import CheckpointError
-from laplace_ws.marglik.hyperparameters import Hyperparameters, PriorGroups, PriorStructure
+from laplace_ws.marglik.hyperparameters import Hyperparameters
 from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 from laplace_ws.marglik.trainer import Record
 from laplace_ws.marglik.training import STIFF_START, kfac_option, marglik_training
 from laplace_ws.models import build_model
-from laplace_ws.posterior import Laplace
+from laplace_ws.posterior import Laplace, PriorGroups, PriorStructure
 
 FORMAT_VERSION = 1
 _stop: Event | None = None
@@ -131,7 +131,13 @@ def check_start(config: RunConfig, n_train: int) -> None:
         raise ValueError(f"marglik.lr={m.lr} must be positive")
     start = STIFF_START * n_train if m.prior_prec_init is None else m.prior_prec_init
     one_group = PriorGroups(("all",), torch.zeros(1, dtype=torch.long))
-    hyper = Hyperparameters(one_group, prior_precision=start, temperature=m.temperature_init)
+    hyper = Hyperparameters(
+        one_group,
+        prior_precision=start,
+        temperature=m.temperature_init,
+        tune_temperature=m.tune_temperature,
+        hyper_optimizer=m.hyper_optimizer,
+    )
     if m.n_hypersteps:
         hyper.check_start(n_train / m.lr)
 
@@ -257,6 +263,7 @@ def train_one(
             optimizer_kwargs={"lr": m.lr, **({"momentum": m.momentum, "nesterov": m.momentum > 0} if sgd else {})},
             **prior_options(config, task),
             temperature_init=m.temperature_init,
+            hyper_optimizer=m.hyper_optimizer,
             lr_hyp=m.lr_hyp,
             n_epochs=m.n_epochs,
             n_epochs_burnin=m.n_epochs_burnin,

@@ -4,9 +4,6 @@ from laplace_ws.marglik.checkpoint import CheckpointError
 from laplace_ws.marglik.hyperparameters import (
     Hyperparameters,
     PriorCollapseWarning,
-    PriorGroups,
-    PriorStructure,
-    prior_groups,
 )
 from laplace_ws.marglik.objective import neg_log_joint_mean
 from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
@@ -17,12 +14,9 @@ __all__ = [
     "Hyperparameters",
     "MarglikResult",
     "PriorCollapseWarning",
-    "PriorGroups",
-    "PriorStructure",
     "Schedule",
     "TemperatureWarning",
     "TrainingDiverged",
     "marglik_training",
     "neg_log_joint_mean",
-    "prior_groups",
 ]

@@ -5,98 +5,35 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from laplace_ws.posterior import BaseLaplace
+from laplace_ws.posterior.base import BaseLaplace
+from laplace_ws.posterior.groups import ELEMENTWISE, PriorGroups
+from laplace_ws.posterior.optimum import BOUNDS, Box, Evidence
 
-BOUNDS = (1e-6, 1e8)
-"""No hyperparameter leaves this interval while it is tuned."""
-ELEMENTWISE = "scales and biases"
-"""Name of the group of elementwise scales and biases."""
 ELEMENTWISE_START = 1.0
-"""Where that group starts: a stiff prior at zero would shrink the scales, whose natural size is one, and with them the signal."""
+"""Where `ELEMENTWISE` starts: a stiff prior at zero would shrink the scales, whose natural size is one, and with them the signal."""
 
 
 class PriorCollapseWarning(UserWarning):
     """A prior precision was tuned up to its limit, so the weights under it are held at zero."""
 
 
-class PriorStructure(str, Enum):
-    """Which weights share one prior precision."""
+class HyperOptimizer(str, Enum):
+    """How the hyperparameters climb: steps of Adam, Newton's method to the optimum, or MacKay's updates."""
 
-    SCALAR = "scalar"
-    LAYERWISE = "layerwise"
-    PARAMETER = "parameter"
-    WEIGHT = "weight"
+    ADAM = "adam"
+    NEWTON = "newton"
+    MACKAY = "mackay"
 
     @classmethod
-    def _missing_(cls, value: object) -> PriorStructure:
-        raise ValueError(f"prior_structure={value!r} is not one of {[member.value for member in cls]}")
-
-    def check(self, hessian_structure: str) -> None:
-        """Refuse a structure of the prior that the structure of the Hessian cannot carry."""
-        if self is PriorStructure.WEIGHT and hessian_structure not in ("diag", "full"):
-            raise ValueError(
-                f'prior_structure="weight" needs hessian_structure "diag" or "full", not "{hessian_structure}"; '
-                'use "parameter" or "layerwise"'
-            )
-
-
-@dataclass(frozen=True)
-class PriorGroups:
-    """Which prior precision governs which parameter.
-
-    Attributes:
-        names: by what name each of the groups is reported.
-        index: the group of every parameter tensor [n_tensors], or of every single weight [n_params].
-    """
-
-    names: tuple[str, ...] | list[str]
-    index: Tensor
-
-    def by_parameter(self, parameter_names: Sequence[str]) -> dict[str, str]:
-        """Name of each parameter's group; its own where every weight has a prior precision."""
-        if len(self.index) != len(parameter_names):
-            return {name: name for name in parameter_names}
-        return {name: self.names[i] for name, i in zip(parameter_names, self.index.tolist(), strict=True)}
-
-
-def layer_of(name: str, shapes: dict[str, torch.Size]) -> str:
-    """The group of a parameter under `prior_structure="layerwise"`.
-
-    A tensor of two or more dimensions is a layer of its own. A vector or a scalar follows a weight of its own module (the
-    one named like it, `bias` read as `weight`, first). Where its module has none, it is a scale or a bias that acts
-    elementwise, as in normalisations and Fixup, and all of these share the group `ELEMENTWISE`.
-    """
-    if len(shapes[name]) >= 2:
-        return name
-    module, _, leaf = name.rpartition(".")
-    weights = [other for other in shapes if len(shapes[other]) >= 2 and other.rpartition(".")[0] == module]
-    namesake = f"{module}.{leaf.replace('bias', 'weight')}".lstrip(".")
-    return namesake if namesake in weights else weights[0] if weights else ELEMENTWISE
-
-
-def prior_groups(named_parameters: Iterable[tuple[str, Tensor]], structure: PriorStructure | str) -> PriorGroups:
-    """Group the parameters (in the order given) by `structure`; a layer's group is named after its weight."""
-    structure = PriorStructure(structure)
-    shapes = {name: parameter.shape for name, parameter in named_parameters}
-    if structure is PriorStructure.SCALAR:
-        return PriorGroups(("all",), torch.zeros(len(shapes), dtype=torch.long))
-    if structure is PriorStructure.PARAMETER:
-        return PriorGroups(tuple(shapes), torch.arange(len(shapes)))
-    if structure is PriorStructure.WEIGHT:
-        owners = [name for name, shape in shapes.items() for _ in range(shape.numel())]
-        return PriorGroups(owners, torch.arange(len(owners)))
-    heads = [layer_of(name, shapes) for name in shapes]
-    names = tuple(dict.fromkeys(heads))
-    return PriorGroups(names, torch.tensor([names.index(head) for head in heads]))
+    def _missing_(cls, value: object) -> HyperOptimizer:
+        raise ValueError(f"hyper_optimizer={value!r} is not one of {[member.value for member in cls]}")
 
 
 class Hyperparameters(nn.Module):
@@ -112,6 +49,7 @@ class Hyperparameters(nn.Module):
         sigma_noise: standard deviation of Gaussian observation noise at the start.
         temperature: of the likelihood, at the start.
         tune_prior, tune_sigma, tune_temperature: what `ascend` may change.
+        hyper_optimizer: "adam", "newton" or "mackay"; the temperature is for Adam alone.
         lr: step size of Adam on the logarithms.
     """
 
@@ -129,10 +67,17 @@ class Hyperparameters(nn.Module):
         tune_prior: bool = True,
         tune_sigma: bool = False,
         tune_temperature: bool = False,
+        hyper_optimizer: HyperOptimizer | str = HyperOptimizer.ADAM,
         lr: float = 0.1,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
+        self.hyper_optimizer = HyperOptimizer(hyper_optimizer)
+        is_adam = self.hyper_optimizer is HyperOptimizer.ADAM
+        if tune_temperature and not is_adam:
+            raise ValueError(
+                f'tune_temperature needs hyper_optimizer="adam": "{self.hyper_optimizer.value}" has no closed form for it'
+            )
         self.groups = groups
         self.index = groups.index.to(device)
         self.lr = float(lr)  # numpy's would go into Adam's state, and no checkpoint with it could be read back
@@ -148,7 +93,7 @@ class Hyperparameters(nn.Module):
             self.register_parameter(f"log_{name}", nn.Parameter(value, requires_grad=tuned[name]))
         self.tuned_names = [name for name, is_tuned in tuned.items() if is_tuned]
         self.tuned = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.tuned, lr=self.lr, maximize=True) if self.tuned else None
+        self.optimizer = torch.optim.Adam(self.tuned, lr=self.lr, maximize=True) if self.tuned and is_adam else None
         self.reported: list[str] = []
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -190,14 +135,14 @@ class Hyperparameters(nn.Module):
             la.sigma_noise = self.sigma_noise().detach()
 
     def ascend(self, la: BaseLaplace, n_steps: int, *, max_log_step: float = 1.0, stiffness: float = math.inf) -> None:
-        """Take `n_steps` of Adam up the log marginal likelihood of `la` as it was last fitted.
+        """Take `n_steps` up the log marginal likelihood of `la` as it was last fitted.
 
         The mode and the curvature belong to the old values, so no logarithm ends further than `max_log_step` from
         where it began. `la` is left holding the new values.
 
         Args:
             la: a fitted posterior.
-            n_steps: how many steps.
+            n_steps: how many steps of Adam, or MacKay's updates; any number above 0 lets Newton's method reach the optimum.
             max_log_step: the largest total change of any logarithm in this call.
             stiffness: upper limit of δ·τ·σ² of a prior precision δ. Gradient steps on a mean loss over N examples
                 stay stable up to about N over the learning rate.
@@ -206,8 +151,21 @@ class Hyperparameters(nn.Module):
             PriorCollapseWarning: once for every group that reaches the upper limit.
         """
         start = [p.detach().clone() for p in self.tuned]
-        for _ in range(n_steps if self.tuned else 0):
-            assert self.optimizer is not None
+        if self.tuned and n_steps > 0:
+            if self.hyper_optimizer is HyperOptimizer.ADAM:
+                self._ascend_by_adam(la, n_steps, start, max_log_step, stiffness)
+            else:
+                self._ascend_in_closed_form(la, n_steps, max_log_step, stiffness)
+                self._confine(start, max_log_step, stiffness)
+        if self.log_prior_precision.requires_grad:
+            self._report_collapse(stiffness)
+        self.assign_to(la)
+
+    def _ascend_by_adam(
+        self, la: BaseLaplace, n_steps: int, start: list[Tensor], max_log_step: float, stiffness: float
+    ) -> None:
+        assert self.optimizer is not None
+        for _ in range(n_steps):
             self.optimizer.zero_grad()
             with torch.enable_grad():
                 noise = {"sigma_noise": self.sigma_noise()} if la.likelihood.has_noise else {}
@@ -217,9 +175,31 @@ class Hyperparameters(nn.Module):
                 log_marglik.backward(inputs=self.tuned)
             self.optimizer.step()
             self._confine(start, max_log_step, stiffness)
-        if self.log_prior_precision.requires_grad:
-            self._report_collapse(stiffness)
+
+    @torch.no_grad()
+    def _ascend_in_closed_form(self, la: BaseLaplace, n_steps: int, max_log_step: float, stiffness: float) -> None:
         self.assign_to(la)
+        evidence, box = Evidence(la, self.groups), self._box(max_log_step, stiffness)
+        point = self.log_prior_precision.detach().clone(), self.log_sigma_noise.item()
+        if self.hyper_optimizer is HyperOptimizer.NEWTON:
+            point = evidence.optimum(*point, box)
+        else:
+            for _ in range(n_steps):
+                point = evidence.mackay(*point, box)
+        self.log_prior_precision.copy_(point[0])
+        self.log_sigma_noise.fill_(point[1])
+
+    def _box(self, max_log_step: float, stiffness: float) -> Box:
+        """What `max_log_step`, `BOUNDS` and the upper limit at the present noise leave to tune in; a point where nothing is tuned."""
+        low, high = (math.log(bound) for bound in BOUNDS)
+        delta, sigma = self.log_prior_precision.detach(), self.log_sigma_noise.item()
+        delta_limits, sigma_limits = (delta, delta), (sigma, sigma)
+        if self.log_prior_precision.requires_grad:
+            upper = (delta + max_log_step).clamp(low, high).clamp(max=self._log_limit(stiffness))
+            delta_limits = torch.minimum((delta - max_log_step).clamp(low, high), upper), upper
+        if self.log_sigma_noise.requires_grad:
+            sigma_limits = max(sigma - max_log_step, low), min(sigma + max_log_step, high)
+        return Box(delta_limits, sigma_limits)
 
     def check_start(self, stiffness: float) -> None:
         """Refuse prior precisions that the first tuning would cut to their upper limit, see `ascend`.

@@ -36,7 +36,7 @@ class Schedule:
         n_epochs: epochs of gradient steps.
         n_epochs_burnin: epochs before the first tuning.
         marglik_frequency: epochs between two tunings.
-        n_hypersteps: steps on the hyperparameters at each tuning; 0 trains at fixed ones.
+        n_hypersteps: steps on the hyperparameters at each tuning, 0 to train at fixed ones; Newton's method takes as many as it needs.
         fit_fraction: share of the batches that the fit before a tuning sees.
         max_log_step: largest change of the logarithm of any hyperparameter at one tuning.
     """

@@ -42,6 +42,7 @@ def run_settings(
             "optimizer_kwargs": optimizer_options(optimizer),
             "scheduler": type(scheduler).__name__,
             "scheduler_kwargs": scheduler_kwargs,
+            "hyper_optimizer": hyper.hyper_optimizer.value,
             "lr_hyp": hyper.lr,
             "tuned": hyper.tuned_names,
             # One name a weight would be long; the number of groups tells "weight" from "parameter".

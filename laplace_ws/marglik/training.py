@@ -16,13 +16,13 @@ from laplace_ws.curvature.backend import trainable_parameters
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.marglik.checkpoint import left_as_found
 from laplace_ws.marglik.checks import check_data
-from laplace_ws.marglik.hyperparameters import Hyperparameters, PriorStructure, prior_groups
+from laplace_ws.marglik.hyperparameters import Hyperparameters
 from laplace_ws.marglik.optimizers import make_optimizer, make_scheduler, scheduler_options
 from laplace_ws.marglik.passes import same_order_after
 from laplace_ws.marglik.schedule import Schedule
 from laplace_ws.marglik.settings import run_settings
 from laplace_ws.marglik.trainer import Progress, Record, Trainer
-from laplace_ws.posterior import BaseLaplace, Laplace
+from laplace_ws.posterior import BaseLaplace, Laplace, PriorStructure, prior_groups
 
 STIFF_START = 0.01
 """Prior precision at the start, in units of the number of examples."""
@@ -89,6 +89,7 @@ def marglik_training(
     n_epochs_burnin: int = 0,
     marglik_frequency: int = 1,
     n_hypersteps: int = 100,
+    hyper_optimizer: str = "adam",
     lr_hyp: float = 0.1,
     max_log_step: float = 1.0,
     fit_fraction: float = 1.0,
@@ -108,7 +109,7 @@ def marglik_training(
     Gradient steps minimise the negative log joint per example, N⁻¹(L/τ + ½ Σ_p δ_p‖θ_p‖²), scaled by τσ² so that a
     learning rate means the same throughout. After `n_epochs_burnin` epochs, every `marglik_frequency` epochs and
     after the last one, the Laplace approximation is fitted at the present weights and the logarithms of the
-    hyperparameters take `n_hypersteps` steps of Adam up its log marginal likelihood. The weights and hyperparameters
+    hyperparameters take `n_hypersteps` steps up its log marginal likelihood, by default of Adam. The weights and hyperparameters
     with the highest log marginal likelihood are kept, and the posterior is fitted there on all the data. With
     `fit_fraction` below 1 that is the highest among estimates from different subsets of the batches, so it owes
     something to chance. With `tune_temperature` the last weights and hyperparameters are kept instead: values at
@@ -129,7 +130,10 @@ def marglik_training(
         scheduler_cls, scheduler_kwargs: stepped after every batch; a cosine to zero where not given.
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction: see `Schedule`.
             `n_hypersteps=0` trains at fixed hyperparameters.
-        lr_hyp: step size of Adam on the logarithms.
+        hyper_optimizer: how the hyperparameters climb: "adam"; "newton", which goes to the optimum of prior precisions and
+            noise within `max_log_step`, whatever `n_hypersteps` above 0; or "mackay", `n_hypersteps` updates
+            δ ← γ/‖θ‖², σ² ← SSE/(n − γ). `tune_temperature` needs "adam".
+        lr_hyp: step size of Adam on the logarithms; unused by the others.
         prior_structure: "scalar", "layerwise" (a bias shares its layer's; the scales and biases of
             normalisations and Fixup share one, which starts at 1), "parameter" (one a tensor), or
             "weight" (for "diag" and "full").
@@ -176,12 +180,13 @@ def marglik_training(
         la = Laplace(model, likelihood, curvature=curvature, **options)
         la.check(facts.x_first)
         hyper = Hyperparameters(
-            prior_groups(named_parameters, structure),
+            prior_groups(la.shapes, structure),
             prior_precision=STIFF_START * facts.n_data if prior_prec_init is None else prior_prec_init,
             sigma_noise=likelihood.sigma_noise if sigma_noise_init is None else sigma_noise_init,
             temperature=temperature_init,
             tune_sigma=likelihood.has_noise and not fix_sigma_noise,
             tune_temperature=tune_temperature,
+            hyper_optimizer=hyper_optimizer,
             lr=lr_hyp,
             device=device,
         )

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
-import scipy.linalg
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
-
-from laplace_ws.errors import NumericalRepairWarning
 
 
 class CurvatureMatrix(ABC):
@@ -24,8 +19,10 @@ class CurvatureMatrix(ABC):
 
     Attributes:
         shapes: shape of each parameter, by name.
+        is_separable: whether parameter tensors (and weights, where each may have a δ of its own) do not interact.
     """
 
+    is_separable: ClassVar[bool] = True
     shapes: Mapping[str, torch.Size]
 
     @property
@@ -48,6 +45,21 @@ class CurvatureMatrix(ABC):
     @abstractmethod
     def log_det(self, scale: Float[Tensor, ""], delta: Float[Tensor, ...]) -> Float[Tensor, ""]:
         """log det(scale·H + diag(δ)) in float64, differentiable in both arguments."""
+
+    @abstractmethod
+    def effective_parameters(
+        self, scale: Tensor, delta: Float[Tensor, " G"], groups: Int[Tensor, " K"]
+    ) -> tuple[Float[Tensor, " G"], Float[Tensor, " G"] | Float[Tensor, "G G"]]:
+        """Effective number of parameters of each group [MacKay 1992], γ_g = Σ_{i∈g} (1 − δ_g [(scale·H + Δ)⁻¹]_ii), in float64.
+
+        Args:
+            scale: factor on H.
+            delta: damping of each group.
+            groups: the group of every parameter tensor, or, where the structure allows it, of every weight.
+
+        Returns:
+            γ, and −∂γ_g/∂log δ_h: its diagonal where the groups do not interact, in full where they do.
+        """
 
     @abstractmethod
     def solve(self, vectors: Float[Tensor, "S P"], scale: Tensor, delta: Tensor) -> Float[Tensor, "S P"]:
@@ -88,39 +100,3 @@ def expand_per_weight(delta: Tensor, shapes: Mapping[str, torch.Size]) -> Float[
         f"the precision must be a scalar, {len(shapes)} numbers (one a parameter tensor) or {n_params} (one a weight), "
         f"got shape {tuple(delta.shape)}."
     )
-
-
-def eigh(matrix: Float[Tensor, "*G D D"], what: str) -> tuple[Float[Tensor, "*G D"], Float[Tensor, "*G D D"]]:
-    """Eigenvalues and eigenvectors of a positive semi-definite matrix, in float64; see `clamp_eigenvalues`.
-
-    The divide-and-conquer routine behind torch sometimes fails on wide matrices of low rank; LAPACK's relatively robust
-    representations, through scipy, then take its place.
-    """
-    wide = matrix.double()
-    try:
-        values, vectors = torch.linalg.eigh(wide)
-    except torch.linalg.LinAlgError:  # pyright: ignore
-        blocks = wide.reshape(-1, *wide.shape[-2:]).cpu().numpy()
-        pairs = [scipy.linalg.eigh(block, driver="evr") for block in blocks]
-        values = torch.from_numpy(np.stack([pair[0] for pair in pairs])).to(wide).reshape(wide.shape[:-1])
-        vectors = torch.from_numpy(np.stack([pair[1] for pair in pairs])).to(wide).reshape(wide.shape)
-    return clamp_eigenvalues(values, torch.finfo(matrix.dtype).eps, what), vectors
-
-
-def eigenvalues(matrix: Float[Tensor, "*G D D"], what: str) -> Float[Tensor, "*G D"]:
-    """Eigenvalues of a positive semi-definite matrix, in float64; see `clamp_eigenvalues`."""
-    try:
-        values = torch.linalg.eigvalsh(matrix.double())
-    except torch.linalg.LinAlgError:  # pyright: ignore
-        return eigh(matrix, what)[0]
-    return clamp_eigenvalues(values, torch.finfo(matrix.dtype).eps, what)
-
-
-def clamp_eigenvalues(values: Float[Tensor, "*G D"], eps: float, what: str) -> Float[Tensor, "*G D"]:
-    """Set negative eigenvalues to zero; warn when they exceed the rounding of a matrix with D rows and precision `eps`."""
-    lowest = values.min().item()
-    rounding = 10 * values.shape[-1] * eps * values.abs().max().item()
-    if -lowest > rounding:
-        message = f"{what} has an eigenvalue of {lowest:.3g} where none can be negative; set to 0."
-        warnings.warn(message, NumericalRepairWarning, stacklevel=2)
-    return values.clamp_min(0)

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace_ws.matrices.base import CurvatureMatrix, eigenvalues, eigh, expand_per_weight
+from laplace_ws.matrices.base import CurvatureMatrix, expand_per_weight
+from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh
 
 
 class Dense(CurvatureMatrix):
@@ -20,6 +21,8 @@ class Dense(CurvatureMatrix):
         shapes: shape of each parameter, by name.
         matrix: H.
     """
+
+    is_separable = False
 
     def __init__(self, shapes: Mapping[str, torch.Size], matrix: Float[Tensor, "P P"]):
         self.shapes = dict(shapes)
@@ -37,13 +40,21 @@ class Dense(CurvatureMatrix):
         return self.matrix
 
     @cached_property
+    def decomposition_dtype(self) -> torch.dtype:
+        """The precision of the eigenvalues, see `eigen.decomposition_dtype`; asking computes none of them."""
+        return decomposition_dtype(self.matrix)
+
+    @cached_property
     def _eigenvalues(self) -> Tensor:
-        return eigenvalues(self.matrix, "the dense curvature")
+        return eigenvalues(self.matrix, self.decomposition_dtype, "the dense curvature")
 
     @cached_property
     def _psd(self) -> Float[Tensor, "P P"]:
         """H in float64 without the negative eigenvalues that rounding gives, so that every δ > 0 makes it definite."""
-        values, vectors = eigh((self.matrix + self.matrix.mT) / 2, "the dense curvature")
+        symmetric = (self.matrix + self.matrix.mT) / 2
+        if self.decomposition_dtype != torch.float64:  # then it is definite by more than its rounding
+            return symmetric.double()
+        values, vectors = eigh(symmetric, torch.float64, "the dense curvature")
         return (vectors * values) @ vectors.mT
 
     def damped(self, scale: Tensor, delta: Tensor) -> Float[Tensor, "P P"]:
@@ -55,6 +66,25 @@ class Dense(CurvatureMatrix):
         if delta.ndim == 0:
             return (self._eigenvalues * scale.double() + delta.double()).log().sum()
         return 2 * torch.linalg.cholesky(self.damped(scale, delta)).diagonal().log().sum()
+
+    @torch.no_grad()
+    def effective_parameters(self, scale: Tensor, delta: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """See `CurvatureMatrix.effective_parameters`; a single group needs the eigenvalues only."""
+        if len(delta) == 1:
+            curvature = self._eigenvalues * scale.double()
+            p = curvature / (curvature + delta)
+            return p.sum()[None], (p * (1 - p)).sum()[None]
+        index = expand_per_weight(groups, self.shapes)
+        per_weight = delta[index]
+        covariance = torch.cholesky_inverse(torch.linalg.cholesky(self.damped(scale, per_weight)))
+        # (sSH)_ii rather than 1 − δ_i S_ii, which loses a small γ to rounding.
+        gamma = (covariance * self._psd).sum(1).mul(scale.double()).clamp_min(0)
+        shared = covariance.square() * per_weight[:, None] * per_weight
+        by_group = delta.new_zeros(len(delta), self.n_params).index_add_(0, index, shared)
+        interaction = delta.new_zeros(len(delta), len(delta)).index_add_(1, index, by_group)
+        shrinkage = delta.new_zeros(2, len(delta))
+        shrinkage.index_add_(1, index, torch.stack([gamma, per_weight * covariance.diagonal()]))
+        return shrinkage[0], torch.diag(shrinkage[1]) - interaction
 
     def solve(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.solve`."""

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws.matrices import spectrum
 from laplace_ws.matrices.base import CurvatureMatrix, expand_per_weight
 
 
@@ -42,6 +43,23 @@ class Diag(CurvatureMatrix):
     def log_det(self, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.log_det`."""
         return self.damped(scale, delta).log().sum()
+
+    @torch.no_grad()
+    def effective_parameters(self, scale: Tensor, delta: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """See `CurvatureMatrix.effective_parameters`."""
+        if len(groups) == len(self.shapes):
+            one = delta.new_ones(1)
+            parts = zip(
+                self.values.split([shape.numel() for shape in self.shapes.values()]), delta[groups], strict=True
+            )
+            sums = [spectrum.effective_parameters(part.double(), one, scale.double() / d) for part, d in parts]
+            shares = torch.stack(sums, 1)
+        else:
+            curvature = self.values.double() * scale.double()
+            p = curvature / (curvature + delta[groups])
+            shares = torch.stack([p, p * (1 - p)])
+        totals = delta.new_zeros(2, len(delta)).index_add_(1, groups, shares)
+        return totals[0], totals[1]
 
     def solve(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.solve`."""

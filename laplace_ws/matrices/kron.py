@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace_ws.matrices.base import CurvatureMatrix, eigenvalues, eigh
+from laplace_ws.matrices import spectrum
+from laplace_ws.matrices.base import CurvatureMatrix
+from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,20 +59,31 @@ class KronBlock:
         return torch.kron(A, B) if self.transposed else torch.kron(B, A)
 
     @cached_property
-    def _values(self) -> tuple[Tensor, Tensor]:
+    def decomposition_dtypes(self) -> tuple[torch.dtype | None, torch.dtype | None]:
+        """The precisions in which B and A are decomposed, see `eigen.decomposition_dtype`; None where there is nothing to decompose.
+
+        The groups of a grouped factor share one. Asking decomposes nothing.
+        """
+        B = None if self.diagonal_B else decomposition_dtype(self.B)
+        return B, None if self.A is None or self.diagonal_A else decomposition_dtype(self.A)
+
+    @cached_property
+    def factor_eigenvalues(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues of B `[*G, O]` and A `[*G, I]` in float64, without eigenvectors."""
         if "_eigen" in self.__dict__:
             return self._eigen[0][0], self._eigen[1][0]
-        return _eigenvalues(self.B, self.diagonal_B), _eigenvalues(self.A, self.diagonal_A, like=self.B)
+        B_dtype, A_dtype = self.decomposition_dtypes
+        return _eigenvalues(self.B, B_dtype, self.B), _eigenvalues(self.A, A_dtype, self.B)
 
     @cached_property
     def _eigen(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Eigenvalues and eigenvectors (None for the identity) of B and A in float64."""
-        return _eigen(self.B, self.diagonal_B), _eigen(self.A, self.diagonal_A, like=self.B)
+        B_dtype, A_dtype = self.decomposition_dtypes
+        return _eigen(self.B, B_dtype, self.B), _eigen(self.A, A_dtype, self.B)
 
     def eigenvalues(self) -> Float[Tensor, "*G O I"]:
         """Products of the factors' eigenvalues: the spectrum of the block, float64."""
-        b, a = self._values
+        b, a = self.factor_eigenvalues
         return b[..., :, None] * a[..., None, :]
 
     def filter(self, vectors: Float[Tensor, "S D"], gains: Float[Tensor, "*G O I"]) -> Float[Tensor, "S D"]:
@@ -113,14 +126,29 @@ class Kron(CurvatureMatrix, Mapping[str, KronBlock]):
         """See `CurvatureMatrix.__mul__`."""
         return Kron({n: replace(b, B=b.B * factor, n_inputs=b.n_inputs * factor) for n, b in self.blocks.items()})
 
+    @property
+    def decomposition_dtypes(self) -> dict[str, tuple[torch.dtype | None, torch.dtype | None]]:
+        """By parameter, the precisions in which its B and A are decomposed; see `KronBlock.decomposition_dtypes`."""
+        return {name: block.decomposition_dtypes for name, block in self.blocks.items()}
+
     def to_dense(self) -> Tensor:
         """See `CurvatureMatrix.to_dense`."""
         return torch.block_diag(*(block.to_dense() for block in self.blocks.values()))
 
     def log_det(self, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.log_det`; needs eigenvalues only."""
-        terms = [(b.eigenvalues() * scale.double() + d).log().sum() for b, d in self._with_delta(delta)]
-        return torch.stack(terms).sum()
+        pairs = list(self._with_delta(delta))
+        sizes = torch.tensor([block.shape.numel() for block, _ in pairs], device=delta.device)
+        terms = [spectrum.sum_log1p(*block.factor_eigenvalues, scale.double() / d) for block, d in pairs]
+        return torch.stack(terms).sum() + (sizes * torch.stack([d for _, d in pairs]).log()).sum()
+
+    @torch.no_grad()
+    def effective_parameters(self, scale: Tensor, delta: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """See `CurvatureMatrix.effective_parameters`; needs eigenvalues only."""
+        pairs = self._with_delta(delta[groups])
+        parts = [spectrum.effective_parameters(*b.factor_eigenvalues, scale.double() / d) for b, d in pairs]
+        gamma, decrease = delta.new_zeros(2, len(delta)).index_add_(1, groups, torch.stack(parts, 1)).unbind()
+        return gamma, decrease
 
     def solve(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.solve`."""
@@ -162,19 +190,18 @@ def at_least_one(n_inputs: float | Tensor) -> float | Tensor:
     return n_inputs or 1
 
 
-def _eigenvalues(factor: Tensor | None, diagonal: bool, like: Tensor | None = None) -> Tensor:
-    if factor is None or diagonal:
-        return _eigen(factor, diagonal, like)[0]
-    return eigenvalues(factor, "a Kronecker factor")
+def _eigenvalues(factor: Tensor | None, dtype: torch.dtype | None, like: Tensor) -> Tensor:
+    if factor is None or dtype is None:
+        return _eigen(factor, None, like)[0]
+    return eigenvalues(factor, dtype, "a Kronecker factor")
 
 
-def _eigen(factor: Tensor | None, diagonal: bool, like: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def _eigen(factor: Tensor | None, dtype: torch.dtype | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
     if factor is None:  # a vector's block, B ⊗ 1
-        assert like is not None
         return torch.ones(1, dtype=torch.float64, device=like.device), None
-    if diagonal:
+    if dtype is None:  # a diagonal
         return factor.double(), None
-    return eigh(factor, "a Kronecker factor")
+    return eigh(factor, dtype, "a Kronecker factor")
 
 
 def _multiply(x: Tensor, Q_B: Tensor | None, Q_A: Tensor | None, *, adjoint: bool) -> Tensor:

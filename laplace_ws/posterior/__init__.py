@@ -10,6 +10,7 @@ from laplace_ws.likelihoods import Likelihood
 from laplace_ws.posterior.base import BaseLaplace
 from laplace_ws.posterior.diag import DiagLaplace
 from laplace_ws.posterior.full import FullLaplace
+from laplace_ws.posterior.groups import PriorGroups, PriorStructure, prior_groups
 from laplace_ws.posterior.kron import KronLaplace, KronPrecision
 
 STRUCTURES: dict[str, type[BaseLaplace]] = {
@@ -45,4 +46,14 @@ def Laplace(
     return STRUCTURES[hessian_structure](model, likelihood, **options)
 
 
-__all__ = ["BaseLaplace", "DiagLaplace", "FullLaplace", "KronLaplace", "KronPrecision", "Laplace"]
+__all__ = [
+    "BaseLaplace",
+    "DiagLaplace",
+    "FullLaplace",
+    "KronLaplace",
+    "KronPrecision",
+    "Laplace",
+    "PriorGroups",
+    "PriorStructure",
+    "prior_groups",
+]

@@ -19,8 +19,9 @@ from laplace_ws.curvature.compute import Batches, default_generator
 from laplace_ws.errors import NotFittedError
 from laplace_ws.kfac import Accumulator
 from laplace_ws.likelihoods import Likelihood, make_likelihood
-from laplace_ws.matrices import CurvatureMatrix, expand_per_weight
+from laplace_ws.matrices import CurvatureMatrix
 from laplace_ws.posterior.hyperparameters import PosteriorHyperparameters
+from laplace_ws.posterior.optimum import optimal_prior_and_noise
 
 FORMAT_VERSION = 1
 
@@ -108,7 +109,7 @@ class BaseLaplace(PosteriorHyperparameters):
         check_devices(self.model, x)
         parameters = trainable_parameters(self.model)
         with evaluation_mode(self.model):
-            uses, outputs = check_linearisation(self.backend, self.model, x[:N_PROBED], parameters)
+            uses, outputs, _ = check_linearisation(self.backend, self.model, x[:N_PROBED], parameters)
             self._make_accumulator(parameters).start_batch(uses, outputs.ndim)
 
     def fit(self, train_loader: Batches, *, n_data: int | None = None, progress_bar: bool = False) -> None:
@@ -173,10 +174,24 @@ class BaseLaplace(PosteriorHyperparameters):
         delta = self._prior_precision if prior_precision is None else self._check_prior_precision(prior_precision)
         sigma = self._sigma_noise if sigma_noise is None else self._check_sigma_noise(sigma_noise)
         tau = self._temperature if temperature is None else self._check_positive_scalar("temperature", temperature)
-        delta_diag = expand_per_weight(delta, self.shapes)
-        log_det_ratio = self.H.log_det(self._scale(sigma, tau), delta) - delta_diag.log().sum()
-        penalty = 0.5 * (delta_diag * (self.mean.double() - self._prior_mean).square()).sum()
-        return -self._nll_sum(sigma) / tau - penalty - 0.5 * log_det_ratio
+        log_det_prior, penalty = self._prior_terms(delta)
+        log_det_ratio = self.H.log_det(self._scale(sigma, tau), delta) - log_det_prior
+        return -self._nll_sum(sigma) / tau - 0.5 * penalty - 0.5 * log_det_ratio
+
+    def optimal_prior_precision(self, prior_structure: str = "layerwise") -> Tensor:
+        """Δ at which the log marginal likelihood of the present fit is highest, at the present σ and τ; `prior_precision` stays as it is.
+
+        The weights of a group that are all at the prior mean ask for an infinite δ, and weights without curvature for a zero one: they get
+        the upper and the lower limit in `optimum.BOUNDS`.
+
+        Args:
+            prior_structure: "scalar", "layerwise", "parameter" or "weight" (not with "kron"): which weights share one, see `prior_groups`.
+        """
+        return optimal_prior_and_noise(self, prior_structure, fix_noise=True)[0]
+
+    def optimal_prior_and_noise(self, prior_structure: str = "layerwise") -> tuple[Tensor, Float[Tensor, ""]]:
+        """Δ and σ at which the log marginal likelihood is highest together; otherwise as `optimal_prior_precision`."""
+        return optimal_prior_and_noise(self, prior_structure, fix_noise=not self.likelihood.has_noise)
 
     @property
     def log_likelihood(self) -> Float[Tensor, ""]:

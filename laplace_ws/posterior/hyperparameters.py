@@ -23,6 +23,7 @@ class PosteriorHyperparameters(ABC):
         likelihood: p(y | f).
         shapes: shape of each parameter, by name.
         n_params: number of weights.
+        mean: θ*, flat.
     """
 
     hessian_structure: ClassVar[str]
@@ -30,6 +31,7 @@ class PosteriorHyperparameters(ABC):
     likelihood: Likelihood
     shapes: Mapping[str, torch.Size]
     n_params: int
+    mean: Float[Tensor, " P"]
     _device: torch.device
 
     @property
@@ -105,3 +107,22 @@ class PosteriorHyperparameters(ABC):
     def prior_precision_diag(self) -> Float[Tensor, " P"]:
         """Δ of every weight."""
         return expand_per_weight(self._prior_precision, self.shapes)
+
+    def squared_deviation(self, *, per_weight: bool = False) -> Float[Tensor, " K"]:
+        """(θ*−μ)² in float64: its sum over each parameter tensor, or one a weight."""
+        if per_weight:
+            return (self.mean.double() - self._prior_mean).square()
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        parts = zip(self.mean.split(sizes), self._prior_mean.expand(self.n_params).split(sizes), strict=True)
+        deviations = (theta.double() - mu for theta, mu in parts)
+        return torch.stack([deviation.dot(deviation) for deviation in deviations])
+
+    def _prior_terms(self, delta: Tensor) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """log det Δ and (θ*−μ)ᵀΔ(θ*−μ)."""
+        if delta.ndim and len(delta) != len(self.shapes):
+            return delta.log().sum(), delta.dot(self.squared_deviation(per_weight=True))
+        sizes = torch.tensor(
+            [shape.numel() for shape in self.shapes.values()], dtype=torch.float64, device=delta.device
+        )
+        delta = delta.expand(len(sizes))
+        return sizes.dot(delta.log()), delta.dot(self.squared_deviation())

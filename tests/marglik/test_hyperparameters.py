@@ -10,16 +10,21 @@ import torch
 from torch import nn
 
 from laplace_ws.curvature.backend import trainable_parameters
-from laplace_ws.marglik import Hyperparameters, PriorCollapseWarning, PriorGroups, prior_groups
-from laplace_ws.marglik.hyperparameters import ELEMENTWISE
+from laplace_ws.marglik import Hyperparameters, PriorCollapseWarning
 from laplace_ws.models import WideResNet
-from laplace_ws.posterior import Laplace
+from laplace_ws.posterior import Laplace, PriorGroups, prior_groups
+from laplace_ws.posterior.groups import ELEMENTWISE
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of what is trained, by name."""
+    return {name: parameter.shape for name, parameter in trainable_parameters(model).items()}
 
 
 def group_names(model: nn.Module, structure: str) -> dict[str, str]:
     """The group of every parameter, by name."""
     named = list(trainable_parameters(model).items())
-    groups = prior_groups(named, structure)
+    groups = prior_groups(shapes_of(model), structure)
     return {name: groups.names[i] for (name, _), i in zip(named, groups.index.tolist(), strict=True)}
 
 
@@ -34,7 +39,7 @@ def test_layerwise_on_fixup_net_gives_scalars_one_prior_that_starts_at_one():
     assert {got[name] for name in scalars} == {ELEMENTWISE}
     assert len(got) == len(layers) + len(scalars) + 1
     named = list(trainable_parameters(model).items())
-    start = Hyperparameters(prior_groups(named, "layerwise"), prior_precision=10.0).by_parameter(named)
+    start = Hyperparameters(prior_groups(shapes_of(model), "layerwise"), prior_precision=10.0).by_parameter(named)
     assert start == pytest.approx({name: 1.0 if name in scalars else 10.0 for name in start})
 
 
@@ -66,8 +71,9 @@ def test_layerwise_covers_the_odd_cases():
 
 
 def test_layerwise_without_any_matrix_is_one_group_that_starts_as_told():
-    named = list(trainable_parameters(nn.LayerNorm(3)).items())
-    hyper = Hyperparameters(prior_groups(named, "layerwise"), prior_precision=3.0)
+    model = nn.LayerNorm(3)
+    named = list(trainable_parameters(model).items())
+    hyper = Hyperparameters(prior_groups(shapes_of(model), "layerwise"), prior_precision=3.0)
     assert hyper.by_parameter(named) == pytest.approx({"weight": 3.0, "bias": 3.0})
 
 
@@ -76,7 +82,7 @@ def test_layerwise_without_any_matrix_is_one_group_that_starts_as_told():
 )
 def test_structures_expand_to_what_the_posterior_takes(structure, n_groups, length):
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
-    hyper = Hyperparameters(prior_groups(trainable_parameters(model).items(), structure), prior_precision=3.0)
+    hyper = Hyperparameters(prior_groups(shapes_of(model), structure), prior_precision=3.0)
     assert hyper.log_prior_precision.shape == (n_groups,)
     torch.testing.assert_close(hyper.prior_precision(), torch.full((length,), 3.0, dtype=torch.float64))
     named = list(trainable_parameters(model).items())
@@ -86,7 +92,7 @@ def test_structures_expand_to_what_the_posterior_takes(structure, n_groups, leng
 def test_by_parameter_keeps_the_order_of_the_groups():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     named = list(trainable_parameters(model).items())
-    hyper = Hyperparameters(prior_groups(named, "layerwise"))
+    hyper = Hyperparameters(prior_groups(shapes_of(model), "layerwise"))
     with torch.no_grad():
         hyper.log_prior_precision.copy_(torch.tensor([2.0, 5.0]).log())
     assert hyper.by_parameter(named) == pytest.approx({"0.weight": 2, "0.bias": 2, "1.weight": 5, "1.bias": 5})
@@ -106,7 +112,7 @@ def ascend(n_steps: int, **options) -> tuple[Hyperparameters, float, float]:
     model, data = linear_gaussian()
     la = Laplace(model, "regression", hessian_structure="full")
     la.fit(data)
-    groups = prior_groups(trainable_parameters(model).items(), "scalar")
+    groups = prior_groups(shapes_of(model), "scalar")
     hyper = Hyperparameters(groups, tune_sigma=True, lr=0.2)
     hyper.assign_to(la)
     before = la.log_marginal_likelihood().item()
@@ -139,7 +145,7 @@ def test_what_is_not_tuned_stays():
     model, data = linear_gaussian()
     la = Laplace(model, "regression", hessian_structure="full")
     la.fit(data)
-    hyper = Hyperparameters(prior_groups(trainable_parameters(model).items(), "scalar"), sigma_noise=0.5)
+    hyper = Hyperparameters(prior_groups(shapes_of(model), "scalar"), sigma_noise=0.5)
     hyper.ascend(la, 20)
     assert hyper.sigma_noise().item() == pytest.approx(0.5, rel=1e-12)
     assert la.sigma_noise.item() == pytest.approx(0.5, rel=1e-12)
@@ -154,7 +160,7 @@ def test_collapse_is_reported_once_by_name():
     x = torch.randn(20, 3, dtype=torch.float64)
     la = Laplace(model, "regression", hessian_structure="diag")
     la.fit([(x, torch.randn(20, 1, dtype=torch.float64))])
-    hyper = Hyperparameters(prior_groups(trainable_parameters(model).items(), "layerwise"), lr=1.0)
+    hyper = Hyperparameters(prior_groups(shapes_of(model), "layerwise"), lr=1.0)
     with pytest.warns(PriorCollapseWarning, match=r"'0\.weight'") as caught:
         hyper.ascend(la, 40, max_log_step=100.0, stiffness=50.0)
     assert len(caught) == 1
@@ -177,7 +183,7 @@ def test_state_restores_the_next_step_exactly():
     model, data = linear_gaussian()
     la = Laplace(model, "regression", hessian_structure="full")
     la.fit(data)
-    groups = prior_groups(trainable_parameters(model).items(), "scalar")
+    groups = prior_groups(shapes_of(model), "scalar")
     first, second, without_adam = (Hyperparameters(groups, tune_sigma=True) for _ in range(3))
     first.ascend(la, 7)
     second.load_state_dict(first.state_dict())

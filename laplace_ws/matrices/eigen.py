@@ -1,0 +1,76 @@
+"""Eigenvalues and eigenvectors of positive semi-definite matrices, each in the precision that it needs."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import scipy.linalg
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace_ws.errors import NumericalRepairWarning
+
+
+def decomposition_dtype(matrix: Float[Tensor, "*G D D"]) -> torch.dtype:
+    """The precision that decomposes a symmetric matrix without losing its positive-definiteness.
+
+    An eigensolver moves each eigenvalue by a few ε·λ_max. Where every eigenvalue exceeds the `rounding` of the matrix, which a Cholesky
+    factorisation of F − rounding·I tells at a sixth of the price of the eigenvalues or less, the matrix's own precision suffices;
+    elsewhere the small eigenvalues would be noise, and it is float64. A stack of matrices is one decision.
+    """
+    if matrix.dtype == torch.float64:
+        return torch.float64
+    bound = torch.linalg.matrix_norm(matrix)  # Frobenius: no eigenvalue is larger
+    shift = (rounding(matrix.shape[-1], matrix.dtype) * bound)[..., None]
+    if not (
+        matrix.diagonal(dim1=-2, dim2=-1) > shift
+    ).all():  # the smallest eigenvalue is not above the smallest of these
+        return torch.float64
+    shifted = matrix.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).sub_(shift)
+    is_definite = bool((torch.linalg.cholesky_ex(shifted).info == 0).all())
+    return matrix.dtype if is_definite else torch.float64
+
+
+def rounding(n_rows: int, dtype: torch.dtype) -> float:
+    """How far an eigenvalue of a matrix with D rows can be off, in units of the largest one: 10·D·ε."""
+    return 10 * n_rows * torch.finfo(dtype).eps
+
+
+def eigh(
+    matrix: Float[Tensor, "*G D D"], dtype: torch.dtype, what: str
+) -> tuple[Float[Tensor, "*G D"], Float[Tensor, "*G D D"]]:
+    """Eigenvalues and eigenvectors of a positive semi-definite matrix, computed in `dtype`, given in float64; see `clamped`.
+
+    The divide-and-conquer routine behind torch sometimes fails on wide matrices of low rank; LAPACK's relatively robust
+    representations, through scipy, then take its place.
+    """
+    working = matrix.to(dtype)
+    try:
+        values, vectors = torch.linalg.eigh(working)
+    except torch.linalg.LinAlgError:  # pyright: ignore
+        blocks = working.reshape(-1, *working.shape[-2:]).cpu().numpy()
+        pairs = [scipy.linalg.eigh(block, driver="evr") for block in blocks]
+        values = torch.from_numpy(np.stack([pair[0] for pair in pairs])).to(working).reshape(working.shape[:-1])
+        vectors = torch.from_numpy(np.stack([pair[1] for pair in pairs])).to(working).reshape(working.shape)
+    return clamped(values.double(), matrix.dtype, what), vectors.double()
+
+
+def eigenvalues(matrix: Float[Tensor, "*G D D"], dtype: torch.dtype, what: str) -> Float[Tensor, "*G D"]:
+    """Eigenvalues of a positive semi-definite matrix, computed in `dtype`, given in float64; see `clamped`."""
+    try:
+        values = torch.linalg.eigvalsh(matrix.to(dtype))
+    except torch.linalg.LinAlgError:  # pyright: ignore
+        return eigh(matrix, dtype, what)[0]
+    return clamped(values.double(), matrix.dtype, what)
+
+
+def clamped(values: Float[Tensor, "*G D"], dtype: torch.dtype, what: str) -> Float[Tensor, "*G D"]:
+    """Set negative eigenvalues to zero; warn when they exceed the `rounding` of a matrix that was made in `dtype`."""
+    lowest = values.min().item()
+    if -lowest > rounding(values.shape[-1], dtype) * values.abs().max().item():
+        message = f"{what} has an eigenvalue of {lowest:.3g} where none can be negative; set to 0."
+        warnings.warn(message, NumericalRepairWarning, stacklevel=2)
+    return values.clamp_min(0)
