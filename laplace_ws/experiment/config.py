@@ -76,7 +76,7 @@ class MarglikConfig:
         curvature: exact GGN, GGN by sampled labels, or empirical Fisher.
         kfac_approx: auto, expand or reduce, or a mapping from a pattern of layers to one of them.
         backend: native, asdl or backpack: who runs the model for the curvature; the numbers are the same.
-        mc_samples: labels sampled per image for ggn_mc.
+        mc_samples: labels or signs drawn per image for ggn_mc and ggn_mc_rademacher.
         final_curvature: of the last fit; `curvature` if not given.
         optimizer: of the weights.
         lr: its step size at the start; a cosine takes it to zero.
@@ -96,11 +96,11 @@ class MarglikConfig:
     temperature_init: float = 1.0
     tune_temperature: bool = False
     hessian_structure: Literal["kron", "diag", "full"] = "kron"
-    curvature: Literal["ggn", "ggn_mc", "ef"] = "ggn_mc"
+    curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] = "ggn_mc"
     kfac_approx: Literal["auto", "expand", "reduce"] | dict[str, str] = "auto"
     backend: str = "native"
     mc_samples: int = 1
-    final_curvature: Literal["ggn", "ggn_mc", "ef"] | None = None
+    final_curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] | None = None
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.03
     momentum: float = 0.9

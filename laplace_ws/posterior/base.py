@@ -42,10 +42,10 @@ class BaseLaplace(PosteriorHyperparameters):
         sigma_noise: standard deviation σ of the observation noise (regression); default: the likelihood's own.
         temperature: τ; the likelihood enters to the power 1/τ. A tempered class likelihood is not normalised, so values of the log marginal
             likelihood compare only at equal τ.
-        curvature: "ggn", "ggn_mc" (sampled labels) or "ef" (empirical Fisher).
+        curvature: "ggn", "ggn_mc" (sampled labels), "ggn_mc_rademacher" (random signs) or "ef" (empirical Fisher).
         backend: "native", "asdl", "backpack", or a `Backend`: who runs the model; the numbers are the same.
-        mc_samples: label samples an example, for "ggn_mc".
-        generator: source of the label samples; by default one of our own, which `torch.manual_seed` makes reproducible.
+        mc_samples: random columns an example, for "ggn_mc" and "ggn_mc_rademacher".
+        generator: source of the labels or signs; by default one of our own, which `torch.manual_seed` makes reproducible.
 
     Attributes:
         parameter_names: the parameters covered, in the order of every flat vector.

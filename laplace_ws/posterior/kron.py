@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace_ws.kfac import KfacApproxSpec, KronAccumulator, approximation_by_parameter
+from laplace_ws.kfac import FactorPrecision, KfacApproxSpec, KronAccumulator, approximation_by_parameter
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.matrices import Kron, expand_per_weight
 from laplace_ws.posterior.base import BaseLaplace
@@ -50,6 +50,7 @@ class KronLaplace(BaseLaplace):
         model: a trained network.
         likelihood: "classification", "regression", "binary" or a `Likelihood`.
         kfac_approx: "auto", "expand", "reduce", or a mapping from patterns of parameter names to them.
+        factor_precision: of the products that make up the factors: "float32", "tf32" or "bf16", see `FactorPrecision`.
         **options: see `BaseLaplace`.
     """
 
@@ -58,16 +59,24 @@ class KronLaplace(BaseLaplace):
     _matrix = Kron
 
     def __init__(
-        self, model: nn.Module, likelihood: str | Likelihood, *, kfac_approx: KfacApproxSpec = "auto", **options: Any
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood,
+        *,
+        kfac_approx: KfacApproxSpec = "auto",
+        factor_precision: str | FactorPrecision = "float32",
+        **options: Any,
     ):
         super().__init__(model, likelihood, **options)
+        self.factor_precision = FactorPrecision(factor_precision)
         self.approximations = approximation_by_parameter(kfac_approx, self.parameter_names)
 
     def _make_accumulator(self, parameters: Mapping[str, nn.Parameter]) -> KronAccumulator:
-        return KronAccumulator(parameters, self.approximations)
+        return KronAccumulator(parameters, self.approximations, self.factor_precision)
 
     def _options(self) -> dict[str, Any]:
-        return super()._options() | {"kfac_approx": {name: a.value for name, a in self.approximations.items()}}
+        approximations = {name: a.value for name, a in self.approximations.items()}
+        return super()._options() | {"kfac_approx": approximations, "factor_precision": self.factor_precision.value}
 
     @property
     def posterior_precision(self) -> KronPrecision:

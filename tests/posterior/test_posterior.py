@@ -188,9 +188,22 @@ def test_bad_input_is_said_in_one_sentence():
         ({"subset_of_weights": "last"}, "unknown subset_of_weights 'last'"),
         ({"curvature": "fisher"}, "unknown curvature 'fisher'"),
         ({"kfac_approx": "expanded"}, "unknown kfac_approx 'expanded'"),
+        ({"factor_precision": "half"}, "unknown factor_precision 'half'"),
         ({"backend": "native2"}, "unknown backend 'native2'"),
     ):
         with pytest.raises(ValueError, match=message):
             Laplace(model, "classification", **options)
     with pytest.raises(UnsupportedParameterError, match="Sequential has no parameter that requires grad"):
         Laplace(model.requires_grad_(False), "classification")
+
+
+def test_precision_of_the_factors_is_an_option_that_is_saved():
+    model, x = torch.nn.Linear(3, 2), torch.randn(30, 3)
+    data = [(x, torch.randn(30, 2))]
+    posteriors = {p: Laplace(model, "regression", factor_precision=p) for p in ("float32", "bf16")}
+    for la in posteriors.values():
+        la.fit(data)
+    single, rounded = (la.H["weight"].A for la in posteriors.values())
+    assert 0 < (single - rounded).norm() / single.norm() < 2**-8
+    with pytest.raises(ValueError, match="the saved posterior has factor_precision='bf16', this one 'float32'"):
+        posteriors["float32"].load_state_dict(posteriors["bf16"].state_dict())
