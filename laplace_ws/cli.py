@@ -6,29 +6,38 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from laplace_ws._version import __version__
+from laplace_ws.bench import (
+    BenchConfig,
+    BenchError,
+    as_markdown,
+    check_config,
+    check_places,
+    load_result,
+    render,
+    run_bench,
+    write_result,
+)
 from laplace_ws.experiment.config import RunConfig, UnknownKeyError, check_keys, config_keys, flatten
 from laplace_ws.experiment.folder import ExperimentError, summary_table
 from laplace_ws.experiment.run import run_experiment
 from laplace_ws.marglik.schedule import TrainingDiverged
 from laplace_ws.report import ReportInputError, write_report
 
-_OWN_OPTIONS = ("config", "resume", "help", "print_config")
+_OWN_OPTIONS = ("config", "help", "print_config")
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
-def make_parser() -> ArgumentParser:
-    """The parser of `laplace-ws train`; every field of `RunConfig` is an option."""
-    parser = ArgumentParser(
-        prog="laplace-ws train", description="Train and tune a network; write a run folder.", exit_on_error=False
-    )
+def make_parser(config_class: type, prog: str, description: str) -> ArgumentParser:
+    """A parser in which every field of a configuration is an option."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; options after it override it")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoints")
-    parser.add_class_arguments(RunConfig, as_group=False)
+    parser.add_class_arguments(config_class, as_group=False)
     return parser
 
 
@@ -40,17 +49,30 @@ def parse_train(args: Sequence[str]) -> tuple[RunConfig, bool]:
         OSError: the YAML file cannot be read.
         ArgumentError: a value does not fit its type.
     """
-    check_arguments(args)
-    parser = make_parser()
-    instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
-    values = instantiate(parser.parse_args(list(args)))
+    parser = make_parser(RunConfig, "laplace-ws train", "Train and tune a network; write a run folder.")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoints")
+    values = parse(parser, RunConfig, args, [*_OWN_OPTIONS, "resume"])
     config = RunConfig(**{key: values[key] for key in RunConfig.__dataclass_fields__})
     return config, values["resume"]
 
 
-def check_arguments(args: Sequence[str]) -> None:
+def parse_bench(args: Sequence[str]) -> BenchConfig:
+    """Read the arguments of `bench curvature`; raises what `parse_train` raises."""
+    description = "Measure the cost of curvature, ours and other libraries', in units of a training step."
+    parser = make_parser(BenchConfig, "laplace-ws bench curvature", description)
+    values = parse(parser, BenchConfig, args, _OWN_OPTIONS)
+    return BenchConfig(**{key: values[key] for key in BenchConfig.__dataclass_fields__})
+
+
+def parse(parser: ArgumentParser, config_class: type, args: Sequence[str], own_options: Sequence[str]) -> Any:
+    """Parse arguments after refusing unknown keys; sections come as their dataclasses."""
+    check_arguments(args, config_keys(config_class), own_options)
+    instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
+    return instantiate(parser.parse_args(list(args)))
+
+
+def check_arguments(args: Sequence[str], known: Sequence[str], own_options: Sequence[str]) -> None:
     """Refuse unknown keys before parsing, with the nearest known one."""
-    known = config_keys()
     for i, arg in enumerate(args):
         if not arg.startswith("--"):
             continue
@@ -58,7 +80,7 @@ def check_arguments(args: Sequence[str]) -> None:
         values = [value] if equals else args[i + 1 : i + 2]
         if key == "config" and values:
             check_file(Path(values[0]), known)
-        check_keys([key], [*known, *_OWN_OPTIONS])
+        check_keys([key], [*known, *own_options])
 
 
 def check_file(path: Path, known: Sequence[str]) -> None:
@@ -95,11 +117,64 @@ def report(args: Sequence[str]) -> int:
     return OK
 
 
-COMMANDS = {"train": train, "report": report}
-USAGE_TEXT = """usage: laplace-ws {train,report} ...
+def bench(args: Sequence[str]) -> int:
+    """Run `laplace-ws bench`; returns the exit status."""
+    if not args or args[0] in ("-h", "--help"):
+        print(BENCH_USAGE_TEXT, file=sys.stdout if args else sys.stderr)
+        return OK if args else USAGE
+    check_keys([args[0]], BENCH_COMMANDS)
+    return BENCH_COMMANDS[args[0]](args[1:])
+
+
+def bench_curvature(args: Sequence[str]) -> int:
+    """Run `laplace-ws bench curvature`; returns the exit status."""
+    config = parse_bench(args)
+    folder, docs = Path(config.out), None if config.docs is None else Path(config.docs)
+    try:
+        check_config(config)
+        check_places(folder, docs, config.name)
+        result = run_bench(config)
+    except KeyboardInterrupt:
+        print("\nlaplace-ws: interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    print_result(result, write_result(result, folder, docs))
+    return OK
+
+
+def bench_render(args: Sequence[str]) -> int:
+    """Run `laplace-ws bench render`; returns the exit status."""
+    description = "Print the tables of a measured benchmark; write tables and pictures anew beside it."
+    parser = ArgumentParser(prog="laplace-ws bench render", description=description, exit_on_error=False)
+    parser.add_argument("result", type=str, help="JSON file of a benchmark")
+    parser.add_argument(
+        "--docs", type=str, default=None, help="markdown file whose section of this name is written anew"
+    )
+    values = parser.parse_args(list(args))
+    result = load_result(Path(values.result))
+    print_result(result, render(result, Path(values.result).parent, values.docs and Path(values.docs)))
+    return OK
+
+
+def print_result(result: dict, written: Sequence[Path]) -> None:
+    """Print the tables of a benchmark and where it was written."""
+    print(as_markdown(result))
+    print(f"\nwritten: {', '.join(map(str, written))}")
+
+
+BENCH_COMMANDS = {"curvature": bench_curvature, "render": bench_render}
+BENCH_USAGE_TEXT = """usage: laplace-ws bench {curvature,render} ...
+
+  curvature  measure time and memory of Kronecker factors, ours and other libraries' (laplace-ws bench curvature --help
+             lists every option; --config configs/bench_curvature.yaml is the usual start)
+  render     print the tables of a measured benchmark, and write them into a document (--docs)
+
+  --help     print this"""
+COMMANDS = {"train": train, "report": report, "bench": bench}
+USAGE_TEXT = """usage: laplace-ws {train,report,bench} ...
 
   train   train a network and tune its prior precisions (laplace-ws train --help lists every option)
   report  write report.html anew from a run folder
+  bench   measure the cost of curvature (laplace-ws bench --help)
 
   --version  print the version
   --help     print this"""
@@ -117,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_keys([args[0]], COMMANDS)
         return COMMANDS[args[0]](args[1:])
-    except (UnknownKeyError, ExperimentError, ArgumentError, ReportInputError, OSError) as error:
+    except (UnknownKeyError, ExperimentError, BenchError, ArgumentError, ReportInputError, OSError) as error:
         return complain(error, USAGE)
     except TrainingDiverged as error:
         return complain(error, FAILED)

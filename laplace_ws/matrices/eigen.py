@@ -22,11 +22,10 @@ def decomposition_dtype(matrix: Float[Tensor, "*G D D"]) -> torch.dtype:
     """
     if matrix.dtype == torch.float64:
         return torch.float64
-    bound = torch.linalg.matrix_norm(matrix)  # Frobenius: no eigenvalue is larger
-    shift = (rounding(matrix.shape[-1], matrix.dtype) * bound)[..., None]
-    if not (
-        matrix.diagonal(dim1=-2, dim2=-1) > shift
-    ).all():  # the smallest eigenvalue is not above the smallest of these
+    bound = torch.linalg.matrix_norm(matrix, dtype=torch.float64)  # Frobenius: no eigenvalue is larger
+    shift = (rounding(matrix.shape[-1], matrix.dtype) * bound)[..., None].to(matrix.dtype)
+    # the smallest eigenvalue is not above the smallest entry of the diagonal
+    if not (matrix.diagonal(dim1=-2, dim2=-1) > shift).all():
         return torch.float64
     shifted = matrix.clone()
     shifted.diagonal(dim1=-2, dim2=-1).sub_(shift)

@@ -1,0 +1,67 @@
+"""The files of a benchmark: its result as JSON, its tables, its pictures."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from laplace_ws.bench.config import BenchError
+from laplace_ws.bench.figures import pictures
+from laplace_ws.bench.run import FORMAT_VERSION
+from laplace_ws.bench.tables import Result, as_markdown, check_markers, write_between_markers
+from laplace_ws.experiment.folder import write_whole
+
+
+def check_places(folder: Path, docs: Path | None, name: str) -> None:
+    """See that the results can be written, before they are measured.
+
+    Raises:
+        BenchError: the folder cannot be written to, or the document has no place for the tables.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BenchError(
+            f"the folder '{folder}' cannot be written ({error.strerror}); set another with --out"
+        ) from error
+    if docs is not None:
+        check_markers(docs, name)
+
+
+def write_result(result: Result, folder: Path, docs: Path | None = None) -> list[Path]:
+    """Write `name.json`, `name.md` and pictures into a folder, and the tables into a document; returns what was written."""
+    name = result["name"]
+    write_whole(folder / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return [folder / f"{name}.json", *render(result, folder, docs)]
+
+
+def render(result: Result, folder: Path, docs: Path | None = None) -> list[Path]:
+    """Write tables and pictures of a result anew; returns what was written."""
+    name, tables = result["name"], as_markdown(result)
+    written = [folder / f"{name}.md"]
+    write_whole(written[0], tables + "\n")
+    for end, svg in pictures(result).items():
+        written.append(folder / f"{name}{end}.svg")
+        written[-1].write_bytes(svg)
+    if docs is not None:
+        write_between_markers(docs, name, tables)
+        written.append(docs)
+    return written
+
+
+def load_result(path: Path) -> Result:
+    """Read a result.
+
+    Raises:
+        BenchError: the file holds no result of a benchmark of this version.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise BenchError(f"'{path}' is not valid JSON: {error}") from error
+    if not isinstance(result, dict) or result.get("format_version") != FORMAT_VERSION or "cases" not in result:
+        raise BenchError(f"'{path}' holds no result of 'laplace-ws bench curvature'; measure it anew")
+    return result
