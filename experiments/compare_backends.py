@@ -13,22 +13,21 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jsonargparse
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from laplace_ws.curvature import BACKENDS, Curvature, CurvatureSum, kron_factors, make_backend
-from laplace_ws.kfac import KronAccumulator, approximation_by_parameter
-from laplace_ws.likelihoods import Categorical
+from laplace_ws.bench.meter import seconds_of
+from laplace_ws.bench.ours import prepare
+from laplace_ws.bench.setting import Setting, TrainingStep, make_batch, make_network
+from laplace_ws.curvature import BACKENDS, kron_factors
 from laplace_ws.matrices import Kron
-from laplace_ws.models import MLP, Norm, WideResNet
+from laplace_ws.models import MLP, Norm
 
 
 @dataclass(frozen=True)
@@ -67,23 +66,12 @@ class CompareConfig:
 
 
 def make_model(config: CompareConfig, network: str) -> nn.Module:
-    """A network whose every parameter matters: Fixup's zeros are moved."""
-    torch.manual_seed(config.seed)
+    """The perceptron, or a Wide ResNet with this norm as the benchmarks have it."""
     if network == "mlp":
-        model: nn.Module = MLP(3 * config.image_size**2, [64, 64], config.n_classes)
-    else:
-        model = WideResNet(config.depth, config.width, 3, config.n_classes, norm=network)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
-        model(torch.randn(config.n_images, 3, config.image_size, config.image_size))
-    return model.eval()
-
-
-def make_batch(config: CompareConfig, n: int) -> tuple[Tensor, Tensor]:
-    """Images and labels."""
-    x = torch.randn(n, 3, config.image_size, config.image_size)
-    return x, torch.randint(0, config.n_classes, (n,))
+        torch.manual_seed(config.seed)
+        return MLP(3 * config.image_size**2, [64, 64], config.n_classes).eval()
+    sizes = (config.depth, config.width, config.n_classes, network, config.image_size)
+    return make_network(*sizes, config.seed).eval()
 
 
 def relative_differences(first: Kron, second: Kron) -> dict[str, float]:
@@ -98,7 +86,7 @@ def relative_differences(first: Kron, second: Kron) -> dict[str, float]:
 
 def largest_difference(config: CompareConfig, model: nn.Module, curvature: str, approx: str) -> dict[str, float | str]:
     """Over all pairs of backends and all factors."""
-    x, y = make_batch(config, config.n_images_compared)
+    x, y = make_batch(config.n_images_compared, config.n_classes, config.image_size, config.seed)
     model, data = model.double(), [(x.double(), y)]
     krons = []
     for backend in BACKENDS:
@@ -111,37 +99,18 @@ def largest_difference(config: CompareConfig, model: nn.Module, curvature: str, 
     return {"largest_difference": found[factor], "factor": factor, "n_factors": len(found)}
 
 
-def cpu_time(work: Callable[[], object]) -> float:
-    """Seconds of CPU time, all threads together."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
 def times(config: CompareConfig, model: nn.Module, curvature: str, approx: str) -> dict[str, float]:
     """Median CPU time of each backend for one batch, and of a training step, in seconds."""
-    x, y = make_batch(config, config.n_images)
-
-    def training_step() -> None:
-        model.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-
-    work: dict[str, Callable[[], object]] = {"training step": training_step}
+    x, y = make_batch(config.n_images, config.n_classes, config.image_size, config.seed)
+    work: dict[str, Callable[[], None]] = {"training step": TrainingStep(model, x, y)}
     for name in BACKENDS:
-        total = CurvatureSum(
-            model,
-            Categorical(),
-            lambda p: KronAccumulator(p, approximation_by_parameter(approx, list(p))),
-            curvature=Curvature(curvature),
-            backend=make_backend(name),
-        )
-        total.add(x[:4], y[:4])  # the check, and what a backend does once for a model
-        work[name] = lambda total=total: total.add(x, y)
-    training_step()
+        work[name] = prepare(Setting(model, x, y, approx, curvature), backend=name)
+    for do in work.values():
+        do()  # the check, and what a backend does once for a model
     measured: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(config.n_repeats):
         for name, do in work.items():
-            measured[name].append(cpu_time(do))
+            measured[name].append(seconds_of(do, x.device))
     return {name: statistics.median(values) for name, values in measured.items()}
 
 
