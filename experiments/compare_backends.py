@@ -11,14 +11,12 @@ What a fit does once, its check on four examples and the tracing of the model, i
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-import jsonargparse
 import torch
+from study import read_config, write_result
 from torch import nn
 from tqdm import tqdm
 
@@ -152,22 +150,13 @@ def check(config: CompareConfig) -> None:
 
 
 def main() -> None:
-    parser = jsonargparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(CompareConfig)
-    arguments = parser.parse_args()
-    del arguments["config"]
-    config = CompareConfig(**arguments.as_dict())
+    config = read_config(CompareConfig, __doc__)
     check(config)
     torch.set_num_threads(config.threads)
     rows = compare(config)
-    path = Path(config.out) / "compare_backends.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"config": asdict(config), "torch": torch.__version__, "rows": rows}
-    path.write_text(json.dumps(content, indent=2) + "\n")
     print(as_markdown(rows))
     print("times in training steps of the same batch")
-    print(f"written: {path}")
+    write_result(config, "compare_backends", rows)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,10 @@ CPU, "tf32" is float32. Prints the median and the largest ‖F − F*‖/‖F*�
 
 from __future__ import annotations
 
-import json
 import statistics
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-import jsonargparse
-import torch
+from study import read_config, write_result
 
 from laplace_ws import kron_factors
 from laplace_ws.bench.setting import make_batch, make_network
@@ -94,19 +91,10 @@ def as_markdown(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = jsonargparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(PrecisionConfig)
-    arguments = parser.parse_args()
-    del arguments["config"]
-    config = PrecisionConfig(**arguments.as_dict())
+    config = read_config(PrecisionConfig, __doc__)
     rows = run(config)
-    path = Path(config.out) / "factor_precision.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"config": asdict(config), "torch": torch.__version__, "rows": rows}
-    path.write_text(json.dumps(content, indent=2) + "\n")
     print(as_markdown(rows))
-    print(f"written: {path}")
+    write_result(config, "factor_precision", rows)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ less its exact value, in nats.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-import jsonargparse
 import torch
 import torch.nn.functional as F
+from study import read_config, write_result
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -128,22 +126,13 @@ def run(config: VarianceConfig) -> list[dict]:
 
 
 def main() -> None:
-    parser = jsonargparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(VarianceConfig)
-    arguments = parser.parse_args()
-    del arguments["config"]
-    config = VarianceConfig(**arguments.as_dict())
+    config = read_config(VarianceConfig, __doc__)
     if config.n_draws < 2:
         raise SystemExit(f"n_draws={config.n_draws} must be at least 2")
     torch.set_num_threads(config.threads)
     rows = run(config)
-    path = Path(config.out) / "sampling_variance.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"config": asdict(config), "torch": torch.__version__, "rows": rows}
-    path.write_text(json.dumps(content, indent=2) + "\n")
     print(as_markdown(rows))
-    print(f"written: {path}")
+    write_result(config, "sampling_variance", rows)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ method, and by 100 steps of Adam. Checks that the gradient vanishes at the optim
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-import jsonargparse
 import torch
+from study import read_config, write_result
 from torch import Tensor
 
 from laplace_ws import KronLaplace
@@ -123,21 +121,12 @@ def as_markdown(found: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = jsonargparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(TuningConfig)
-    arguments = parser.parse_args()
-    del arguments["config"]
-    config = TuningConfig(**arguments.as_dict())
+    config = read_config(TuningConfig, __doc__)
     torch.set_num_threads(config.threads)
     found = run(config)
-    path = Path(config.out) / "tuning_cost.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"config": asdict(config), "torch": torch.__version__, "found": found}
-    path.write_text(json.dumps(content, indent=2) + "\n")
     print(as_markdown(found))
     print(f"largest |∂ log p(D)/∂ log δ| of a layer at the optimum: {found['largest_gradient_at_optimum']:.1e} nats")
-    print(f"written: {path}")
+    write_result(config, "tuning_cost", found)
 
 
 if __name__ == "__main__":
