@@ -43,7 +43,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def hessian_columns(self, f: Float[Tensor, "N ..."]) -> Iterator[Float[Tensor, "N ..."]]:
-        """Columns s_c with Σ_c s_c s_cᵀ = ∇²_f(−log p) for each example; those that vanish are left out, see `is_significant`."""
+        """Columns s_c with Σ_c s_c s_cᵀ = ∇²_f(−log p) for each example; those that vanish are left out."""
 
     def projected_column(self, f: Float[Tensor, "N ..."], generator: torch.Generator | None) -> Float[Tensor, "N ..."]:
         """Σ_c ε_c s_c with fresh signs ε_c = ±1 for each example: its square has the Hessian as its mean."""
@@ -80,15 +80,10 @@ class Likelihood(ABC):
         return f"{type(self).__name__}()"
 
 
-def is_significant(square_sums: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Which columns are worth a backward pass, given the squared norm of each over a batch: those above the rounding of the sum of all."""
-    return square_sums > torch.finfo(square_sums.dtype).eps * square_sums.sum()
-
-
 def _unit_columns(scale: Float[Tensor, "N ..."]) -> Iterator[Float[Tensor, "N ..."]]:
     """Columns of a diagonal Hessian, given the square root of its diagonal."""
     flat = scale.reshape(len(scale), -1)
-    for output in is_significant(_at_least_float32(flat).square().sum(0)).nonzero().flatten().tolist():
+    for output in flat.count_nonzero(0).nonzero().flatten().tolist():
         column = torch.zeros_like(flat)
         column[:, output] = flat[:, output]
         yield column.reshape(scale.shape)
@@ -132,8 +127,22 @@ class _Ranks:
         scale = (p * (below / from_here)).sqrt()
         return cls(classes, p, below, scale.nan_to_num())  # 0/0 where the probabilities end in zeros
 
-    def by_class(self, ranked: Float[Tensor, "N C"], term: int) -> Float[Tensor, "N C"]:
-        """Put values of one term from the order of ranks into that of classes."""
+    def column(self, term: int, rank: int) -> Float[Tensor, "N C"]:
+        """s of a rank, in the order of classes."""
+        ranked = torch.zeros_like(self.p[:, term])
+        scale = self.scale[:, term, rank]
+        ranked[:, rank] = scale
+        share = self.p[:, term, rank + 1 :] / self.below[:, term, rank, None]
+        ranked[:, rank + 1 :] = -scale[:, None] * share.nan_to_num()
+        return self._by_class(ranked, term)
+
+    def variances(self, term: int) -> Float[Tensor, " C"]:
+        """Σ_n p(1 − p) of each class."""
+        p = self.p[:, term]
+        above = F.pad(p.cumsum(-1)[:, :-1], (1, 0))
+        return self._by_class(p * (above + self.below[:, term]), term).sum(0)
+
+    def _by_class(self, ranked: Float[Tensor, "N C"], term: int) -> Float[Tensor, "N C"]:
         return torch.empty_like(ranked).scatter_(-1, self.classes[:, term], ranked)
 
 
@@ -181,17 +190,21 @@ class Categorical(Likelihood):
         return F.cross_entropy(f.reshape(-1, f.shape[-1]), y.reshape(-1).long(), reduction="sum")
 
     def hessian_columns(self, f: Tensor) -> Iterator[Tensor]:
-        """C − 1 columns for each of the T terms in turn, see `_Ranks`: Σ_c s_c s_cᵀ = diag(p) − ppᵀ."""
+        """C − 1 columns for each of the T terms in turn, see `_Ranks`: Σ_c s_c s_cᵀ = diag(p) − ppᵀ.
+
+        A column is left out where, for every class, its part of Σ_n p_c(1 − p_c) over the batch is below the rounding of that sum.
+        """
         ranks = _Ranks.of(f)
-        for term, rank in is_significant(ranks.scale.square().sum(0)).nonzero().tolist():
-            ranked = torch.zeros_like(ranks.p[:, term])
-            scale = ranks.scale[:, term, rank]
-            ranked[:, rank] = scale
-            share = ranks.p[:, term, rank + 1 :] / ranks.below[:, term, rank, None]
-            ranked[:, rank + 1 :] = -scale[:, None] * share.nan_to_num()
-            column = torch.zeros_like(ranks.p)
-            column[:, term] = ranks.by_class(ranked, term)
-            yield column.reshape(f.shape).to(f.dtype)
+        eps = torch.finfo(ranks.p.dtype).eps
+        for term in range(ranks.p.shape[1]):
+            variances = ranks.variances(term)
+            for rank in ranks.scale[:, term].count_nonzero(0).nonzero().flatten().tolist():
+                of_term = ranks.column(term, rank)
+                if (of_term.square().sum(0) <= eps * variances).all():
+                    continue
+                column = torch.zeros_like(ranks.p)
+                column[:, term] = of_term
+                yield column.reshape(f.shape).to(f.dtype)
 
     def projected_column(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
         """See `Likelihood.projected_column`; all columns and terms in one go, at the cost of a cumulative sum."""

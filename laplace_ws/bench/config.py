@@ -58,12 +58,14 @@ class CurvesConfig:
         width: of the Wide ResNet.
         batch_sizes: images of a batch, with `network.n_classes` classes.
         n_classes: outputs, with `network.n_images` images.
+        n_repeats: timings of each point in a process.
     """
 
     depth: int = 10
     width: int = 1
     batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128, 256])
     n_classes: list[int] = field(default_factory=lambda: [2, 5, 10, 20, 50, 100])
+    n_repeats: int = 3
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def measure_curve(config: BenchConfig, item: Item) -> Item:
         work = prepare(Setting(model, x.to(device), y.to(device), item["kfac_approx"], "ggn"))
         work()
         points.append((value, work, []))
-    for _ in range(config.n_repeats):
+    for _ in range(curves.n_repeats):
         for _, work, seconds in points:
             seconds.append(seconds_of(work, device))
     return {"points": [{"value": value, "seconds": seconds} for value, _, seconds in points]}

@@ -64,11 +64,12 @@ def _peaks_of_cpu(steps: Sequence[Work]) -> list[int]:
         recorded.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     windows = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("name") == _WINDOW and e["ph"] == "X")
-    changes = sorted(
+    changes = [
         (e["ts"], e["args"]["Bytes"])
         for e in events
         if e.get("name") == "[memory]" and e["args"]["Device Type"] == _CPU
-    )
+    ]
+    changes.sort(key=lambda change: change[0])  # stable: what shares a time stamp keeps its order
     return [peak_of_changes([change for ts, change in changes if start <= ts <= end]) for start, end in windows]
 
 

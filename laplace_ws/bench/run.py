@@ -169,7 +169,7 @@ def machine(config: BenchConfig) -> Json:
         "threads": config.threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
+        "tf32": {"matmul": torch.get_float32_matmul_precision() != "highest", "cudnn": torch.backends.cudnn.allow_tf32},
         "laplace_ws": __version__,
         "libraries": {name: _version(name) for name in sorted(distributions)},
     }

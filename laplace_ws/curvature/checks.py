@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,9 +49,10 @@ class LinearisationCheck:
         self._signatures.add(_signature(uses))
         self._column_bytes_an_example = column_bytes / len(x)
 
-    def is_small(self, n_examples: int, device: torch.device) -> bool:
-        """Whether a column of a batch with as many examples takes little memory, by the measure of the last check."""
-        return n_examples * self._column_bytes_an_example <= max(memory_for_columns(device), SMALL_COLUMN_BYTES)
+    def n_parts(self, n_examples: int, device: torch.device) -> int:
+        """In how many parts to take a batch, so that a column of each takes little memory, by the measure of the last check."""
+        little = max(memory_for_columns(device), SMALL_COLUMN_BYTES)
+        return max(1, math.ceil(n_examples * self._column_bytes_an_example / little))
 
 
 def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 from jaxtyping import Float
@@ -38,8 +38,8 @@ from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.matrices import Kron
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-SMALLEST_SPLIT = 8
-"""Batches with fewer examples are never taken in halves."""
+SMALLEST_PART = 8
+"""Examples of the smallest part that a batch is taken in; smaller ones would cost time."""
 
 
 class Curvature(str, Enum):
@@ -172,15 +172,15 @@ class CurvatureSum:
                 self._add_checked(x[part], y[part])
 
     def _parts(self, x: Tensor, y: Tensor) -> list[slice]:
-        """The examples of a batch, in two halves where many columns need what the forward pass keeps, and that is large.
+        """The examples of a batch, in parts where many columns need what the forward pass keeps, and that is large.
 
-        A training step gives its activations up as it goes back through them; half of them, kept, take no more than that.
+        A training step gives its activations up as it goes back through them; a part of them, kept, takes no more than that, and no longer.
         """
         n = len(x)
-        is_whole = self.curvature is not Curvature.GGN or n < SMALLEST_SPLIT or self._check.is_small(n, x.device)
-        if is_whole or y.shape[:1] != (n,):
-            return [slice(0, n)]
-        return [slice(0, n // 2), slice(n // 2, n)]
+        n_parts = self._check.n_parts(n, x.device) if self.curvature is Curvature.GGN and y.shape[:1] == (n,) else 1
+        n_parts = max(1, min(n_parts, n // SMALLEST_PART))
+        edges = [n * part // n_parts for part in range(n_parts + 1)]
+        return [slice(start, end) for start, end in pairwise(edges)]
 
     def _add_checked(self, x: Tensor, y: Tensor) -> None:
         if self._add(x, y):

@@ -135,18 +135,23 @@ class DenseAccumulator(Accumulator):
         self._matrix = torch.zeros(n_params, n_params, dtype=first.dtype, device=first.device)
         self._gradients: dict[str, Tensor] = {}
 
+    def start_batch(self, uses: Sequence[Use], output_ndim: int) -> None:
+        """See `Accumulator.start_batch`."""
+        super().start_batch(uses, output_ndim)
+        self._gradients.clear()
+
     def _piece(self, name: str, pulled: Pulled) -> Tensor:
         return pulled.gradients(name)
 
     def _add_sum(self, name: str, pieces: Tensor) -> None:
-        self._gradients[name] = pieces.flatten(2)
+        self._gradients[name] = pieces.reshape(*pieces.shape[:2], -1)
         if len(self._gradients) == len(self.shapes):
             rows = torch.cat([self._gradients.pop(name) for name in self.shapes], dim=2)
             self._matrix = factors.add_gram(self._matrix, rows.flatten(0, 1))
 
     def result(self) -> Dense:
         """See `Accumulator.result`."""
-        return Dense(self.shapes, self._matrix)
+        return Dense(self.shapes, self._matrix.clone())
 
 
 def example_gradients(

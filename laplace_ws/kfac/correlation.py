@@ -11,6 +11,7 @@ Everything is linear in the products of pixels, so products are summed over batc
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations_with_replacement, pairwise, product
@@ -59,8 +60,8 @@ class Plan:
         size: spatial size of its input.
         regions: the products.
         pairs: pairs of taps (number of the first, of the second), each unordered pair once.
-        signs: `[pairs, regions]`, how often each product enters the matrix of each pair: 0, 1 or −1.
-        phases: those that occur.
+        entries: which products make up the matrix of each pair: number of the pair, number of the region, sign.
+        reads: for each phase that occurs, the ranges of pixels that taps read, an axis each; others enter as zeros, whatever they are.
         length: pixels of the longest phase, an axis each.
         margin: zeros after each axis but the first, so that a shift is an offset in the flattened image.
     """
@@ -69,8 +70,8 @@ class Plan:
     size: tuple[int, ...]
     regions: tuple[Region, ...]
     pairs: tuple[tuple[int, int], ...]
-    signs: Float[Tensor, "pairs regions"]
-    phases: tuple[tuple[int, ...], ...]
+    entries: tuple[tuple[int, int, int], ...]
+    reads: Mapping[tuple[int, ...], tuple[Ranges, ...]]
     length: tuple[int, ...]
     margin: tuple[int, ...]
 
@@ -80,7 +81,7 @@ class Plan:
         return sum(region.ranges is None for region in self.regions)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def make_plan(geometry: ConvGeometry, size: tuple[int, ...]) -> Plan:
     """Sort the pairs of taps by phases and shift, and find the border rows in which the pairs of one sort differ."""
     taps = [_tap(geometry, tap) for tap in product(*map(range, geometry.kernel))]
@@ -94,7 +95,7 @@ def make_plan(geometry: ConvGeometry, size: tuple[int, ...]) -> Plan:
         whole, is_swapped = _whole(taps[first], taps[second])
         sorts[whole].append((second, first) if is_swapped else (first, second))
     regions: list[Region] = []
-    entries: list[tuple[int, int, float]] = []
+    entries: list[tuple[int, int, int]] = []
     pairs: list[tuple[int, int]] = []
     for whole, own_pairs in sorts.items():
         first_length, second_length = (lengths[phase] for phase in whole.phases)
@@ -112,18 +113,21 @@ def make_plan(geometry: ConvGeometry, size: tuple[int, ...]) -> Plan:
         for pair, ranges in zip(own_pairs, used, strict=True):
             inside = {cell for cell in cells if _is_inside(cell, ranges)}
             # the largest cell is not summed by itself: it is the whole less all the others
-            signs = {numbers[cell]: float(cell in inside) for cell in cells}
+            signs = {numbers[cell]: int(cell in inside) for cell in cells}
             if largest in inside:
                 signs = {number: sign - (number != numbers[largest]) for number, sign in signs.items()}
             entries += [(len(pairs), number, sign) for number, sign in signs.items() if sign]
             pairs.append(pair)
-    matrix = torch.zeros(len(pairs), len(regions), dtype=torch.float64)
-    for pair_number, number, sign in entries:
-        matrix[pair_number, number] = sign
     axes = range(len(size))
+    reads = {
+        phase: tuple(
+            _merged([(tap.offset[axis], n_out[axis]) for tap in taps if tap.phase == phase], own[axis]) for axis in axes
+        )
+        for phase, own in lengths.items()
+    }
     margin = tuple(0 if axis == 0 else max((abs(r.shift[axis]) for r in regions), default=0) for axis in axes)
     length = tuple(max(own[axis] for own in lengths.values()) for axis in axes)
-    return Plan(geometry, size, tuple(regions), tuple(pairs), matrix, tuple(lengths), length, margin)
+    return Plan(geometry, size, tuple(regions), tuple(pairs), tuple(entries), reads, length, margin)
 
 
 def _tap(geometry: ConvGeometry, tap: tuple[int, ...]) -> _Tap:
@@ -132,6 +136,18 @@ def _tap(geometry: ConvGeometry, tap: tuple[int, ...]) -> _Tap:
     ]
     both = [divmod(pixel, s) for pixel, s in zip(at_first_output, geometry.stride, strict=True)]
     return _Tap(tuple(phase for _, phase in both), tuple(offset for offset, _ in both))
+
+
+def _merged(reads: list[tuple[int, int]], length: int) -> Ranges:
+    """The ranges of pixels inside an image that runs of reads (first pixel, number) cover."""
+    merged: list[tuple[int, int]] = []
+    for start, n in sorted(set(reads)):
+        start, end = max(0, start), min(length, start + n)
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        elif start < end:
+            merged.append((start, end))
+    return tuple(merged)
 
 
 def _phase_length(geometry: ConvGeometry, size: tuple[int, ...], axis: int, phase: int) -> int:
@@ -181,7 +197,7 @@ class PatchGram:
     def add(self, x: Float[Tensor, "N C *S"]) -> None:
         """Add the patches of a batch."""
         groups = self.plan.geometry.groups
-        phases = {phase: self._phase(x, phase) for phase in self.plan.phases}
+        phases = {phase: self._phase(x, phase) for phase in self.plan.reads}
         if self._products is None:
             channels = x.shape[1] // groups
             self._products = x.new_zeros(len(self.plan.regions), groups, channels, channels)
@@ -189,14 +205,17 @@ class PatchGram:
             total += _products(region, *(phases[phase] for phase in region.phases))
 
     def _phase(self, x: Tensor, phase: tuple[int, ...]) -> Float[Tensor, "N G C *S"]:
-        """The pixels of a phase, with zeros up to the longest and a margin after each axis but the first."""
+        """The pixels of a phase that are read, with zeros up to the longest phase and a margin after each axis but the first."""
         steps = (slice(p, None, s) for p, s in zip(phase, self.plan.geometry.stride, strict=True))
         pixels = x[(..., *steps)].unflatten(1, (self.plan.geometry.groups, -1))
         size = [n + m for n, m in zip(self.plan.length, self.plan.margin, strict=True)]
-        if list(pixels.shape[3:]) == size:
+        reads = self.plan.reads[phase]
+        if reads == tuple(((0, n),) for n in size) == tuple(((0, n),) for n in pixels.shape[3:]):
             return pixels.contiguous()
         out = x.new_zeros(*pixels.shape[:3], *size)
-        out[(..., *(slice(n) for n in pixels.shape[3:]))] = pixels
+        for ranges in product(*reads):
+            here = (..., *(slice(start, end) for start, end in ranges))
+            out[here] = pixels[here]
         return out
 
     def result(self) -> Float[Tensor, "*G I I"]:
@@ -204,7 +223,11 @@ class PatchGram:
         assert self._products is not None
         plan, total = self.plan, self._products
         groups, channels = total.shape[1:3]
-        by_pair = (plan.signs.to(total) @ total.flatten(1)).unflatten(1, total.shape[1:])  # [pairs, G, C, C]
+        by_pair = total.new_zeros(len(plan.pairs), *total.shape[1:])  # [pairs, G, C, C]
+        pairs, regions, signs = (
+            torch.tensor(plan.entries, dtype=torch.long, device=total.device).reshape(-1, 3).unbind(1)
+        )
+        by_pair.index_add_(0, pairs, total[regions] * signs.to(total)[:, None, None, None])
         n_taps = prod(plan.geometry.kernel)
         out = total.new_zeros(groups, channels, n_taps, channels, n_taps)
         first, second = torch.tensor(plan.pairs, device=total.device).unbind(1)
@@ -242,14 +265,23 @@ def cheapest_plan(geometry: ConvGeometry, shape: tuple[int, ...]) -> Plan | None
     image, a product of C × C over it. With stride 1 and channels enough the second is cheaper by about (K+1)/2 an axis.
     """
     n_taps = prod(geometry.kernel)
-    if n_taps > MOST_TAPS:
-        return None
     n_examples, channels, *size = shape
     own_channels = channels // geometry.groups
-    plan = make_plan(geometry, tuple(size))
     n_inputs = own_channels * n_taps
     of_patches = n_examples * n_positions(geometry, tuple(size)) * geometry.groups * n_inputs * (2 * n_inputs + _COPY)
+    if n_taps > MOST_TAPS or _fewest_shifts(geometry) * _CALL >= of_patches:
+        return None
+    plan = make_plan(geometry, tuple(size))
     n_pixels = n_examples * prod(n + m for n, m in zip(plan.length, plan.margin, strict=True))
     of_shift = n_pixels * channels * (2 * own_channels + _COPY // 6)
     of_plan = plan.n_shifts * of_shift + len(plan.regions) * _CALL
     return plan if of_plan < of_patches else None
+
+
+def _fewest_shifts(geometry: ConvGeometry) -> int:
+    """Products of a plan at the least, counted without making it."""
+    of_axes = 1
+    for k, d, s, (before, _) in zip(geometry.kernel, geometry.dilation, geometry.stride, geometry.padding, strict=True):
+        reads = [divmod(tap * d - before, s) for tap in range(k)]
+        of_axes *= len({(phase, other_phase, other - own) for own, phase in reads for other, other_phase in reads})
+    return (of_axes + 1) // 2

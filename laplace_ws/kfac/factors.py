@@ -9,7 +9,7 @@ K-FAC-reduce Σ_n ā āᵀ and Σ_c Σ_n (Σ_r g)(Σ_r g)ᵀ.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from enum import Enum
 from functools import reduce
@@ -49,14 +49,25 @@ _precision: ContextVar[FactorPrecision] = ContextVar("precision of products", de
 def products_in(precision: FactorPrecision) -> Iterator[None]:
     """Take the products within in this precision."""
     token = _precision.set(precision)
-    is_tf32_allowed = torch.backends.cuda.matmul.allow_tf32
     try:
-        if precision is FactorPrecision.TF32:
-            torch.backends.cuda.matmul.allow_tf32 = True
+        with _tf32() if precision is FactorPrecision.TF32 else nullcontext():
+            yield
+    finally:
+        _precision.reset(token)
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Allow TF32 in matrix products; torch before 2.9 has another switch for it, and mixing the two is an error."""
+    switch, on = (
+        ("fp32_precision", "tf32") if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ("allow_tf32", True)
+    )
+    before = getattr(torch.backends.cuda.matmul, switch)
+    setattr(torch.backends.cuda.matmul, switch, on)
+    try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = is_tf32_allowed
-        _precision.reset(token)
+        setattr(torch.backends.cuda.matmul, switch, before)
 
 
 def _product(a: Float[Tensor, "*B C M"], b: Float[Tensor, "*B D M"]) -> Float[Tensor, "*B C D"]:
@@ -101,7 +112,7 @@ def accumulated(sums: Tensor | None, term: Tensor) -> Tensor:
 def add_gram(sums: Float[Tensor, "*G D D"] | None, rows: Float[Tensor, "*G M D"]) -> Float[Tensor, "*G D D"]:
     """`gram` added in place to sums, without a temporary of their size where the rows are few."""
     is_rounded = _precision.get() is FactorPrecision.BF16
-    if sums is None or is_rounded or rows.ndim > 2 or len(rows) >= 2 * ROWS_OF_A_BLOCK:
+    if sums is None or is_rounded or rows.ndim > 2 or len(rows) >= 2 * ROWS_OF_A_BLOCK or rows.dtype != sums.dtype:
         return accumulated(sums, gram(rows))
     return sums.addmm_(rows.mT, rows)
 

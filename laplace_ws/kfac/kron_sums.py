@@ -54,7 +54,12 @@ class KronAccumulator(Accumulator):
             own = [use for use in uses if name in use.parameters]
             role = _Role.of(name, parameter, own, self.approximations[name], output_ndim)
             if name not in self._sums:
-                self._sums[name] = _FactorSums(parameter, role, own[0])
+                self._sums[name] = _FactorSums(parameter, role)
+            if role.form != self._sums[name].role.form:
+                raise UnsupportedParameterError(
+                    f"{name!r} is used in one batch otherwise than in another, in roles that share no Kronecker block; untie it, freeze it "
+                    '(requires_grad_(False)) or choose hessian_structure="diag".'
+                )
             with factors.products_in(self.factor_precision):
                 self._sums[name].add_inputs(role, own)
         of_vectors = {name for name in self._sums if self._needs_example_gradients(name)}
@@ -72,7 +77,8 @@ class KronAccumulator(Accumulator):
     def _piece(self, name: str, pulled: Pulled) -> Tensor:
         role = self._sums[name].role
         if self._needs_example_gradients(name):
-            return pulled.gradients(name).flatten(2)
+            gradients = pulled.gradients(name)
+            return gradients.reshape(*gradients.shape[:2], -1)
         is_bias = role.kind == "bias"
         return pulled.gram(is_bias) if role.approx is KfacApprox.EXPAND else pulled.sum(is_bias)
 
@@ -90,21 +96,18 @@ class _FactorSums:
     Args:
         parameter: the parameter.
         role: how it enters its uses.
-        use: one of them.
     """
 
-    def __init__(self, parameter: Tensor, role: _Role, use: Use):
+    def __init__(self, parameter: Tensor, role: _Role):
         self.role = role
         self._shape = parameter.shape
         self._A: Tensor | None = None
         self._patch_grams: dict[Plan, PatchGram] = {}
         self._n_inputs: float | Tensor = 0
-        self._is_transposed = isinstance(use, MatrixUse) and use.transposed and role.kind == "matrix"
         size: tuple[int, ...] = (parameter.numel(),) * (1 if role.diagonal_B else 2)
         if role.kind == "matrix":
-            assert isinstance(use, MatrixUse)
-            n_outputs = parameter.shape[-1 if use.transposed else 0] // use.groups
-            size = (*([use.groups] if use.groups > 1 else []), n_outputs, n_outputs)
+            n_outputs = parameter.shape[-1 if role.transposed else 0] // role.groups
+            size = (*([role.groups] if role.groups > 1 else []), n_outputs, n_outputs)
         self._B = parameter.new_zeros(size)
 
     def add_inputs(self, role: _Role, uses: Sequence[Use]) -> None:
@@ -158,7 +161,7 @@ class _FactorSums:
             self._B.clone(),
             A,
             self._n_inputs,
-            transposed=self._is_transposed,
+            transposed=self.role.transposed,
             diagonal_A=self.role.diagonal_A,
         )
 
@@ -171,6 +174,13 @@ class _Role:
     approx: KfacApprox
     diagonal_A: bool = False
     diagonal_B: bool = False
+    transposed: bool = False
+    groups: int = 1
+
+    @property
+    def form(self) -> tuple[bool, ...]:
+        """What the factors of all batches must have in common to be added up."""
+        return self.kind == "matrix", self.diagonal_A, self.diagonal_B, self.transposed, self.groups > 1
 
     @classmethod
     def of(cls, name: str, parameter: Tensor, uses: Sequence[Use], approx: KfacApprox, output_ndim: int) -> _Role:
@@ -179,7 +189,9 @@ class _Role:
             approx = KfacApprox.EXPAND if output_ndim > 2 or too_large else KfacApprox.REDUCE
         kinds = {_kind(name, use) for use in uses}
         if "matrix" in kinds:
-            return cls("matrix", approx, diagonal_A=_check_matrix_uses(name, uses, kinds, approx))
+            diagonal_A = _check_matrix_uses(name, uses, kinds, approx)
+            first = next(use for use in uses if isinstance(use, MatrixUse))
+            return cls("matrix", approx, diagonal_A=diagonal_A, transposed=first.transposed, groups=first.groups)
         kind = "bias" if kinds == {"bias"} else "vector"
         return cls(kind, approx, diagonal_B=parameter.numel() > LARGEST_DENSE_VECTOR)
 

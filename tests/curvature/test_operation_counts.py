@@ -36,7 +36,7 @@ class Operations(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
         self.counts[name] += 1
-        if name in ("mm", "bmm", "addmm", "baddbmm"):
+        if name in ("mm", "bmm", "addmm", "addmm_", "addbmm", "baddbmm"):
             self.product_sizes.append(tuple(out.shape[-2:]))
         if name == "convolution_backward" and args[-1][1]:
             self.weight_gradients += 1
@@ -109,7 +109,7 @@ def test_the_counts_see_a_weight_gradient_and_patches(monkeypatch):
         total.add(x, y)
 
 
-def test_large_batches_are_taken_in_halves_for_the_exact_ggn_alone(monkeypatch):
+def test_large_batches_are_taken_in_parts_for_the_exact_ggn_alone(monkeypatch):
     monkeypatch.setattr(checks, "SMALL_COLUMN_BYTES", 0)
     model, x, y = make(size=32)
     calls = []

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from laplace_ws import InvalidBatchError, Laplace, UnsupportedParameterError, kron_factors
-from laplace_ws.kfac import factors, kron_sums
+from laplace_ws.curvature import Curvature, CurvatureSum, make_backend
+from laplace_ws.kfac import DenseAccumulator, DiagAccumulator, factors, kron_sums
+from laplace_ws.likelihoods import Gaussian
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -139,8 +141,9 @@ def test_products_of_rounded_inputs_are_summed_in_single_precision(kfac_approx):
 def test_tf32_is_allowed_for_the_products_alone(monkeypatch):
     seen = []
     product = factors._long_product
+    matmul = torch.backends.cuda.matmul
     monkeypatch.setattr(
-        factors, "_long_product", lambda a, b: seen.append(torch.backends.cuda.matmul.allow_tf32) or product(a, b)
+        factors, "_long_product", lambda a, b: seen.append(matmul.fp32_precision == "tf32") or product(a, b)
     )
     model, x = nn.Linear(3, 2), torch.randn(8, 4, 3)
     for precision, allowed in (("float32", False), ("tf32", True)):
@@ -151,6 +154,65 @@ def test_tf32_is_allowed_for_the_products_alone(monkeypatch):
             )
         assert seen
         assert all(flag is allowed for flag in seen)
-        assert not torch.backends.cuda.matmul.allow_tf32
+        assert matmul.fp32_precision == "none"
     with pytest.raises(ValueError, match="unknown factor_precision 'half': choose one of 'float32', 'tf32', 'bf16'"):
         kron_factors(model, "regression", [(x, torch.zeros(8, 4, 2))], factor_precision="half")
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_torchs_own_precision_is_left_as_it_is(precision):
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting in ("tf32", "ieee", "none"):
+            matmul.fp32_precision = setting
+            kron_factors(
+                nn.Linear(3, 2), "regression", [(torch.randn(8, 3), torch.zeros(8, 2))], factor_precision=precision
+            )
+            assert matmul.fp32_precision == setting
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+def test_parameters_of_several_precisions_and_of_no_dimension(structure):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.shift = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.randn(3))
+            self.linear = nn.Linear(3, 2).double()
+
+        def forward(self, x):
+            return self.linear((x * self.scale + self.shift).double())
+
+    model, x = Mixed(), torch.randn(8, 3)
+    la = Laplace(model, "regression", hessian_structure=structure)
+    la.fit([(x, torch.zeros(8, 2, dtype=torch.float64))])
+    weight = model.linear.weight.detach()
+    torch.testing.assert_close(
+        la.H.to_dense()[0, 0].double(), (x.double() @ weight.T).square().sum(), rtol=1e-5, atol=0
+    )
+
+
+def test_an_earlier_result_does_not_change_with_later_batches():
+    model, x = nn.Linear(3, 2), torch.randn(8, 3)
+    for kind in (DenseAccumulator, DiagAccumulator):
+        total = CurvatureSum(model, Gaussian(), kind, curvature=Curvature.GGN, backend=make_backend("native"))
+        total.add(x, torch.zeros(8, 2))
+        first = total.accumulator.result()
+        before = first.to_dense().clone()
+        total.add(x, torch.zeros(8, 2))
+        assert torch.equal(first.to_dense(), before)
+
+
+def test_a_weight_that_changes_its_role_between_batches_is_refused():
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x):
+            return x @ self.weight if len(x) > 9 else nn.functional.linear(x, self.weight)
+
+    data = [(torch.randn(n, 3), torch.zeros(n, 3)) for n in (8, 12)]
+    with pytest.raises(UnsupportedParameterError, match="'weight' is used in one batch otherwise than in another"):
+        kron_factors(Fickle(), "regression", data)

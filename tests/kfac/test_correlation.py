@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from laplace_ws import kron_factors
-from laplace_ws.kfac import ConvUse, KfacApprox, KronAccumulator, Rows, conv_use
+from laplace_ws.kfac import ConvUse, KfacApprox, KronAccumulator, Rows, conv_use, correlation
 from laplace_ws.kfac.conv import ConvGeometry, patch_columns, patches
 from laplace_ws.kfac.correlation import MOST_TAPS, PatchGram, cheapest_plan, make_plan
 from laplace_ws.kfac.factors import gram
@@ -117,3 +117,28 @@ def test_images_of_many_sizes_take_no_more_memory(monkeypatch):
         total.start_batch([use], 2)
         assert len(total._sums["0.weight"]._patch_grams) <= MOST_SIZES
     torch.testing.assert_close(total.result()["0.weight"].A, truth)
+
+
+@pytest.mark.parametrize("value", [1e6, float("nan")])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "size", "unread"),
+    [(3, 2, 1, 8, [7]), (2, 1, 7, 9, [2, 3, 4, 5, 6]), (1, 4, 1, 8, [1, 2, 3, 5, 6, 7])],
+    ids=["last", "between", "skipped"],
+)
+def test_pixels_that_no_tap_reads_do_not_matter(kernel, stride, dilation, size, unread, value):
+    geometry = ConvGeometry((kernel,) * 2, (stride,) * 2, ((0, 0),) * 2, (dilation,) * 2)
+    x = torch.randn(2, 3, size, size)
+    spoilt = x.clone()
+    spoilt[:, :, unread] = value
+    spoilt[:, :, :, unread] = value
+    totals = [PatchGram(make_plan(geometry, (size, size))) for _ in range(2)]
+    for total, images in zip(totals, (x, spoilt), strict=True):
+        total.add(images)
+    assert torch.equal(totals[0].result(), totals[1].result())
+    torch.testing.assert_close(totals[0].result(), by_patches(x, geometry))
+
+
+def test_plans_that_cannot_pay_are_not_made(monkeypatch):
+    monkeypatch.setattr(correlation, "make_plan", lambda *arguments: pytest.fail("a plan was made"))
+    first_of_alexnet = ConvGeometry((11, 11), (4, 4), ((2, 2), (2, 2)), (1, 1))
+    assert cheapest_plan(first_of_alexnet, (4, 3, 96, 96)) is None
