@@ -13,6 +13,8 @@ from laplace_ws.bench.meter import peak_bytes, seconds_of
 from laplace_ws.bench.setting import Setting, make_batch, make_network
 from laplace_ws.likelihoods import Categorical
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook")  # of stock ASDL
+
 CPU = torch.device("cpu")
 TINY = BenchConfig(
     n_rounds=1,
