@@ -18,7 +18,7 @@ N_PROBED = 4
 """Examples of the first batch that are probed, and each by itself: few enough to cost nothing, enough to tell examples apart."""
 
 
-SMALL_COLUMN_BYTES = 2**25
+SMALL_COLUMN_BYTES = 2**26
 """Columns that take less, at the outputs of all uses together, never call for saving memory."""
 
 

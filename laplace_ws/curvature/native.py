@@ -71,7 +71,8 @@ class NativeLinearisation(Linearisation):
         self._f = f
         self._edges = [edge for _, edge, _ in kept]
         self._output_shapes = [shape for _, _, shape in kept]
-        self.column_bytes = sum(shape.numel() for shape in self._output_shapes) * f.element_size()
+        outputs = {(edge.node, edge.output_nr): shape.numel() for _, edge, shape in kept}
+        self.column_bytes = sum(outputs.values()) * f.element_size()
         self.columns_at_once = columns_in_memory(self.column_bytes, f.device)
         self._can_vectorise = True
 
