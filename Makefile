@@ -1,11 +1,12 @@
-# make demo: tune a Wide ResNet by its marginal likelihood.  make test: the test suite.
-# Both create the environment that they need; run again, they are quick.
+# make demo: tune a Wide ResNet by its marginal likelihood.  make test: the test suite.  make docs: the pages, in $(DOCS).
+# All create the environment that they need; run again, they are quick.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+DOCS ?= build/docs
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/laplace-ws train --config configs/demo.yaml
@@ -21,6 +22,9 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html -d $(DOCS)/.doctrees docs $(DOCS)
+
 clean:
 	rm -rf $(VENV)
 
@@ -35,4 +39,9 @@ $(VENV)/.installed: setup.cfg pyproject.toml | $(BIN)/python
 $(VENV)/.installed-test: setup.cfg pyproject.toml | $(BIN)/python
 	@echo "Installing laplace_ws and its test tools into $(VENV) (PyTorch is several GB: a few minutes the first time)"
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: setup.cfg pyproject.toml | $(BIN)/python
+	@echo "Installing laplace_ws and Sphinx into $(VENV) (PyTorch is several GB: a few minutes the first time)"
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@ $(VENV)/.installed

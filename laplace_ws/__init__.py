@@ -4,7 +4,15 @@ from laplace_ws._version import __version__
 from laplace_ws.curvature import Curvature, kron_factors
 from laplace_ws.errors import InvalidBatchError, NotFittedError, NumericalRepairWarning, UnsupportedParameterError
 from laplace_ws.kfac import KfacApprox, row_examples
-from laplace_ws.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, make_likelihood
+from laplace_ws.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Likelihood,
+    likelihood_from_state,
+    make_likelihood,
+)
 from laplace_ws.marglik import marglik_training
 from laplace_ws.matrices import Kron
 from laplace_ws.posterior import DiagLaplace, FullLaplace, KronLaplace, Laplace
@@ -16,6 +24,7 @@ __all__ = [
     "DiagLaplace",
     "FullLaplace",
     "Gaussian",
+    "HeteroscedasticGaussian",
     "InvalidBatchError",
     "KfacApprox",
     "Kron",
@@ -27,6 +36,7 @@ __all__ = [
     "UnsupportedParameterError",
     "__version__",
     "kron_factors",
+    "likelihood_from_state",
     "make_likelihood",
     "marglik_training",
     "row_examples",

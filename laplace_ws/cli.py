@@ -23,11 +23,16 @@ from laplace_ws.bench import (
     run_bench,
     write_result,
 )
+from laplace_ws.calibration import CalibrateConfig, as_text, output_folder, run_calibration
+from laplace_ws.calibration import write_result as write_calibration
 from laplace_ws.experiment.config import RunConfig, UnknownKeyError, check_keys, config_keys, flatten
 from laplace_ws.experiment.folder import ExperimentError, summary_table
 from laplace_ws.experiment.run import run_experiment
 from laplace_ws.marglik.schedule import TrainingDiverged
 from laplace_ws.report import ReportInputError, write_report
+from laplace_ws.report.calibration_page import write_calibration_report
+from laplace_ws.report.selection_page import write_selection_page
+from laplace_ws.selection import SelectConfig, run_selection, selection_table
 
 _OWN_OPTIONS = ("config", "help", "print_config")
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -54,6 +59,23 @@ def parse_train(args: Sequence[str]) -> tuple[RunConfig, bool]:
     values = parse(parser, RunConfig, args, [*_OWN_OPTIONS, "resume"])
     config = RunConfig(**{key: values[key] for key in RunConfig.__dataclass_fields__})
     return config, values["resume"]
+
+
+def parse_select(args: Sequence[str]) -> tuple[SelectConfig, bool]:
+    """Read the arguments of `select`: the comparison, and whether to resume it; raises what `parse_train` raises."""
+    description = "Train or load several models and rank them by log marginal likelihood."
+    parser = make_parser(SelectConfig, "laplace-ws select", description)
+    parser.add_argument("--resume", action="store_true", help="keep finished candidates and go on with the others")
+    values = parse(parser, SelectConfig, args, [*_OWN_OPTIONS, "resume"])
+    return SelectConfig(**{key: values[key] for key in SelectConfig.__dataclass_fields__}), values["resume"]
+
+
+def parse_calibrate(args: Sequence[str]) -> CalibrateConfig:
+    """Read the arguments of `calibrate`; raises what `parse_train` raises."""
+    description = "Score the predictives of a trained network: MAP, temperature scaling, Laplace posteriors."
+    parser = make_parser(CalibrateConfig, "laplace-ws calibrate", description)
+    values = parse(parser, CalibrateConfig, args, _OWN_OPTIONS)
+    return CalibrateConfig(**{key: values[key] for key in CalibrateConfig.__dataclass_fields__})
 
 
 def parse_bench(args: Sequence[str]) -> BenchConfig:
@@ -109,11 +131,38 @@ def train(args: Sequence[str]) -> int:
     return OK
 
 
+def select(args: Sequence[str]) -> int:
+    """Run `laplace-ws select`; returns the exit status, that of a failed training where a candidate diverged."""
+    config, resume = parse_select(args)
+    selection = run_selection(config, resume=resume)
+    print(selection_table(selection))
+    if config.report:
+        print(f"report: {write_selection_page(config.folder)}")
+    else:
+        print(f"ranking: {config.folder / 'select.json'}")
+    return FAILED if selection.failed else OK
+
+
 def report(args: Sequence[str]) -> int:
     """Run `laplace-ws report`; returns the exit status."""
     parser = ArgumentParser(prog="laplace-ws report", description="Write report.html anew from a run folder.")
     parser.add_argument("run_dir", type=str, help="folder of a finished run")
     print(f"report: {write_report(Path(parser.parse_args(list(args)).run_dir))}")
+    return OK
+
+
+def calibrate(args: Sequence[str]) -> int:
+    """Run `laplace-ws calibrate`; returns the exit status."""
+    config = parse_calibrate(args)
+    folder = output_folder(config)
+    try:
+        result = run_calibration(config)
+    except KeyboardInterrupt:
+        print("\nlaplace-ws: interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    print(as_text(result.methods))
+    print(f"result: {write_calibration(result, folder)}")
+    print(f"report: {write_calibration_report(result, folder)}")
     return OK
 
 
@@ -169,12 +218,14 @@ BENCH_USAGE_TEXT = """usage: laplace-ws bench {curvature,render} ...
   render     print the tables of a measured benchmark, and write them into a document (--docs)
 
   --help     print this"""
-COMMANDS = {"train": train, "report": report, "bench": bench}
-USAGE_TEXT = """usage: laplace-ws {train,report,bench} ...
+COMMANDS = {"train": train, "select": select, "calibrate": calibrate, "report": report, "bench": bench}
+USAGE_TEXT = """usage: laplace-ws {train,select,calibrate,report,bench} ...
 
-  train   train a network and tune its prior precisions (laplace-ws train --help lists every option)
-  report  write report.html anew from a run folder
-  bench   measure the cost of curvature (laplace-ws bench --help)
+  train      train a network and tune its prior precisions (laplace-ws train --help lists every option)
+  select     train or load several models and rank them by log marginal likelihood (laplace-ws select --help)
+  calibrate  score a trained network's probabilities beside those of Laplace posteriors (laplace-ws calibrate --help)
+  report     write report.html anew from a run folder
+  bench      measure the cost of curvature (laplace-ws bench --help)
 
   --version  print the version
   --help     print this"""

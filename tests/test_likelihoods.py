@@ -1,35 +1,74 @@
+import io
+
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from laplace_ws import Bernoulli, Categorical, Gaussian, InvalidBatchError, Likelihood, make_likelihood
+from laplace_ws import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+    InvalidBatchError,
+    Likelihood,
+    likelihood_from_state,
+    make_likelihood,
+)
 
 LIKELIHOODS = {"classification": Categorical(), "regression": Gaussian(0.7), "binary": Bernoulli()}
+SCALES = [0.5, 2.0, 1.3]
+LIKELIHOODS["noise by output"] = Gaussian(0.7, SCALES)
+ALL = LIKELIHOODS | {"ignoring": Categorical(ignore_index=-100), "ignoring a class": Categorical(ignore_index=1)}
+ALL["heteroscedastic"] = HeteroscedasticGaussian()
+IMAGES = [("regression", (2, 3, 2, 3)), ("binary", (2, 1, 2, 3)), ("noise by output", (2, 1, 2, 3))]
+SHAPES = [(name, shape) for name in ALL for shape in [(4, 3), (4, 2, 3)]] + IMAGES
 
 
 def outputs_and_targets(name, shape):
+    """Outputs and targets; heteroscedastic outputs are twice as many on the last axis."""
     f = torch.randn(shape, dtype=torch.float64)
-    if name == "classification":
-        return f, torch.randint(0, shape[-1], shape[:-1])
-    return f, torch.randn_like(f) if name == "regression" else torch.randint(0, 2, shape).double()
+    if name == "heteroscedastic":
+        return torch.cat([torch.randn_like(f), f], -1), torch.randn_like(f)
+    if isinstance(ALL[name], Categorical):
+        y = torch.randint(0, shape[-1], shape[:-1])
+        if name == "ignoring":
+            y[0] = y[1].flatten()[0] = y[2].flatten()[-1] = -100
+        return f, y
+    return f, torch.randint(0, 2, shape).double() if name == "binary" else torch.randn_like(f)
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3)])
-@pytest.mark.parametrize("name", LIKELIHOODS)
+def fisher(likelihood, f, y):
+    """Hessian of −log p, averaged over y where it depends on it: as it is of second order in y, by two values at ± one deviation."""
+    targets = [y]
+    if isinstance(likelihood, HeteroscedasticGaussian):
+        mean, log_variance = likelihood.split(f)
+        targets = [mean + sign * (0.5 * log_variance).exp() for sign in (1, -1)]
+    hessians = [
+        torch.autograd.functional.hessian(lambda z, t=t: likelihood.nll_sum(z[None], t[None]), f) for t in targets
+    ]
+    return (sum(hessians) / len(hessians)).reshape(f.numel(), f.numel())
+
+
+@pytest.mark.parametrize(("name", "shape"), SHAPES, ids=str)
 def test_columns_factor_the_hessian(name, shape):
-    likelihood = LIKELIHOODS[name]
+    likelihood = ALL[name]
     f, y = outputs_and_targets(name, shape)
-    columns = torch.stack(list(likelihood.hessian_columns(f))).flatten(2)
+    columns = torch.stack(list(likelihood.hessian_columns(f, likelihood.term_mask(f, y)))).flatten(2)
     for n in range(len(f)):
-        hessian = torch.autograd.functional.hessian(lambda z, n=n: likelihood.nll_sum(z[None], y[n : n + 1]), f[n])
-        d = columns.shape[2]
-        torch.testing.assert_close(columns[:, n].T @ columns[:, n], hessian.reshape(d, d), rtol=1e-10, atol=1e-12)
+        truth = fisher(likelihood, f[n], y[n])
+        torch.testing.assert_close(columns[:, n].T @ columns[:, n], truth, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3)])
-@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_the_heteroscedastic_hessian_itself_is_indefinite():
+    likelihood, f, y = HeteroscedasticGaussian(), torch.zeros(1, 2).double(), torch.full((1, 1), 3.0).double()
+    hessian = torch.autograd.functional.hessian(lambda z: likelihood.nll_sum(z, y), f).reshape(2, 2)
+    assert torch.linalg.eigvalsh(hessian).min() < -0.5
+
+
+@pytest.mark.parametrize(("name", "shape"), SHAPES, ids=str)
 def test_gradient_column_is_the_gradient(name, shape):
-    likelihood = LIKELIHOODS[name]
+    likelihood = ALL[name]
     f, y = outputs_and_targets(name, shape)
     gradient = torch.autograd.functional.jacobian(lambda z: likelihood.nll_sum(z, y), f)
     torch.testing.assert_close(likelihood.gradient_column(f, y), gradient, rtol=1e-10, atol=1e-12)
@@ -45,6 +84,18 @@ def test_sampled_columns_are_gradients_at_the_models_own_labels(name):
     hessian = columns.T @ columns
     torch.testing.assert_close(draws.T @ draws / len(draws), hessian, rtol=0, atol=0.03 * hessian.abs().max().item())
     assert draws.mean(0).abs().max() < 0.03 * hessian.abs().max().sqrt()
+
+
+def test_sampled_heteroscedastic_columns_are_gradients_at_the_models_own_targets():
+    """The likelihood is of fourth order in y, so the standard errors of the moments are taken from the draws."""
+    likelihood = HeteroscedasticGaussian()
+    f, y = outputs_and_targets("heteroscedastic", (1, 3))
+    draws = likelihood.sampled_column(f.expand(40_000, -1), torch.Generator().manual_seed(0))
+    products = torch.einsum("na,nb->nab", draws, draws)
+    for found, truth in ((products, fisher(likelihood, f[0], y[0])), (draws, torch.zeros(6).double())):
+        errors = found.std(0) / len(draws) ** 0.5
+        assert errors.max() < 0.03 * products.mean(0).max()
+        assert ((found.mean(0) - truth).abs() < 5 * errors).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 2, 3)])
@@ -140,6 +191,16 @@ def test_nll_against_scipy():
     assert Gaussian(0.7).nll_sum(f, y).item() == pytest.approx(expected, rel=1e-12)
     unit = Gaussian().nll_sum(f, y)
     assert Gaussian().nll_at_noise(unit, y.numel(), torch.tensor(0.7)).item() == pytest.approx(expected, rel=1e-6)
+    f, y = outputs_and_targets("regression", (5, 4, 3))
+    by_output = Gaussian(0.7, SCALES)
+    expected = -stats.norm(f.numpy(), 0.7 * np.array(SCALES)).logpdf(y.numpy()).sum()
+    assert by_output.nll_sum(f, y).item() == pytest.approx(expected, rel=1e-12)
+    unit = by_output.at_noise(1.0).nll_sum(f, y)
+    sigma = torch.tensor(0.7, dtype=torch.float64)
+    assert by_output.nll_at_noise(unit, y.numel(), sigma).item() == pytest.approx(expected, rel=1e-12)
+    f, y = outputs_and_targets("heteroscedastic", (5, 4, 3))
+    expected = -stats.norm(f[..., :3].numpy(), (f[..., 3:] / 2).exp().numpy()).logpdf(y.numpy()).sum()
+    assert HeteroscedasticGaussian().nll_sum(f, y).item() == pytest.approx(expected, rel=1e-12)
     f, y = outputs_and_targets("binary", (5, 2))
     expected = -stats.bernoulli(f.sigmoid().numpy()).logpmf(y.numpy()).sum()
     assert Bernoulli().nll_sum(f, y).item() == pytest.approx(expected, rel=1e-12)
@@ -150,9 +211,128 @@ def test_binary_columns_survive_confident_logits():
     assert column.item() ** 2 == pytest.approx(torch.tensor(-60.0, dtype=torch.float64).exp().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("scales", [None, SCALES])
+@pytest.mark.parametrize("curvature", ["ggn", "ef"])
+def test_curvature_scales_with_the_noise(scales, curvature):
+    f, y = outputs_and_targets("regression", (4, 3))
+    unit, noisy = Gaussian(1.0, scales), Gaussian(0.7, scales)
+
+    def second_moment(likelihood):
+        columns = likelihood.hessian_columns(f) if curvature == "ggn" else [likelihood.gradient_column(f, y)]
+        return sum(column.T @ column for column in columns)
+
+    scale = unit.curvature_scale(torch.tensor(0.7, dtype=torch.float64), curvature)
+    torch.testing.assert_close(second_moment(noisy), second_moment(unit) * scale)
+
+
+# ------------------------------------------------------------------ labels that do not count
+
+
+def test_ignored_labels_carry_no_loss_and_do_not_count():
+    f, y = outputs_and_targets("ignoring", (4, 5, 3))
+    likelihood = Categorical(ignore_index=-100)
+    counts = y != -100
+    assert likelihood.n_targets(f, y) == counts.sum() == 13
+    assert Categorical().n_targets(f, y) == 20
+    assert Categorical().term_mask(f, y) is None
+    torch.testing.assert_close(likelihood.nll_sum(f, y), Categorical().nll_sum(f[counts], y[counts]))
+    nothing = torch.full_like(y, -100)
+    likelihood.check(f, nothing)
+    assert likelihood.nll_sum(f, nothing) == 0
+    assert likelihood.gradient_column(f, nothing).count_nonzero() == 0
+    assert list(likelihood.hessian_columns(f, likelihood.term_mask(f, nothing))) == []
+
+
+def test_labels_that_count_keep_their_curvature_beside_uncertain_ones_that_do_not():
+    """A column is left out where it is below the rounding of the class's variance, and the ignored terms have most of that."""
+    f = torch.tensor([[60.0, 0.0, -1000.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    likelihood, y = Categorical(ignore_index=-100), torch.tensor([0, -100])
+    (column,) = likelihood.hessian_columns(f, likelihood.term_mask(f, y))
+    small = torch.tensor(-60.0, dtype=torch.float64).exp().item()
+    torch.testing.assert_close(column[0, :2].square(), torch.full((2,), small, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert column[1].count_nonzero() == 0
+
+
+# ------------------------------------------------------------------ predictions and files
+
+
+def test_moments_of_regressions():
+    mean, var = torch.randn(5, 4).double(), torch.rand(5, 4).double()
+    covariance = torch.diag_embed(var) + 0.1
+    assert [likelihood.is_regression for likelihood in ALL.values()] == [False, True, False, True, False, False, True]
+    assert Gaussian().moments(mean, covariance) == (mean, covariance)
+    for f_var in (var, covariance):
+        m, v = HeteroscedasticGaussian().moments(mean, f_var)
+        assert torch.equal(m, mean[:, :2])
+        assert torch.equal(v, f_var[:, :2] if f_var.ndim == 2 else f_var[:, :2, :2])
+    assert torch.equal(HeteroscedasticGaussian().predictive_mean(mean), mean[:, :2])
+
+
+def test_noise_variance_of_regressions():
+    mean, var = torch.randn(5, 4).double(), torch.rand(5, 4).double()
+    assert torch.equal(Gaussian().noise_variance(mean, var, 0.5), torch.full((5, 4), 0.25).double())
+    by_output = Gaussian(9.0, [1.0, 2.0, 3.0, 4.0]).noise_variance(mean, var, torch.tensor(0.5))
+    torch.testing.assert_close(by_output, torch.tensor([0.25, 1.0, 2.25, 4.0]).double().expand(5, 4))
+    log_normal = stats.lognorm(s=var[:, 2:].sqrt().numpy(), scale=mean[:, 2:].exp().numpy()).mean()
+    found = HeteroscedasticGaussian().noise_variance(mean, var, 1.0)
+    torch.testing.assert_close(found, torch.from_numpy(log_normal), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_state_makes_the_likelihood_anew(name):
+    likelihood = ALL[name]
+    file = io.BytesIO()
+    torch.save(likelihood.state(), file)
+    file.seek(0)
+    again = likelihood_from_state(torch.load(file, weights_only=True))
+    assert type(again) is type(likelihood)
+    assert again.state() == likelihood.state()
+    assert repr(again) == repr(likelihood)
+    f, y = outputs_and_targets(name, (4, 3))
+    assert torch.equal(again.nll_sum(f, y), likelihood.nll_sum(f, y))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_half_precision_outputs_give_the_columns_of_their_own_values(name):
+    """bfloat16 rounds to 2⁻⁸ of a number; a gradient is made in four steps at most from numbers of about 1, that of v by a square."""
+    likelihood = ALL[name]
+    f, y = outputs_and_targets(name, (4, 3))
+    f = f.bfloat16()
+    y = y if isinstance(likelihood, Categorical) else y.bfloat16()
+    wide = y.double() if y.is_floating_point() else y
+    found, truth = likelihood.gradient_column(f, y), likelihood.gradient_column(f.double(), wide)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), truth, rtol=8 * 2**-8, atol=8 * 2**-8)
+    for half, whole in zip(likelihood.hessian_columns(f), likelihood.hessian_columns(f.double()), strict=True):
+        torch.testing.assert_close(half.double(), whole, rtol=4 * 2**-8, atol=4 * 2**-8)
+
+
+# ------------------------------------------------------------------ what does not fit
+
+
 @pytest.mark.parametrize(
     ("name", "f", "y", "message"),
     [
+        (
+            "classification",
+            torch.zeros(2, 3),
+            torch.tensor([0, -100]),
+            r"span -100 … 0; .* Categorical\(ignore_index=-100\)",
+        ),
+        ("classification", torch.zeros(3, 3), torch.tensor([0, -100, 3]), r"span -100 … 3; renumber the labels"),
+        ("ignoring", torch.zeros(3, 3), torch.tensor([0, -100, 3]), r"they span 0 … 3; renumber the labels"),
+        ("ignoring a class", torch.zeros(2, 3), torch.tensor([0, -100]), r"they span -100 … 0; renumber the labels"),
+        (
+            "noise by output",
+            torch.zeros(2, 2),
+            torch.zeros(2, 2),
+            r"has 3 output_scales, .* \(2, 2\) has 2; give one scale",
+        ),
+        ("noise by output", torch.zeros(3), torch.zeros(3), r"has 3 output_scales, .* \(3,\) has 1"),
+        ("heteroscedastic", torch.zeros(2, 3), torch.zeros(2, 3), r"needs outputs \[N, ..., 2D\]"),
+        ("heteroscedastic", torch.zeros(2, 2), torch.zeros(2, 2), r"gave \(2, 2\) and the targets are \(2, 2\)"),
+        ("heteroscedastic", torch.zeros(2), torch.zeros(1), r"needs outputs \[N, ..., 2D\]"),
+        ("heteroscedastic", torch.zeros(2, 2), torch.zeros(2, 1).long(), r"use y.float\(\)"),
         ("classification", torch.zeros(2, 3), torch.tensor([0, 3]), r"labels must lie in 0 … 2 .* they span 0 … 3"),
         ("classification", torch.zeros(2, 3), torch.tensor([-1, 0]), r"they span -1 … 0"),
         ("classification", torch.zeros(2, 3), torch.zeros(2), r"must be integers"),
@@ -170,7 +350,7 @@ def test_binary_columns_survive_confident_logits():
 )
 def test_what_does_not_fit_is_said(name, f, y, message):
     with pytest.raises(InvalidBatchError, match=message):
-        LIKELIHOODS[name].check(f, y)
+        ALL[name].check(f, y)
 
 
 def test_unknown_names():
@@ -178,3 +358,6 @@ def test_unknown_names():
         make_likelihood("poisson")
     with pytest.raises(ValueError, match="sigma_noise must be positive"):
         Gaussian(0.0)
+    for scales in ([], [1.0, 0.0], [float("nan")], torch.tensor([1.0, -1.0])):
+        with pytest.raises(ValueError, match="output_scales must be positive numbers, one an output"):
+            Gaussian(1.0, scales)

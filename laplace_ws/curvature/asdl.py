@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from laplace_ws.curvature.backend import Backend, ColumnwiseLinearisation, check_outputs
+from laplace_ws.curvature.backend import Backend, ColumnwiseLinearisation
 from laplace_ws.curvature.calls import UnreadableCallError
 from laplace_ws.curvature.checks import check_covered, check_unchanged, versions
+from laplace_ws.curvature.inputs import ModelInputs, call_model, examples_of
 from laplace_ws.curvature.modules import MODULE_CALLS, instead_of, module_call, module_uses
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac.rows import Examples
@@ -48,15 +49,15 @@ class AsdlBackend(Backend):
 
     @contextmanager
     def linearise(
-        self, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]
+        self, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]
     ) -> Iterator[AsdlLinearisation]:
         """See `Backend.linearise`."""
         owners = _owners(model, parameters)
-        with _as_found(model), _operations(model, owners, parameters, Examples(len(x), x)) as operations:
+        with _as_found(model), _operations(model, owners, parameters, examples_of(x)) as operations:
             with warnings.catch_warnings():
                 # of modules that are several autograd nodes; the gradient kept is that of the last node, as it should be
                 warnings.filterwarnings("ignore", message="Using a non-full backward hook")
-                f = check_outputs(model(x), len(x))
+                f = call_model(model, x)
             linearisation = AsdlLinearisation(f, operations)
             check_covered(linearisation.uses, parameters)
             check_unchanged([pair for operation in operations for pair in operation.versions])

@@ -154,7 +154,7 @@ def read_projection(
 def _projection_use(
     call: Call, x: Tensor, weight_shape: torch.Size, parts: Parts, weight: str | None, bias: str | None
 ) -> LinearUse:
-    x = x.detach()
+    x = call.keep(x)
     if not parts:
         return LinearUse(rows=call.rows, call=call.name, weight=weight, bias=bias, weight_shape=weight_shape, x=x)
     return PackedLinearUse(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from laplace_ws.curvature.inputs import ModelInputs
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
-from laplace_ws.kfac import RaggedInputs, Use
+from laplace_ws.kfac import Use
 
 Receiver = Callable[[int, Float[Tensor, "K B ..."]], None]
 """Takes the number of a use, and columns back-propagated to its output."""
@@ -96,13 +98,13 @@ class Backend(ABC):
 
     @abstractmethod
     def linearise(
-        self, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]
+        self, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]
     ) -> AbstractContextManager[Linearisation]:
         """Run the model on a batch as it is (the caller sets the modes), and leave it as found when the context ends.
 
         Args:
             model: the network.
-            x: inputs, the first axis runs over examples, or `RaggedInputs`.
+            x: inputs of one example or more; `inputs.call_model` runs the model on them.
             parameters: the parameters to cover, by name.
 
         Raises:
@@ -142,46 +144,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def check_pair(batch: object, number: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of a batch.
-
-    Raises:
-        InvalidBatchError: it is no pair of tensors.
-    """
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-        length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
-        raise InvalidBatchError(
-            f"the loader must give pairs (x, y), but batch {number} is a {type(batch).__name__}{length}."
-        )
-    for name, value in zip("xy", batch, strict=True):
-        if not (isinstance(value, Tensor) or (name == "x" and isinstance(value, RaggedInputs))):
-            raise InvalidBatchError(
-                f"{name} of batch {number} is a {type(value).__name__} but must be one tensor (or x a laplace_ws.data.GraphBatch); "
-                "join its parts into one, and take them apart in the model."
-            )
-    return batch[0], batch[1]
-
-
-def check_inputs(x: object) -> None:
-    """Raise `InvalidBatchError` unless x holds examples, in a tensor or otherwise."""
-    if not isinstance(x, (Tensor, RaggedInputs)):
-        raise InvalidBatchError(f"x must be a tensor of inputs (or a GraphBatch), got a {type(x).__name__}.")
-    if not len(x):
-        raise InvalidBatchError("a batch holds no example.")
-
-
-def own_copy(x: Tensor) -> Tensor:
-    """Inputs for a model that may change them in place, so that they are the same when they are looked at again."""
-    return x.clone() if isinstance(x, Tensor) else x
-
-
-def check_devices(model: nn.Module, *tensors: Tensor) -> None:
-    """Raise `InvalidBatchError` if a batch is not where the model is."""
+def check_devices(model: nn.Module, *parts: ModelInputs) -> None:
+    """Raise `InvalidBatchError` if parts of a batch, inputs or targets, are not where the model is."""
     device = next(model.parameters()).device
-    for tensor in tensors:
-        if tensor.device != device:
+    for part in parts:
+        if part.device != device:
             raise InvalidBatchError(
-                f"the batch is on {tensor.device} and the model on {device}; move one of them, for example batch.to({str(device)!r})."
+                f"the batch is on {part.device} and the model on {device}; move one of them, for example batch.to({str(device)!r})."
             )
 
 
@@ -205,12 +174,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def check_outputs(f: object, n_examples: int) -> Tensor:
-    """Raise `InvalidBatchError` unless f is a floating point tensor with one row an example."""
-    if not isinstance(f, Tensor) or not f.is_floating_point():
-        raise InvalidBatchError(f"the model must return one floating point tensor, but it returned {type(f).__name__}.")
-    if f.ndim == 0 or len(f) != n_examples:
-        raise InvalidBatchError(
-            f"the model must return one row of outputs for each of the {n_examples} examples, but it returned shape {tuple(f.shape)}."
-        )
-    return f
+@contextmanager
+def differentiable_twice(model: nn.Module) -> Iterator[None]:
+    """Keep to kernels that have second derivatives, which fused attention and cuDNN's recurrent layers have not."""
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield

@@ -24,7 +24,7 @@ from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
 
-from laplace_ws.curvature.backend import Backend, Linearisation, check_outputs
+from laplace_ws.curvature.backend import Backend, Linearisation
 from laplace_ws.curvature.backpack_graph import Apply, Chain, Expression, look_up
 from laplace_ws.curvature.backpack_rules import (
     derivatives_of,
@@ -36,6 +36,7 @@ from laplace_ws.curvature.backpack_structure import model_state
 from laplace_ws.curvature.backpack_trace import convert
 from laplace_ws.curvature.calls import Call, Operand, UnreadableCallError, read_call
 from laplace_ws.curvature.checks import check_covered
+from laplace_ws.curvature.inputs import ModelInputs, StructuredInputs, check_outputs, examples_of
 from laplace_ws.curvature.modules import instead_of, module_uses
 from laplace_ws.curvature.native import FREEZE_OR_WRITE
 from laplace_ws.errors import UnsupportedParameterError
@@ -67,19 +68,27 @@ class BackpackBackend(Backend):
 
     @contextmanager
     def linearise(
-        self, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]
+        self, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]
     ) -> Iterator[BackpackLinearisation]:
         """See `Backend.linearise`."""
         converted, self._cached = self._cached, None  # a second linearisation inside the first needs modules of its own
-        if converted is None or not converted.is_of(model):
-            converted = _Converted.make(model)
+        n_arguments = len(x.arguments) if isinstance(x, StructuredInputs) else 1
+        if converted is None or not converted.is_of(model, n_arguments):
+            converted = _Converted.make(model, n_arguments)
         try:
             with _storing():
-                f, live = converted.chain.run(x.detach() if isinstance(x, Tensor) else x)
-            yield BackpackLinearisation(check_outputs(f, len(x)), live, parameters, Examples(len(x), x))
+                f, live = converted.chain.run(_of_chain(x))
+            yield BackpackLinearisation(check_outputs(f, len(x)), live, parameters, examples_of(x))
         finally:
             converted.forget_batch()
             self._cached = converted
+
+
+def _of_chain(x: ModelInputs) -> Any:
+    """The input of the chain: the one argument of the model, or all of them."""
+    if isinstance(x, StructuredInputs):
+        return x.arguments[0] if len(x.arguments) == 1 else x.arguments
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 class BackpackLinearisation(Linearisation):
@@ -252,21 +261,22 @@ def _returns_one_tensor_that_backpack_follows(module: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Converted:
-    """A chain, and the state of the model that it was made from."""
+    """A chain, and the state of the model that it was made from, with the number of arguments that the model was called with."""
 
     model: weakref.ref[nn.Module]
+    n_arguments: int
     state: list[Any]
     chain: Chain
 
     @classmethod
-    def make(cls, model: nn.Module) -> _Converted:
+    def make(cls, model: nn.Module, n_arguments: int) -> _Converted:
         """Convert a model and extend each of its leaf modules."""
-        chain = convert(model, keeps=_returns_one_tensor_that_backpack_follows)
+        chain = convert(model, keeps=_returns_one_tensor_that_backpack_follows, n_arguments=n_arguments)
         n_handles = len(CTX.hook_handles)
         for step in chain.steps:
             extend(step.leaf)
         del CTX.hook_handles[n_handles:]  # the hooks live as long as the modules, which are ours alone
-        return cls(weakref.ref(model), model_state(model), chain)
+        return cls(weakref.ref(model), n_arguments, model_state(model), chain)
 
     def forget_batch(self) -> None:
         """Drop what the modules keep of a forward pass."""
@@ -275,6 +285,6 @@ class _Converted:
             if isinstance(step.leaf, Apply):
                 step.leaf.others = {}
 
-    def is_of(self, model: nn.Module) -> bool:
-        """Whether the model is the one that was converted, and still what it was."""
-        return self.model() is model and model_state(model) == self.state
+    def is_of(self, model: nn.Module, n_arguments: int) -> bool:
+        """Whether the model is the one that was converted, and still what it was, and called in the same way."""
+        return self.model() is model and self.n_arguments == n_arguments and model_state(model) == self.state

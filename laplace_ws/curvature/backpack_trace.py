@@ -38,14 +38,14 @@ _IN_PLACE_OPERATORS = {
 
 
 class _Root(nn.Module):
-    """Calls the model with its input alone, so that further arguments take their defaults."""
+    """Calls the model with its inputs alone, so that further arguments take their defaults; several come as one tuple."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, n_arguments: int):
         super().__init__()
-        self.model = model
+        self.model, self._n_arguments = model, n_arguments
 
     def forward(self, x: Any) -> Any:
-        return self.model(x)
+        return self.model(x) if self._n_arguments == 1 else self.model(*(x[i] for i in range(self._n_arguments)))
 
 
 class _Tracer(fx.Tracer):
@@ -153,19 +153,20 @@ def _recorded_calls() -> Iterator[None]:
             setattr(torch, name, function)
 
 
-def convert(model: nn.Module, keeps: Callable[[nn.Module], bool]) -> Chain:
+def convert(model: nn.Module, keeps: Callable[[nn.Module], bool], n_arguments: int = 1) -> Chain:
     """Trace a model into a chain of leaf modules that share its parameters and buffers; the model itself is not touched.
 
     Args:
-        model: the network, a function of one input.
+        model: the network.
         keeps: whether a module without parameters stays what it is where it is called, instead of becoming an `Apply`.
+        n_arguments: how many inputs the model is called with; of several, the chain's input is the tuple.
 
     Raises:
         UnsupportedParameterError: the forward pass cannot be traced.
     """
     copies: dict[int, Any] = {}
     try:
-        root = _Root(copy_structure(model, copies))
+        root = _Root(copy_structure(model, copies), n_arguments)
         originals = {id(copies[id(module)]): module for module in model.modules()}
         return _Builder(root, keeps).build(_trace(root, originals))
     except Exception as error:

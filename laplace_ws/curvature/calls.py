@@ -80,12 +80,18 @@ class Call:
         operands: parameters that require grad among the arguments, by `id` of the tensor.
         output: what it returned.
         examples: the examples of the batch.
+        differentiable: whether what its uses keep stays in the autograd graph.
     """
 
     name: str
     operands: Mapping[int, Operand]
     output: Tensor
     examples: Examples
+    differentiable: bool = False
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """An argument as a use keeps it."""
+        return tensor if self.differentiable else tensor.detach()
 
     @property
     def rows(self) -> Rows:
@@ -131,7 +137,7 @@ def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = Non
         weight=name,
         bias=call.parameter(bias),
         weight_shape=shape,
-        x=input.detach(),
+        x=call.keep(input),
         weight_is_transposed=transposed,
     )
     return [use]
@@ -147,7 +153,7 @@ def _matmul(call: Call, input: Tensor, other: Tensor) -> list[Use]:
         weight=name,
         bias=None,
         weight_shape=other.shape if not transposed else other.shape[::-1],
-        x=input.detach(),
+        x=call.keep(input),
         weight_is_transposed=not transposed,
     )
     return [use]
@@ -171,7 +177,7 @@ def _conv(
         weight=call.parameter(weight),
         bias=call.parameter(bias),
         weight_shape=weight.shape,
-        x=input.detach(),
+        x=call.keep(input),
         geometry=ConvGeometry.from_call(weight, stride, padding, dilation, groups),
     )
     return [use]
@@ -229,7 +235,7 @@ def _elementwise(call: Call, parameter: Tensor, factor: Tensor, at: int | None =
 
 def _mul(call: Call, input: Tensor, other: Tensor) -> list[Use]:
     parameter, factor = (input, other) if id(input) in call.operands else (other, input)
-    return [_elementwise(call, parameter, torch.as_tensor(factor).detach())]
+    return [_elementwise(call, parameter, call.keep(torch.as_tensor(factor)))]
 
 
 def _add(call: Call, input: Tensor, other: Tensor, *, alpha: float = 1) -> list[Use]:
@@ -323,7 +329,7 @@ def _instance_norm(
 
 def _prelu(call: Call, input: Tensor, weight: Tensor) -> list[Use]:
     at = 1 if weight.numel() > 1 and input.ndim > 1 else None
-    return [_elementwise(call, weight, input.detach().clamp(max=0), at)]
+    return [_elementwise(call, weight, call.keep(input).clamp(max=0), at)]
 
 
 def _group_norm(
@@ -342,7 +348,7 @@ def _affine(
 ) -> list[Use]:
     uses: list[Use] = []
     if weight is not None and call.parameter(weight):
-        uses.append(_elementwise(call, weight, normalised.detach(), at))
+        uses.append(_elementwise(call, weight, call.keep(normalised), at))
     if bias is not None and call.parameter(bias):
         uses.append(_elementwise(call, bias, normalised.new_tensor(1.0), at))
     return uses

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace_ws.curvature.backend import Backend, check_outputs, memory_for_columns, own_copy
+from laplace_ws.curvature.backend import Backend, memory_for_columns
+from laplace_ws.curvature.inputs import ModelInputs, call_model, own_copy
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import Use, example_gradients
 
@@ -27,14 +28,17 @@ class LinearisationCheck:
     parameters otherwise than in any batch before.
 
     What it does not see are rows of a layer that belong to examples otherwise from one batch to the next while their number stays.
+
+    Attributes:
+        column_bytes_an_example: what a column takes at the outputs of all uses, by the measure of the last check.
     """
 
     def __init__(self, backend: Backend, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
         self._backend, self._model, self._parameters = backend, model, parameters
         self._signatures: set[tuple[Any, ...]] = set()
-        self._column_bytes_an_example = 0.0
+        self.column_bytes_an_example = 0.0
 
-    def start(self, x: Tensor) -> None:
+    def start(self, x: ModelInputs) -> None:
         """Check a few examples of the first batch, before any work is done on it."""
         if not self._signatures:
             self.run(x[:N_PROBED])
@@ -43,16 +47,16 @@ class LinearisationCheck:
         """Whether a batch with the like uses has been checked."""
         return _signature(uses) in self._signatures
 
-    def run(self, x: Tensor) -> None:
+    def run(self, x: ModelInputs) -> None:
         """Check a batch."""
         uses, _, column_bytes = check_linearisation(self._backend, self._model, x, self._parameters)
         self._signatures.add(_signature(uses))
-        self._column_bytes_an_example = column_bytes / len(x)
+        self.column_bytes_an_example = column_bytes / len(x)
 
     def n_parts(self, n_examples: int, device: torch.device) -> int:
         """In how many parts to take a batch, so that a column of each takes little memory, by the measure of the last check."""
         little = max(memory_for_columns(device), SMALL_COLUMN_BYTES)
-        return max(1, math.ceil(n_examples * self._column_bytes_an_example / little))
+        return max(1, math.ceil(n_examples * self.column_bytes_an_example / little))
 
 
 def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:
@@ -67,7 +71,7 @@ def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:
 
 
 def check_linearisation(
-    backend: Backend, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]
+    backend: Backend, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[Sequence[Use], Tensor, int]:
     """Hold uses and gradients of a batch against autograd; returns its uses, its outputs and `column_bytes`.
 
@@ -80,7 +84,7 @@ def check_linearisation(
     """
     backend.forget()
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-        f = check_outputs(model(own_copy(x)), len(x))  # before the backend, which might hide what it does
+        f = call_model(model, own_copy(x))  # before the backend, which might hide what it does
         if not f.isfinite().all():
             raise InvalidBatchError(
                 f"{type(model).__name__} gives outputs that are not finite; look for NaN in its weights or inputs."

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from enum import Enum
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice, pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,14 +16,13 @@ from laplace_ws.curvature.backend import (
     Backend,
     Linearisation,
     check_devices,
-    check_inputs,
-    check_pair,
     columns_in_memory,
     evaluation_mode,
-    own_copy,
     trainable_parameters,
 )
 from laplace_ws.curvature.checks import LinearisationCheck, check_linearisation
+from laplace_ws.curvature.columns import Curvature, loss_columns, parse_curvature
+from laplace_ws.curvature.inputs import BatchKeys, ModelInputs, as_inputs, own_copy, split_batch
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import (
@@ -37,23 +36,10 @@ from laplace_ws.kfac import (
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.matrices import Kron
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[Any]
+"""Batches of one of the forms that `inputs.split_batch` knows."""
 SMALLEST_PART = 8
 """Examples of the smallest part that a batch is taken in; smaller ones would cost time."""
-
-
-class Curvature(str, Enum):
-    """Which curvature of the negative log likelihood is taken.
-
-    `GGN`: all columns of the generalised Gauss-Newton matrix, exact. `GGN_MC`: gradients at labels drawn from the model's own predictive,
-    unbiased. `GGN_MC_RADEMACHER`: the columns of the GGN summed up with random signs, unbiased too, and of less variance. `EF`: the
-    empirical Fisher, gradients at the observed labels.
-    """
-
-    GGN = "ggn"
-    GGN_MC = "ggn_mc"
-    GGN_MC_RADEMACHER = "ggn_mc_rademacher"
-    EF = "ef"
 
 
 def _asdl() -> Backend:
@@ -70,16 +56,6 @@ def _backpack() -> Backend:
 
 BACKENDS: dict[str, Callable[[], Backend]] = {"native": NativeBackend, "asdl": _asdl, "backpack": _backpack}
 """Makers of the backends by name; a library is imported by the backend that is made of it, and not before."""
-
-
-def parse_curvature(value: str | Curvature) -> Curvature:
-    """Turn a string into a `Curvature`."""
-    try:
-        return Curvature(value)
-    except ValueError:
-        raise ValueError(
-            f"unknown curvature {value!r}: choose one of {', '.join(repr(m.value) for m in Curvature)}."
-        ) from None
 
 
 def make_backend(backend: str | Backend) -> Backend:
@@ -113,11 +89,13 @@ class CurvatureSum:
         backend: who runs the model.
         mc_samples: random columns M an example, for `ggn_mc` and `ggn_mc_rademacher`.
         generator: source of the labels or signs.
+        dict_key_x: of batches that are mappings, the entry that tells the number of examples and the device.
+        dict_key_y: of batches that are mappings, the targets.
 
     Attributes:
         nll_sum: summed negative log likelihood, in nats, float64.
         n_examples: examples seen.
-        n_targets: scalar targets or loss terms seen.
+        n_targets: scalar targets or loss terms seen, without those that the likelihood ignores.
         output_shape: shape of the model's output for one example.
     """
 
@@ -131,6 +109,8 @@ class CurvatureSum:
         backend: Backend,
         mc_samples: int = 1,
         generator: torch.Generator | None = None,
+        dict_key_x: str = BatchKeys.x,
+        dict_key_y: str = BatchKeys.y,
     ):
         if mc_samples < 1:
             raise ValueError(f"mc_samples must be at least 1, got {mc_samples}.")
@@ -141,6 +121,7 @@ class CurvatureSum:
         self.curvature = curvature
         self.backend = backend
         self.mc_samples = mc_samples
+        self.keys = BatchKeys(dict_key_x, dict_key_y)
         self.generator = generator or default_generator(next(iter(self.parameters.values())).device)
         self.nll_sum = 0.0
         self.n_examples = 0
@@ -156,22 +137,26 @@ class CurvatureSum:
             UnsupportedParameterError: a parameter cannot be covered.
         """
         for number, batch in enumerate(data):
-            self.add(*check_pair(batch, number))
+            self.add(*split_batch(batch, number, self.keys))
         if not self.n_examples:
             raise InvalidBatchError(
                 "the data hold no example; give an iterable of batches (x, y) that is not empty or used up."
             )
+        if not self.n_targets:
+            raise InvalidBatchError(
+                f"no target of the {self.n_examples} examples counts for {self.likelihood!r}; give data of which some are labelled."
+            )
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add one batch."""
-        check_inputs(x)
+    def add(self, x: Any, y: Tensor) -> None:
+        """Add one batch: the input of the model, or `ModelInputs`, and targets."""
+        x = as_inputs(x, keys=self.keys)
         check_devices(self.model, x, y)
         with evaluation_mode(self.model):
             self._check.start(x)
             for part in self._parts(x, y):
                 self._add_checked(x[part], y[part])
 
-    def _parts(self, x: Tensor, y: Tensor) -> list[slice]:
+    def _parts(self, x: ModelInputs, y: Tensor) -> list[slice]:
         """The examples of a batch, in parts where many columns need what the forward pass keeps, and that is large.
 
         A training step gives its activations up as it goes back through them; a part of them, kept, takes no more than that, and no longer.
@@ -182,7 +167,7 @@ class CurvatureSum:
         edges = [n * part // n_parts for part in range(n_parts + 1)]
         return [slice(start, end) for start, end in pairwise(edges)]
 
-    def _add_checked(self, x: Tensor, y: Tensor) -> None:
+    def _add_checked(self, x: ModelInputs, y: Tensor) -> None:
         if self._add(x, y):
             return
         self._check.run(x)
@@ -192,7 +177,7 @@ class CurvatureSum:
                 "call to call in its forward pass."
             )
 
-    def _add(self, x: Tensor, y: Tensor) -> bool:
+    def _add(self, x: ModelInputs, y: Tensor) -> bool:
         """Add one batch if its uses are like those that were checked; whether they are."""
         with self.backend.linearise(self.model, own_copy(x), self.parameters) as linearisation:
             if not self._check.knows(linearisation.uses):
@@ -208,7 +193,7 @@ class CurvatureSum:
                 self._add_curvature(linearisation, y)
         self.nll_sum += nll
         self.n_examples += len(x)
-        self.n_targets += y.numel()
+        self.n_targets += self.likelihood.n_targets(f, y)
         self.output_shape = tuple(f.shape[1:])
         return True
 
@@ -217,7 +202,9 @@ class CurvatureSum:
         self.accumulator.start_batch(linearisation.uses, f.ndim)
         linearisation.forget_uses()
         in_memory = columns_in_memory(self.accumulator.column_bytes(len(f)), f.device)
-        columns = self._columns(f, y)
+        columns = loss_columns(
+            self.likelihood, self.curvature, f, y, mc_samples=self.mc_samples, generator=self.generator
+        )
         chunk = list(islice(columns, min(linearisation.columns_at_once, in_memory)))
         while chunk:
             next_chunk = list(islice(columns, min(linearisation.columns_at_once, in_memory)))
@@ -225,26 +212,15 @@ class CurvatureSum:
             chunk = next_chunk
         self.accumulator.end_batch()
 
-    def _columns(self, f: Tensor, y: Tensor) -> Iterator[Float[Tensor, "N ..."]]:
-        if self.curvature is Curvature.GGN:
-            yield from self.likelihood.hessian_columns(f)
-        elif self.curvature is Curvature.EF:
-            yield self.likelihood.gradient_column(f, y)
-        else:
-            is_signed = self.curvature is Curvature.GGN_MC_RADEMACHER
-            draw = self.likelihood.projected_column if is_signed else self.likelihood.sampled_column
-            for _ in range(self.mc_samples):
-                yield draw(f, self.generator) / self.mc_samples**0.5
-
 
 def jacobians(
-    model: nn.Module, x: Tensor, *, backend: str | Backend = "native"
+    model: nn.Module, x: Any, *, backend: str | Backend = "native"
 ) -> tuple[Float[Tensor, "N D P"], Float[Tensor, "N D"]]:
     """Jacobians ∂f/∂θ of each example, and the outputs f.
 
     Args:
         model: the network; run in eval mode and left as it was.
-        x: inputs.
+        x: inputs, one argument of the model, or `inputs.as_inputs(x1, x2, …)` of several.
         backend: "native", "asdl", "backpack", or a `Backend`.
 
     Returns:
@@ -255,7 +231,7 @@ def jacobians(
         UnsupportedParameterError: a parameter that requires grad cannot be covered.
         InvalidBatchError: the inputs do not fit the model.
     """
-    check_inputs(x)
+    x = as_inputs(x)
     parameters = trainable_parameters(model)
     check_devices(model, x)
     backend = make_backend(backend)
@@ -284,19 +260,23 @@ def kron_factors(
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
     factor_precision: str | FactorPrecision = "float32",
+    dict_key_x: str = BatchKeys.x,
+    dict_key_y: str = BatchKeys.y,
 ) -> Kron:
     """Kronecker factors of the curvature of the summed negative log likelihood.
 
     Args:
         model: the network; run in eval mode and left as it was.
-        likelihood: "classification", "regression", "binary" or a `Likelihood`.
-        data: iterable of batches (x, y).
+        likelihood: "classification", "regression", "heteroscedastic_regression", "binary" or a `Likelihood`.
+        data: iterable of batches: pairs (x, y), rows (x1, x2, …, y) for `model(x1, x2, …)`, or mappings, see `inputs.split_batch`.
         curvature: "ggn" (exact columns), "ggn_mc" (sampled labels), "ggn_mc_rademacher" (random signs) or "ef" (empirical Fisher).
         kfac_approx: "auto", "expand", "reduce", or a mapping from patterns of parameter names to them.
         backend: "native", "asdl", "backpack", or a `Backend`: who runs the model; the numbers are the same.
         mc_samples: random columns an example, for "ggn_mc" and "ggn_mc_rademacher".
         generator: source of the labels or signs; by default one of our own, which `torch.manual_seed` makes reproducible.
         factor_precision: of the products that make up the factors: "float32", "tf32" or "bf16", see `FactorPrecision`.
+        dict_key_x: of batches that are mappings, the entry that tells the number of examples and the device.
+        dict_key_y: of batches that are mappings, the targets; the model is called with the mapping of all else.
 
     Returns:
         A mapping from parameter name to its block: `kron[name].to_dense()` is the block of the curvature over the parameter
@@ -319,6 +299,8 @@ def kron_factors(
         backend=make_backend(backend),
         mc_samples=mc_samples,
         generator=generator,
+        dict_key_x=dict_key_x,
+        dict_key_y=dict_key_y,
     )
     total.add_all(data)
     return total.accumulator.result()  # type: ignore[return-value]

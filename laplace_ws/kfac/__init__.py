@@ -11,6 +11,7 @@ from laplace_ws.kfac.conv_use import ConvUse
 from laplace_ws.kfac.embedding_use import EmbeddingUse
 from laplace_ws.kfac.factors import FactorPrecision
 from laplace_ws.kfac.kron_sums import KronAccumulator
+from laplace_ws.kfac.rotated import EkfacAccumulator, rotated_gradients
 from laplace_ws.kfac.rows import Examples, RaggedInputs, Rows, row_examples
 from laplace_ws.kfac.sharing import (
     ElementwiseUse,
@@ -25,6 +26,7 @@ __all__ = [
     "ConvUse",
     "DenseAccumulator",
     "DiagAccumulator",
+    "EkfacAccumulator",
     "ElementwiseUse",
     "EmbeddingUse",
     "Examples",
@@ -41,5 +43,6 @@ __all__ = [
     "approximation_by_parameter",
     "example_gradients",
     "parse_kfac_approx",
+    "rotated_gradients",
     "row_examples",
 ]

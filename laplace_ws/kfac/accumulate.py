@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace_ws.kfac import factors
@@ -107,32 +107,48 @@ class Pulled:
         return self.use.bias_gradient_sum(self.g) if is_bias and self.use.groups > 1 else self._sum
 
 
-class DiagAccumulator(Accumulator):
-    """Sums the exact diagonal, Σ_n Σ_c (gradient of each weight)²."""
+class WeightAccumulator(Accumulator):
+    """Sums of gradients weight by weight, over all weights of the parameters or over some.
 
-    def __init__(self, parameters: Mapping[str, Tensor]):
+    Args:
+        parameters: the parameters to cover, by name.
+        selection: where not all weights of a parameter are covered, the places of those that are in the flattened parameter.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], selection: Mapping[str, Int[Tensor, " D"]] | None = None):
         super().__init__(parameters)
-        self._diagonals = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self._selection = selection or {}
+        self.shapes |= {name: torch.Size([len(chosen)]) for name, chosen in self._selection.items()}
 
-    def _piece(self, name: str, pulled: Pulled) -> Tensor:
-        return pulled.gradients(name)
+    def _piece(self, name: str, pulled: Pulled) -> Float[Tensor, "K N D"]:
+        gradients = pulled.gradients(name)
+        gradients = gradients.reshape(*gradients.shape[:2], -1)
+        return gradients[..., self._selection[name]] if name in self._selection else gradients
+
+
+class DiagAccumulator(WeightAccumulator):
+    """Sums the exact diagonal, Σ_n Σ_c (gradient of each weight)²; see `WeightAccumulator`."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], selection: Mapping[str, Tensor] | None = None):
+        super().__init__(parameters, selection)
+        self._diagonals = {name: p.new_zeros(self.shapes[name].numel()) for name, p in self.parameters.items()}
 
     def _add_sum(self, name: str, pieces: Tensor) -> None:
         self._diagonals[name] += pieces.square().sum((0, 1))
 
     def result(self) -> Diag:
         """See `Accumulator.result`."""
-        return Diag(self.shapes, torch.cat([d.flatten() for d in self._diagonals.values()]))
+        return Diag(self.shapes, torch.cat([self._diagonals[name] for name in self.shapes]))
 
 
-class DenseAccumulator(Accumulator):
-    """Sums the full matrix, Σ_n Σ_c g gᵀ over all weights."""
+class DenseAccumulator(WeightAccumulator):
+    """Sums the full matrix, Σ_n Σ_c g gᵀ over all weights; see `WeightAccumulator`."""
 
-    def __init__(self, parameters: Mapping[str, Tensor]):
-        super().__init__(parameters)
+    def __init__(self, parameters: Mapping[str, Tensor], selection: Mapping[str, Tensor] | None = None):
+        super().__init__(parameters, selection)
         first = next(iter(self.parameters.values()))
         n_params = sum(shape.numel() for shape in self.shapes.values())
-        self._matrix = torch.zeros(n_params, n_params, dtype=first.dtype, device=first.device)
+        self._matrix = first.new_zeros(n_params, n_params)
         self._gradients: dict[str, Tensor] = {}
 
     def start_batch(self, uses: Sequence[Use], output_ndim: int) -> None:
@@ -140,11 +156,8 @@ class DenseAccumulator(Accumulator):
         super().start_batch(uses, output_ndim)
         self._gradients.clear()
 
-    def _piece(self, name: str, pulled: Pulled) -> Tensor:
-        return pulled.gradients(name)
-
     def _add_sum(self, name: str, pieces: Tensor) -> None:
-        self._gradients[name] = pieces.reshape(*pieces.shape[:2], -1)
+        self._gradients[name] = pieces
         if len(self._gradients) == len(self.shapes):
             rows = torch.cat([self._gradients.pop(name) for name in self.shapes], dim=2)
             self._matrix = factors.add_gram(self._matrix, rows.flatten(0, 1))

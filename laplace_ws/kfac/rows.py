@@ -92,16 +92,11 @@ class Examples:
 
     Attributes:
         n: N, the number of examples.
-        batch: the inputs.
+        are_ragged: whether they may have unequal numbers of rows, so that only `row_examples` tells whose a row is.
     """
 
     n: int
-    batch: Tensor | RaggedInputs | None = None
-
-    @property
-    def are_ragged(self) -> bool:
-        """Whether they may have unequal numbers of rows, so that only `row_examples` tells whose a row is."""
-        return self.batch is not None and not isinstance(self.batch, Tensor)
+    are_ragged: bool = False
 
     def rows(self, n_rows: int) -> Rows | None:
         """Rows of a tensor with `n_rows` rows; None where it is not known which examples they belong to."""

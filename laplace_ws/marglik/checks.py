@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_ws.curvature.backend import check_devices, check_outputs, check_pair, evaluation_mode
+from laplace_ws.curvature.backend import check_devices, evaluation_mode
+from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, call_model, split_batch
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.likelihoods import Likelihood
 
@@ -19,35 +20,45 @@ class DataFacts:
     """What one pass over a loader tells.
 
     Attributes:
-        n_data: number of examples N, also of those that `drop_last` leaves out where the loader knows them.
+        n_data: number of examples N, also of those that `drop_last` leaves out where the loader knows them; as given, if it is.
         n_batches: batches an epoch.
         x_first: inputs of one batch.
     """
 
     n_data: int
     n_batches: int
-    x_first: Tensor
+    x_first: ModelInputs
 
 
-def check_data(model: nn.Module, loader: Iterable[Any], likelihood: Likelihood) -> DataFacts:
+def check_data(
+    model: nn.Module,
+    loader: Iterable[Any],
+    likelihood: Likelihood,
+    keys: BatchKeys = DEFAULT_KEYS,
+    n_data: int | None = None,
+) -> DataFacts:
     """Go through the data once; the model runs on the first batch only, all targets are held against its outputs.
 
     Raises:
-        InvalidBatchError: no batch, a batch that is no pair of tensors, a loader that can be iterated only once, data
+        InvalidBatchError: no batch, a batch of no form that `split_batch` knows, a loader that can be iterated only once, data
             on another device than the model, outputs or targets that do not fit the likelihood.
+        ValueError: `n_data` is no positive number.
     """
+    if n_data is not None and n_data < 1:
+        raise ValueError(f"n_data={n_data} must be at least 1")
     if isinstance(loader, Generator):  # at once, as it may never end
         raise one_pass_error(loader)
-    n_data, n_batches = 0, 0
-    x_first = row = torch.empty(0)
+    n_seen, n_batches = 0, 0
+    x_first: ModelInputs = torch.empty(0)
+    row = torch.empty(0)
     for batch in loader:
-        x, y = check_pair(batch, n_batches)
+        x, y = split_batch(batch, n_batches, keys)
         check_devices(model, x, y)
         if n_batches == 0:
             x_first, row = x, first_output(model, x, y, likelihood)
         if y.shape[1:] == row.shape[1 : y.ndim]:
             likelihood.check(row.expand(len(y), *row.shape[1:]), y)
-        n_data += len(y)
+        n_seen += len(x)
         n_batches += 1
     if n_batches == 0:
         raise InvalidBatchError(
@@ -56,7 +67,7 @@ def check_data(model: nn.Module, loader: Iterable[Any], likelihood: Likelihood) 
     # Some loaders are their own iterator and begin anew at each `iter`; only a second pass tells them from the others.
     if isinstance(loader, Iterator) and sum(1 for _ in loader) == 0:
         raise one_pass_error(loader)
-    return DataFacts(n_examples(loader, n_data), n_batches, x_first)
+    return DataFacts(n_examples(loader, n_seen) if n_data is None else n_data, n_batches, x_first)
 
 
 def one_pass_error(loader: Iterable[Any]) -> InvalidBatchError:
@@ -73,15 +84,16 @@ def n_examples(loader: Iterable[Any], n_seen: int) -> int:
     if n_data is not None:
         return int(n_data)
     batch_sampler = getattr(loader, "batch_sampler", None)
-    sampler = getattr(batch_sampler, "sampler", None)
-    if getattr(batch_sampler, "drop_last", False) and isinstance(sampler, Sized):
-        return len(sampler)
-    return n_seen
+    if not getattr(batch_sampler, "drop_last", False):
+        return n_seen
+    # The sampler first, as it may leave examples of the data set out; that of an iterable data set has no length.
+    counted = (getattr(batch_sampler, "sampler", None), getattr(loader, "dataset", None))
+    return next((len(source) for source in counted if isinstance(source, Sized)), n_seen)
 
 
-def first_output(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:
+def first_output(model: nn.Module, x: ModelInputs, y: Tensor, likelihood: Likelihood) -> Tensor:
     """The model's output for the first example, [1, ...], after checking those of its batch."""
     with evaluation_mode(model), torch.no_grad():
-        f = check_outputs(model(x), len(x))
+        f = call_model(model, x)
     likelihood.check(f, y)
     return f[:1]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, split_batch
 
 
 @contextmanager
@@ -20,10 +23,26 @@ def same_order_after(loader: Any) -> Iterator[None]:
             loader.load_state_dict(state)
 
 
-def pick(loader: Iterable[tuple[Any, Tensor]], chosen: set[int]) -> Iterator[tuple[Any, Tensor]]:
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a loader, each split into inputs and targets, anew each time it is iterated.
+
+    Attributes:
+        loader: what gives the batches.
+        keys: of those that are mappings.
+    """
+
+    loader: Iterable[Any]
+    keys: BatchKeys = DEFAULT_KEYS
+
+    def __iter__(self) -> Iterator[tuple[ModelInputs, Tensor]]:
+        return (split_batch(batch, number, self.keys) for number, batch in enumerate(self.loader))
+
+
+def pick(batches: Batches, chosen: set[int]) -> Iterator[tuple[ModelInputs, Tensor]]:
     """The batches with these numbers, and no further than to the last of them."""
     last = max(chosen)
-    for i, batch in enumerate(loader):
+    for i, batch in enumerate(batches):
         if i in chosen:
             yield batch
         if i == last:

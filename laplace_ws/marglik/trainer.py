@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from laplace_ws.curvature.inputs import call_model
 from laplace_ws.errors import InvalidBatchError
+from laplace_ws.kfac.sharing import at_least_float32
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.marglik.checkpoint import (
     check_settings,
@@ -27,7 +29,7 @@ from laplace_ws.marglik.checkpoint import (
 from laplace_ws.marglik.checks import DataFacts, one_pass_error
 from laplace_ws.marglik.hyperparameters import Hyperparameters
 from laplace_ws.marglik.objective import PriorGradient
-from laplace_ws.marglik.passes import pick, same_order_after
+from laplace_ws.marglik.passes import Batches, pick, same_order_after
 from laplace_ws.marglik.plain import plain_record
 from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 
@@ -61,7 +63,7 @@ class Trainer:
     """
 
     model: nn.Module
-    loader: Iterable[tuple[Any, Tensor]]
+    batches: Batches
     facts: DataFacts
     likelihood: Likelihood
     named_parameters: list[tuple[str, nn.Parameter]]
@@ -76,6 +78,7 @@ class Trainer:
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
+        self.loader = self.batches.loader
         self.parameters = [p for _, p in self.named_parameters]
         self.n_data = self.facts.n_data
         self.device = self.parameters[0].device
@@ -162,28 +165,32 @@ class Trainer:
         prior = PriorGradient(
             self.parameters, self.hyper.prior_precision(), n_data=self.n_data, scale=temperature * variance
         )
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         n_seen = 0
         self.model.train()
-        for step, (x, y) in enumerate(self.loader):
+        for step, (x, y) in enumerate(self.batches):
             self.optimizer.zero_grad(set_to_none=True)
-            f = self.model(x)
+            f = at_least_float32(call_model(self.model, x))
             nll = likelihood.nll_sum(f, y)
-            (nll * (variance / len(y))).backward()
+            (nll * (variance / len(x))).backward()
             prior.add_()
             self.optimizer.step()
             self.scheduler.step()
-            totals += torch.stack([nll.detach().double(), n_correct(f.detach(), y).double()])
-            n_seen += len(y)
+            totals[0] += nll.detach().double()
+            if not likelihood.is_regression:
+                mask = likelihood.term_mask(f, y)
+                totals[1] += n_correct(f.detach(), y, mask)
+                totals[2] += len(x) if mask is None else mask.flatten(1).any(1).sum()
+            n_seen += len(x)
             if step % _STEPS_BETWEEN_LOSS_CHECKS == 0:
                 self._check_finite("the training loss", totals[0].item(), epoch)
         if n_seen == 0:
             raise one_pass_error(self.loader)
-        nll_sum, correct = totals.tolist()
+        nll_sum, correct, labelled = totals.tolist()
         self._check_finite("the training loss", nll_sum, epoch)
         self._check_finite("the regulariser", penalty := prior.penalty_mean(), epoch)
         self.progress.losses.append(nll_sum / n_seen / temperature + penalty)
-        return nll_sum / n_seen, correct / n_seen if math.isfinite(correct) else None
+        return nll_sum / n_seen, correct / labelled if labelled and math.isfinite(correct) else None
 
     def _tune(self, epoch: int) -> tuple[float | None, float]:
         """Fit, step and measure where it is the turn; returns log marginal likelihood and seconds."""
@@ -219,9 +226,9 @@ class Trainer:
         """The loader, or a fresh random choice of its batches."""
         n_chosen = math.ceil(self.schedule.fit_fraction * self.facts.n_batches)
         if n_chosen == self.facts.n_batches:
-            return self.loader
+            return self.batches
         order = torch.randperm(self.facts.n_batches, generator=self.subset_generator)
-        return pick(self.loader, set(order[:n_chosen].tolist()))
+        return pick(self.batches, set(order[:n_chosen].tolist()))
 
     def _check_finite(self, what: str, value: float, epoch: int) -> None:
         if not math.isfinite(value):
@@ -269,9 +276,13 @@ class Trainer:
         set_rng_state(state["rng"], self.device)
 
 
-def n_correct(f: Tensor, y: Tensor) -> Tensor:
-    """How many labels the outputs get right, averaged over the terms of an example; NaN where targets are no labels."""
+def n_correct(f: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How many labels the outputs get right, averaged over the terms of an example that count; NaN where targets are no labels."""
     if y.is_floating_point() and f.shape == y.shape:
         return torch.full((), math.nan, device=f.device)
     right = f.argmax(-1) == y if f.ndim == y.ndim + 1 else (f > 0) == (y > 0)
-    return right.double().reshape(len(y), -1).mean(1).sum()
+    right = right.double().reshape(len(y), -1)
+    if mask is None:
+        return right.mean(1).sum()
+    counts = mask.reshape(right.shape)
+    return ((right * counts).sum(1) / counts.sum(1).clamp(min=1)).sum()

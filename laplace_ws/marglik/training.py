@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from laplace_ws.curvature.backend import trainable_parameters
+from laplace_ws.curvature.inputs import BatchKeys
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.marglik.checkpoint import left_as_found
 from laplace_ws.marglik.checks import check_data
 from laplace_ws.marglik.hyperparameters import Hyperparameters
 from laplace_ws.marglik.optimizers import make_optimizer, make_scheduler, scheduler_options
-from laplace_ws.marglik.passes import same_order_after
+from laplace_ws.marglik.passes import Batches, same_order_after
 from laplace_ws.marglik.schedule import Schedule
 from laplace_ws.marglik.settings import run_settings
 from laplace_ws.marglik.trainer import Progress, Record, Trainer
@@ -72,7 +73,7 @@ class MarglikResult:
 
 def marglik_training(
     model: nn.Module,
-    train_loader: Iterable[tuple[Any, Tensor]],
+    train_loader: Iterable[Any],
     likelihood: str | Likelihood = "classification",
     hessian_structure: str = "kron",
     *,
@@ -101,6 +102,9 @@ def marglik_training(
     tune_temperature: bool = False,
     checkpoint_path: str | Path | None = None,
     resume: bool = False,
+    n_data: int | None = None,
+    dict_key_x: str = BatchKeys.x,
+    dict_key_y: str = BatchKeys.y,
     on_epoch: Callable[[Record], None] | None = None,
     progress_bar: bool = True,
 ) -> MarglikResult:
@@ -120,8 +124,9 @@ def marglik_training(
 
     Args:
         model: the network; what does not require grad stays as it is and gets no prior.
-        train_loader: gives pairs (x, y) of tensors on the model's device, anew each time it is iterated.
-        likelihood: "classification", "regression", "binary", or a likelihood.
+        train_loader: gives batches on the model's device, anew each time it is iterated: pairs (x, y), rows (x1, x2, …, y) for
+            `model(x1, x2, …)`, or mappings, see `curvature.inputs.split_batch`.
+        likelihood: "classification", "regression", "heteroscedastic_regression", "binary", or a likelihood.
         hessian_structure: "kron", "diag" or "full".
         curvature, kfac_approx, backend, mc_samples: as for `Laplace`.
         final_curvature: of the posterior that is returned; `curvature` where not given.
@@ -148,6 +153,10 @@ def marglik_training(
         checkpoint_path: where to keep a checkpoint, written after every tuning.
         resume: go on from `checkpoint_path` if it exists; it must be of the same settings. The result is that of the
             uninterrupted run.
+        n_data: N that an epoch stands for. Where not given: the length of the sampler or the data set, for a loader with
+            `drop_last` that has such; else the examples that one pass over the loader gives, as of an `IterableDataset`.
+        dict_key_x, dict_key_y: of batches that are mappings, the entry that tells the number of examples and the device, and the
+            targets.
         on_epoch: called after every epoch with a record of it, to which it may add numbers, strings, None, and dicts and
             lists of them.
         progress_bar: show one, if stderr is a terminal.
@@ -167,16 +176,18 @@ def marglik_training(
     structure = PriorStructure(prior_structure)
     structure.check(hessian_structure)
     likelihood = make_likelihood(likelihood)
+    keys = BatchKeys(dict_key_x, dict_key_y)
     named_parameters = list(trainable_parameters(model).items())
     device = named_parameters[0][1].device
     if tune_temperature:
         warn_of_temperature()
     with left_as_found(model, device):
         with same_order_after(train_loader):
-            facts = check_data(model, train_loader, likelihood)
+            facts = check_data(model, train_loader, likelihood, keys, n_data)
         generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
         options = {"hessian_structure": hessian_structure, "backend": backend, "mc_samples": mc_samples}
         options |= {"generator": generator} | kfac_option(hessian_structure, kfac_approx)
+        options |= {"dict_key_x": keys.x, "dict_key_y": keys.y}
         la = Laplace(model, likelihood, curvature=curvature, **options)
         la.check(facts.x_first)
         hyper = Hyperparameters(
@@ -205,7 +216,7 @@ def marglik_training(
         )
         trainer = Trainer(
             model=model,
-            loader=train_loader,
+            batches=Batches(train_loader, keys),
             facts=facts,
             likelihood=likelihood,
             named_parameters=named_parameters,
@@ -228,7 +239,7 @@ def marglik_training(
         if final_curvature not in (None, curvature):
             la = Laplace(model, likelihood, curvature=final_curvature, **options)
             hyper.assign_to(la)
-        la.fit(train_loader, n_data=facts.n_data)
+        la.fit(trainer.batches, n_data=facts.n_data)
         return make_result(la, trainer, progress, time.perf_counter() - start)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from laplace_ws.matrices.eigenbasis import EigenBasis
+from laplace_ws.matrices.pushforward import Damping, Layout, Pushforward
 
 
 class CurvatureMatrix(ABC):
@@ -69,6 +72,14 @@ class CurvatureMatrix(ABC):
     def inv_sqrt(self, vectors: Float[Tensor, "S P"], scale: Tensor, delta: Tensor) -> Float[Tensor, "S P"]:
         """L v for each row v, with L Lᵀ = (scale·H + diag(δ))⁻¹: turns white noise into posterior samples."""
 
+    def basis(self, name: str) -> EigenBasis | None:
+        """The coordinates of one parameter tensor in which `pushforward` takes rows; None for its own, flattened."""
+        return None
+
+    def pushforward(self, dampings: Sequence[Damping], layout: Layout) -> Pushforward:
+        """The sum of J Σ Jᵀ over the parameter tensors, with Σ = (s·H + diag(δ))⁻¹ for each (s, δ)."""
+        raise NotImplementedError
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that restore the matrix."""
@@ -100,3 +111,11 @@ def expand_per_weight(delta: Tensor, shapes: Mapping[str, torch.Size]) -> Float[
         f"the precision must be a scalar, {len(shapes)} numbers (one a parameter tensor) or {n_params} (one a weight), "
         f"got shape {tuple(delta.shape)}."
     )
+
+
+def by_parameter(delta: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The damping of each parameter tensor by name: a scalar, or `[D]`, one a weight."""
+    if delta.ndim == 0 or delta.shape == (len(shapes),):
+        return dict(zip(shapes, delta.expand(len(shapes)), strict=True))
+    parts = expand_per_weight(delta, shapes).split([shape.numel() for shape in shapes.values()])
+    return dict(zip(shapes, parts, strict=True))

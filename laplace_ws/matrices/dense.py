@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laplace_ws.matrices.base import CurvatureMatrix, expand_per_weight
 from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh
+from laplace_ws.matrices.pushforward import Damping, DensePushforward, Layout
 
 
 class Dense(CurvatureMatrix):
@@ -27,6 +28,7 @@ class Dense(CurvatureMatrix):
     def __init__(self, shapes: Mapping[str, torch.Size], matrix: Float[Tensor, "P P"]):
         self.shapes = dict(shapes)
         self.matrix = matrix
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __add__(self, other: CurvatureMatrix) -> Dense:
         self._check_same_parameters(other)
@@ -86,14 +88,27 @@ class Dense(CurvatureMatrix):
         shrinkage.index_add_(1, index, torch.stack([gamma, per_weight * covariance.diagonal()]))
         return shrinkage[0], torch.diag(shrinkage[1]) - interaction
 
+    def cholesky(self, scale: Tensor, delta: Tensor) -> Float[Tensor, "P P"]:
+        """Lower Cholesky factor of scale·H + diag(δ), float64; the last one is kept, as one prediction follows another."""
+        if scale.requires_grad or delta.requires_grad:
+            return torch.linalg.cholesky(self.damped(scale, delta))
+        if self._last is None or not (torch.equal(self._last[0], scale) and torch.equal(self._last[1], delta)):
+            factor = torch.linalg.cholesky(self.damped(scale, delta))
+            self._last = scale.clone(), delta.clone(), factor
+        return self._last[2]
+
+    def pushforward(self, dampings: Sequence[Damping], layout: Layout) -> DensePushforward:
+        """See `CurvatureMatrix.pushforward`."""
+        return DensePushforward([self.cholesky(*damping) for damping in dampings], dampings, layout)
+
     def solve(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.solve`."""
-        factor = torch.linalg.cholesky(self.damped(scale, delta))
+        factor = self.cholesky(scale, delta)
         return torch.cholesky_solve(vectors.double().mT, factor).mT.to(vectors.dtype)
 
     def inv_sqrt(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.inv_sqrt`; L⁻ᵀ v with L the Cholesky factor."""
-        factor = torch.linalg.cholesky(self.damped(scale, delta))
+        factor = self.cholesky(scale, delta)
         return torch.linalg.solve_triangular(factor.mT, vectors.double().mT, upper=True).mT.to(vectors.dtype)
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws.matrices import spectrum
-from laplace_ws.matrices.base import CurvatureMatrix, expand_per_weight
+from laplace_ws.matrices.base import CurvatureMatrix, by_parameter, expand_per_weight
+from laplace_ws.matrices.pushforward import Damping, Layout, SeparablePushforward
 
 
 class Diag(CurvatureMatrix):
@@ -68,6 +69,15 @@ class Diag(CurvatureMatrix):
     def inv_sqrt(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.inv_sqrt`."""
         return vectors * self.damped(scale, delta).rsqrt().to(vectors.dtype)
+
+    def pushforward(self, dampings: Sequence[Damping], layout: Layout) -> SeparablePushforward:
+        """See `CurvatureMatrix.pushforward`."""
+        parts = by_parameter(self.values, self.shapes)
+
+        def variances(name: str, scale: Tensor, delta: Tensor) -> Tensor:
+            return 1 / (parts[name].double() * scale.double() + by_parameter(delta, self.shapes)[name].double())
+
+        return SeparablePushforward(variances, dampings, layout)
 
     def state_dict(self) -> dict[str, Any]:
         """See `CurvatureMatrix.state_dict`."""

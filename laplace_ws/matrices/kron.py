@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace_ws.matrices import spectrum
 from laplace_ws.matrices.base import CurvatureMatrix
+from laplace_ws.matrices.blocks import Block, BlockMatrix
 from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh
+from laplace_ws.matrices.eigenbasis import EigenBasis
 
 
 @dataclass(frozen=True, eq=False)
-class KronBlock:
+class KronBlock(Block):
     """The block of one parameter: B ⊗ A over `weight.flatten(1)`, or B alone over a vector.
 
     Layers with channel groups, and attention's packed projections, hold one pair of factors a group, stacked along a leading axis; their
@@ -86,35 +87,15 @@ class KronBlock:
         b, a = self.factor_eigenvalues
         return b[..., :, None] * a[..., None, :]
 
-    def filter(self, vectors: Float[Tensor, "S D"], gains: Float[Tensor, "*G O I"]) -> Float[Tensor, "S D"]:
-        """Q diag(gains) Qᵀ v with Q the eigenvectors of the block, for each row v."""
-        (b_values, Q_B), (a_values, Q_A) = self._eigen
-        out_in = (
-            (a_values.shape[-1], b_values.shape[-1]) if self.transposed else (b_values.shape[-1], a_values.shape[-1])
-        )
-        x = vectors.double().reshape(len(vectors), *gains.shape[:-2], *out_in)
-        x = x.mT if self.transposed else x
-        x = _multiply(x, Q_B, Q_A, adjoint=True) * gains
-        x = _multiply(x, Q_B, Q_A, adjoint=False)
-        x = x.mT if self.transposed else x
-        return x.reshape(vectors.shape).to(vectors.dtype)
+    @cached_property
+    def basis(self) -> EigenBasis:
+        """See `Block.basis`."""
+        (b, Q_B), (a, Q_A) = self._eigen
+        return EigenBasis(Q_B, Q_A, (*b.shape, a.shape[-1]), self.transposed)
 
 
-class Kron(CurvatureMatrix, Mapping[str, KronBlock]):
+class Kron(BlockMatrix[KronBlock]):
     """Kronecker-factored curvature: a mapping from parameter name to its `KronBlock`."""
-
-    def __init__(self, blocks: Mapping[str, KronBlock]):
-        self.blocks = dict(blocks)
-        self.shapes = {name: block.shape for name, block in self.blocks.items()}
-
-    def __getitem__(self, name: str) -> KronBlock:
-        return self.blocks[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.blocks)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
 
     def __add__(self, other: CurvatureMatrix) -> Kron:
         """See `CurvatureMatrix.__add__`; the factors of both data sets, not a sum of Kronecker products."""
@@ -130,47 +111,6 @@ class Kron(CurvatureMatrix, Mapping[str, KronBlock]):
     def decomposition_dtypes(self) -> dict[str, tuple[torch.dtype | None, torch.dtype | None]]:
         """By parameter, the precisions in which its B and A are decomposed; see `KronBlock.decomposition_dtypes`."""
         return {name: block.decomposition_dtypes for name, block in self.blocks.items()}
-
-    def to_dense(self) -> Tensor:
-        """See `CurvatureMatrix.to_dense`."""
-        return torch.block_diag(*(block.to_dense() for block in self.blocks.values()))
-
-    def log_det(self, scale: Tensor, delta: Tensor) -> Tensor:
-        """See `CurvatureMatrix.log_det`; needs eigenvalues only."""
-        pairs = list(self._with_delta(delta))
-        sizes = torch.tensor([block.shape.numel() for block, _ in pairs], device=delta.device)
-        terms = [spectrum.sum_log1p(*block.factor_eigenvalues, scale.double() / d) for block, d in pairs]
-        return torch.stack(terms).sum() + (sizes * torch.stack([d for _, d in pairs]).log()).sum()
-
-    @torch.no_grad()
-    def effective_parameters(self, scale: Tensor, delta: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """See `CurvatureMatrix.effective_parameters`; needs eigenvalues only."""
-        pairs = self._with_delta(delta[groups])
-        parts = [spectrum.effective_parameters(*b.factor_eigenvalues, scale.double() / d) for b, d in pairs]
-        gamma, decrease = delta.new_zeros(2, len(delta)).index_add_(1, groups, torch.stack(parts, 1)).unbind()
-        return gamma, decrease
-
-    def solve(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
-        """See `CurvatureMatrix.solve`."""
-        return self._filter(vectors, scale, delta, -1.0)
-
-    def inv_sqrt(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
-        """See `CurvatureMatrix.inv_sqrt`; the symmetric root."""
-        return self._filter(vectors, scale, delta, -0.5)
-
-    def _filter(self, vectors: Tensor, scale: Tensor, delta: Tensor, power: float) -> Tensor:
-        parts = vectors.split([shape.numel() for shape in self.shapes.values()], dim=1)
-        pairs = zip(parts, self._with_delta(delta), strict=True)
-        filtered = [b.filter(part, (b.eigenvalues() * scale.double() + d) ** power) for part, (b, d) in pairs]
-        return torch.cat(filtered, dim=1)
-
-    def _with_delta(self, delta: Tensor) -> Iterator[tuple[KronBlock, Tensor]]:
-        if delta.ndim > 0 and delta.shape != (len(self),):
-            raise ValueError(
-                f"a Kronecker-factored posterior takes a scalar precision or one a parameter tensor ({len(self)}), got shape "
-                f'{tuple(delta.shape)}; use hessian_structure="diag" or "full" for one a weight.'
-            )
-        return zip(self.blocks.values(), delta.double().expand(len(self)), strict=True)
 
     def state_dict(self) -> dict[str, Any]:
         """See `CurvatureMatrix.state_dict`."""
@@ -202,12 +142,3 @@ def _eigen(factor: Tensor | None, dtype: torch.dtype | None, like: Tensor) -> tu
     if dtype is None:  # a diagonal
         return factor.double(), None
     return eigh(factor, dtype, "a Kronecker factor")
-
-
-def _multiply(x: Tensor, Q_B: Tensor | None, Q_A: Tensor | None, *, adjoint: bool) -> Tensor:
-    """Q_B x Q_Aᵀ, or with `adjoint` Q_Bᵀ x Q_A."""
-    if Q_B is not None:
-        x = (Q_B.mT if adjoint else Q_B) @ x
-    if Q_A is not None:
-        x = x @ (Q_A if adjoint else Q_A.mT)
-    return x

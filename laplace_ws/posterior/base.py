@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import sys
-from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from laplace_ws.curvature import Backend, CurvatureSum, make_backend, parse_curvature
-from laplace_ws.curvature.backend import check_devices, evaluation_mode, trainable_parameters
-from laplace_ws.curvature.checks import N_PROBED, check_linearisation
-from laplace_ws.curvature.compute import Batches, default_generator
-from laplace_ws.errors import NotFittedError
-from laplace_ws.kfac import Accumulator
+from laplace_ws.curvature import Backend, make_backend, parse_curvature
+from laplace_ws.curvature.compute import default_generator
+from laplace_ws.curvature.inputs import BatchKeys
+from laplace_ws.files import save_tensors
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.matrices import CurvatureMatrix
-from laplace_ws.posterior.hyperparameters import PosteriorHyperparameters
-from laplace_ws.posterior.optimum import optimal_prior_and_noise
+from laplace_ws.posterior.files import posterior_state, restore_posterior
+from laplace_ws.posterior.fitting import FitSums
+from laplace_ws.posterior.precision import PosteriorPrecision
+from laplace_ws.posterior.subset import WeightSubset, make_subset
+from laplace_ws.posterior.tuning import TunedPrior
 
-FORMAT_VERSION = 1
 
-
-class BaseLaplace(PosteriorHyperparameters):
-    """Laplace approximation over all parameters that require grad.
+class BaseLaplace(TunedPrior):
+    """Laplace approximation over weights of a network: all that require grad, or some of them.
 
     With L the summed negative log likelihood, H its curvature (sum over the data), Δ the diagonal prior precision and τ the temperature,
     the posterior is N(θ*, (H/τ + Δ)⁻¹), and the log marginal likelihood [Immer et al. 2021]
@@ -36,8 +33,15 @@ class BaseLaplace(PosteriorHyperparameters):
 
     Args:
         model: a trained network; its first input axis and first output axis run over examples.
-        likelihood: "classification" (softmax), "regression" (Gaussian), "binary" (Bernoulli), or a `Likelihood`.
-        prior_precision: Δ: a number, one a parameter tensor (`[len(parameter_names)]`), or one a weight (`[n_params]`; not with "kron").
+        likelihood: "classification" (softmax), "regression" (Gaussian), "heteroscedastic_regression", "binary" (Bernoulli, multi-label), or
+            a `Likelihood`.
+        subset_of_weights: "all", "last_layer", "subnetwork", patterns of names of parameters or modules, as in `["head", "*.bias"]`, or a
+            `WeightSubset`. Parameters that do not require grad are left out of each.
+        last_layer_name: the module that is the last layer; by default the last one that holds parameters, which a fit checks.
+        subnetwork_indices: for "subnetwork", places in the flat vector of all weights that require grad, see `posterior.subnetwork`;
+            for "diag" and "full".
+        prior_precision: Δ: a number, one a parameter tensor (`[len(parameter_names)]`), or one a weight (`[n_params]`; not with "kron"
+            and "ekfac").
         prior_mean: μ: a number, or one a weight.
         sigma_noise: standard deviation σ of the observation noise (regression); default: the likelihood's own.
         temperature: τ; the likelihood enters to the power 1/τ. A tempered class likelihood is not normalised, so values of the log marginal
@@ -46,21 +50,30 @@ class BaseLaplace(PosteriorHyperparameters):
         backend: "native", "asdl", "backpack", or a `Backend`: who runs the model; the numbers are the same.
         mc_samples: random columns an example, for "ggn_mc" and "ggn_mc_rademacher".
         generator: source of the labels or signs; by default one of our own, which `torch.manual_seed` makes reproducible.
+        dict_key_x: of batches that are mappings, the entry that tells the number of examples and the device.
+        dict_key_y: of batches that are mappings, the targets.
+        memory_budget: bytes that the Jacobians of a prediction may take at a time, which decides how many examples are worked on at once.
+        class_names: names of the classes or outputs, kept in files.
 
     Attributes:
         parameter_names: the parameters covered, in the order of every flat vector.
+        shapes: shape of what is covered of each.
         mean: θ*, flat, after a fit.
         n_data: N, after a fit.
-        n_outputs: outputs of the network for one example, after a fit.
+        n_outputs: outputs of the network for one example (and term), after a fit.
     """
 
     _matrix: ClassVar[type[CurvatureMatrix]]
+    _covers_single_weights: ClassVar[bool] = False
 
     def __init__(
         self,
         model: nn.Module,
         likelihood: str | Likelihood,
         *,
+        subset_of_weights: str | Sequence[str] | WeightSubset = "all",
+        last_layer_name: str | None = None,
+        subnetwork_indices: Int[Tensor, " D"] | None = None,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
         sigma_noise: float | Tensor | None = None,
@@ -69,8 +82,23 @@ class BaseLaplace(PosteriorHyperparameters):
         backend: str | Backend = "native",
         mc_samples: int = 1,
         generator: torch.Generator | None = None,
+        dict_key_x: str = BatchKeys.x,
+        dict_key_y: str = BatchKeys.y,
+        memory_budget: int = 2**28,
+        class_names: Sequence[str] | None = None,
     ):
-        parameters = trainable_parameters(model)
+        if isinstance(subset_of_weights, WeightSubset):
+            self.subset = subset_of_weights
+        else:
+            self.subset = make_subset(
+                model, subset_of_weights, last_layer_name=last_layer_name, subnetwork_indices=subnetwork_indices
+            )
+        if self.subset.selection and not self._covers_single_weights:
+            raise ValueError(
+                f'hessian_structure={self.hessian_structure!r} covers parameters whole; a subnetwork needs "diag" or "full".'
+            )
+        self._last_layer_is_a_guess = subset_of_weights == "last_layer" and last_layer_name is None
+        parameters = self.subset.parameters(model)
         first = next(iter(parameters.values()))
         self.model = model
         self.likelihood = make_likelihood(likelihood)
@@ -78,85 +106,23 @@ class BaseLaplace(PosteriorHyperparameters):
         self.backend = make_backend(backend)
         self.mc_samples = mc_samples
         self.generator = generator or default_generator(first.device)
+        self.keys = BatchKeys(dict_key_x, dict_key_y)
+        self.memory_budget = memory_budget
+        self.class_names = None if class_names is None else tuple(class_names)
         self.parameter_names = tuple(parameters)
-        self.shapes = {name: p.shape for name, p in parameters.items()}
-        self.n_params = sum(p.numel() for p in parameters.values())
+        self.shapes = self.subset.shapes
+        self.n_params = sum(shape.numel() for shape in self.shapes.values())
         self._dtype, self._device = first.dtype, first.device
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
         self.sigma_noise = self.likelihood.sigma_noise if sigma_noise is None else sigma_noise
         self.temperature = temperature
-        self.mean = self._flat_parameters()
-        self.n_data = 0
-        self.n_outputs: int | None = None
-        self._H: CurvatureMatrix | None = None
-        self._unit_nll_sum = 0.0
-        self._n_targets = 0.0
-
-    @abstractmethod
-    def _make_accumulator(self, parameters: Mapping[str, nn.Parameter]) -> Accumulator:
-        """The sums that a fit takes."""
-
-    # ---------------------------------------------------------------- fit
-
-    def check(self, x: Tensor) -> None:
-        """Run the model on one batch and raise what a fit would raise, before any work is done.
-
-        Raises:
-            UnsupportedParameterError: a parameter that requires grad cannot be covered; it is named, with the way out.
-            InvalidBatchError: the batch is on another device, or the outputs do not fit.
-        """
-        check_devices(self.model, x)
-        parameters = trainable_parameters(self.model)
-        with evaluation_mode(self.model):
-            uses, outputs, _ = check_linearisation(self.backend, self.model, x[:N_PROBED], parameters)
-            self._make_accumulator(parameters).start_batch(uses, outputs.ndim)
-
-    def fit(self, train_loader: Batches, *, n_data: int | None = None, progress_bar: bool = False) -> None:
-        """Take the curvature at the present weights, in one pass over the data; a fit replaces the one before.
-
-        Args:
-            train_loader: iterable of batches (x, y).
-            n_data: N that the data stand for, where they are a sample of a larger set: likelihood and curvature are scaled up to it.
-            progress_bar: show one, if stderr is a terminal.
-
-        Raises:
-            UnsupportedParameterError: a parameter that requires grad cannot be covered.
-            InvalidBatchError: the data do not fit the model or the likelihood, or are empty.
-        """
-        total = CurvatureSum(
-            self.model,
-            self.likelihood.at_noise(1.0),
-            self._make_accumulator,
-            curvature=self.curvature,
-            backend=self.backend,
-            mc_samples=self.mc_samples,
-            generator=self.generator,
-        )
-        if tuple(total.parameters) != self.parameter_names:
-            raise ValueError("other parameters require grad now than when the posterior was made; make a new one.")
-        hidden = not (progress_bar and sys.stderr.isatty())
-        total.add_all(tqdm(train_loader, desc="Laplace fit", unit="batch", disable=hidden))
-        factor = 1.0 if n_data is None else n_data / total.n_examples
-        H = total.accumulator.result()
-        self._H = H if factor == 1.0 else H * factor
-        self._unit_nll_sum = total.nll_sum * factor
-        self._n_targets = total.n_targets * factor
-        self.n_data = total.n_examples if n_data is None else n_data
-        self.n_outputs = total.output_shape[-1] if total.output_shape else 1
-        self.mean = self._flat_parameters()
-
-    def _flat_parameters(self) -> Float[Tensor, " P"]:
-        return torch.cat([p.detach().flatten() for p in trainable_parameters(self.model).values()])
+        self.mean = self.subset.flat(model)
+        self._sums: FitSums | None = None
+        self._fitted_options: dict[str, Any] = {}
+        self._n_arguments = 1
 
     # ---------------------------------------------------------------- marginal likelihood
-
-    @property
-    def H(self) -> CurvatureMatrix:
-        """Curvature of the summed negative log likelihood at σ = 1 and τ = 1."""
-        if self._H is None:
-            raise NotFittedError(f"{type(self).__name__} is not fitted yet; call fit(train_loader) first.")
-        return self._H
 
     def log_marginal_likelihood(
         self,
@@ -178,123 +144,46 @@ class BaseLaplace(PosteriorHyperparameters):
         log_det_ratio = self.H.log_det(self._scale(sigma, tau), delta) - log_det_prior
         return -self._nll_sum(sigma) / tau - 0.5 * penalty - 0.5 * log_det_ratio
 
-    def optimal_prior_precision(self, prior_structure: str = "layerwise") -> Tensor:
-        """Δ at which the log marginal likelihood of the present fit is highest, at the present σ and τ; `prior_precision` stays as it is.
-
-        The weights of a group that are all at the prior mean ask for an infinite δ, and weights without curvature for a zero one: they get
-        the upper and the lower limit in `optimum.BOUNDS`.
-
-        Args:
-            prior_structure: "scalar", "layerwise", "parameter" or "weight" (not with "kron"): which weights share one, see `prior_groups`.
-        """
-        return optimal_prior_and_noise(self, prior_structure, fix_noise=True)[0]
-
-    def optimal_prior_and_noise(self, prior_structure: str = "layerwise") -> tuple[Tensor, Float[Tensor, ""]]:
-        """Δ and σ at which the log marginal likelihood is highest together; otherwise as `optimal_prior_precision`."""
-        return optimal_prior_and_noise(self, prior_structure, fix_noise=not self.likelihood.has_noise)
-
     @property
     def log_likelihood(self) -> Float[Tensor, ""]:
         """log p(D | θ*) at the present σ, in nats, untempered."""
         return -self._nll_sum(self._sigma_noise)
 
-    def _nll_sum(self, sigma: Tensor) -> Tensor:
-        self.H  # noqa: B018 - raises where there is no fit
-        unit = torch.tensor(self._unit_nll_sum, dtype=torch.float64, device=self._device)
-        return self.likelihood.nll_at_noise(unit, self._n_targets, sigma)
-
-    def _scale(self, sigma: Tensor, tau: Tensor) -> Tensor:
-        return self.likelihood.curvature_scale(sigma, self.curvature.value) / tau
-
     # ---------------------------------------------------------------- posterior
 
     @property
-    def _damping(self) -> tuple[Tensor, Tensor]:
-        """Scale s and Δ such that the posterior precision is s·H + Δ."""
-        return self._scale(self._sigma_noise, self._temperature), self._prior_precision
-
-    @property
-    @abstractmethod
     def posterior_precision(self) -> Any:
         """H/τ + Δ, in the form of the structure."""
-
-    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "S P"]:
-        """Weights drawn from the posterior.
-
-        Args:
-            n_samples: S.
-            generator: source of randomness; default: torch's own.
-        """
-        noise = torch.randn(n_samples, self.n_params, dtype=self._dtype, device=self._device, generator=generator)
-        return self.mean + self.H.inv_sqrt(noise, *self._damping)
+        return PosteriorPrecision(self.H, *self._damping)
 
     # ---------------------------------------------------------------- files
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that restore the posterior beside a model of the same parameters."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "options": self._options(),
-            "shapes": {name: tuple(shape) for name, shape in self.shapes.items()},
-            "mean": self.mean,
-            "H": self.H.state_dict(),
-            "unit_nll_sum": self._unit_nll_sum,
-            "n_targets": self._n_targets,
-            "n_data": self.n_data,
-            "n_outputs": self.n_outputs,
-            "prior_precision": self._prior_precision,
-            "prior_mean": self._prior_mean,
-            "sigma_noise": self._sigma_noise,
-            "temperature": self._temperature,
-        }
-
     def _options(self) -> dict[str, Any]:
+        """Options that fits must share to be added up, and that a saved posterior must share to be loaded."""
         return {
             "hessian_structure": self.hessian_structure,
-            "likelihood": self.likelihood.name,
+            "likelihood": self.likelihood.at_noise(1.0).state(),
             "curvature": self.curvature.value,
             "mc_samples": self.mc_samples,
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that restore the posterior beside a model of the same parameters; see `files.posterior_state`."""
+        return posterior_state(self)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a fit; the model's weights are left alone.
+        """Restore a fit; the model's weights are left alone, see `load_mean`.
 
         Raises:
-            ValueError: the state is of another format, of other options or of a model with other parameters.
+            FileFormatError: it is no posterior, or one of another format.
+            ValueError: it is of other options, or of a model with other parameters.
         """
-        if not isinstance(state, Mapping) or state.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"not a posterior of format {FORMAT_VERSION} as state_dict() gives it.")
-        for option, value in self._options().items():
-            if state["options"].get(option) != value:
-                raise ValueError(
-                    f"the saved posterior has {option}={state['options'].get(option)!r}, this one {value!r}; make this one to match."
-                )
-        shapes = {name: torch.Size(shape) for name, shape in state["shapes"].items()}
-        if list(shapes.items()) != list(self.shapes.items()):
-            differing = sorted(set(shapes.items()) ^ set(self.shapes.items()))
-            which = differing[0][0] if differing else "their order"
-            raise ValueError(
-                f"the saved posterior is of a model with other parameters; they differ first in {which!r}."
-            )
-        self._H = type(self)._matrix.from_state_dict(self.shapes, _on_device(state["H"], self._device))
-        self.mean = state["mean"].to(self._device, self._dtype)
-        self._unit_nll_sum, self._n_targets = state["unit_nll_sum"], state["n_targets"]
-        self.n_data, self.n_outputs = state["n_data"], state["n_outputs"]
-        self.prior_precision, self.prior_mean = state["prior_precision"], state["prior_mean"]
-        self.sigma_noise, self.temperature = state["sigma_noise"], state["temperature"]
+        restore_posterior(self, state)
+
+    def save(self, path: str | Path) -> None:
+        """Write `state_dict()` to a file, which `load_posterior` and `torch.load(path, weights_only=True)` read."""
+        save_tensors(path, self.state_dict())
 
     def __repr__(self) -> str:
-        fitted = f"fitted to {self.n_data} examples" if self._H is not None else "not fitted"
+        fitted = f"fitted to {self.n_data} examples" if self._sums is not None else "not fitted"
         return f"{type(self).__name__}({self.likelihood.name}, {len(self.shapes)} parameters, {self.n_params} weights, {fitted})"
-
-
-def _on_device(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A nested dictionary with its tensors on a device."""
-    return {
-        key: _on_device(value, device)
-        if isinstance(value, Mapping)
-        else value.to(device)
-        if isinstance(value, Tensor)
-        else value
-        for key, value in state.items()
-    }

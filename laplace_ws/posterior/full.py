@@ -9,17 +9,18 @@ from torch import Tensor, nn
 
 from laplace_ws.kfac import DenseAccumulator
 from laplace_ws.matrices import Dense
-from laplace_ws.posterior.base import BaseLaplace
+from laplace_ws.posterior.accumulated import AccumulatedLaplace
 
 
-class FullLaplace(BaseLaplace):
+class FullLaplace(AccumulatedLaplace):
     """Laplace posterior with all covariances, for small models; takes the arguments of `BaseLaplace`."""
 
     hessian_structure = "full"
+    _covers_single_weights = True
     _matrix = Dense
 
     def _make_accumulator(self, parameters: Mapping[str, nn.Parameter]) -> DenseAccumulator:
-        return DenseAccumulator(parameters)
+        return DenseAccumulator(parameters, self.subset.selection)
 
     @property
     def posterior_precision(self) -> Float[Tensor, "P P"]:

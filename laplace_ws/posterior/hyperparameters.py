@@ -33,6 +33,7 @@ class PosteriorHyperparameters(ABC):
     n_params: int
     mean: Float[Tensor, " P"]
     _device: torch.device
+    _dtype: torch.dtype
 
     @property
     def prior_precision(self) -> Tensor:

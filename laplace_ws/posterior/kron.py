@@ -3,60 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from laplace_ws.kfac import FactorPrecision, KfacApproxSpec, KronAccumulator, approximation_by_parameter
 from laplace_ws.likelihoods import Likelihood
-from laplace_ws.matrices import Kron, expand_per_weight
-from laplace_ws.posterior.base import BaseLaplace
+from laplace_ws.matrices import Kron
+from laplace_ws.posterior.accumulated import AccumulatedLaplace
 
 
-@dataclass(frozen=True)
-class KronPrecision:
-    """scale·H + diag(δ) with H Kronecker-factored.
-
-    Attributes:
-        H: the curvature.
-        scale: what the curvature is multiplied by.
-        delta: prior precision, a scalar or one a parameter tensor.
-    """
-
-    H: Kron
-    scale: Tensor
-    delta: Tensor
-
-    def log_det(self) -> Float[Tensor, ""]:
-        """Log determinant, float64."""
-        return self.H.log_det(self.scale, self.delta)
-
-    def solve(self, vectors: Float[Tensor, "S P"]) -> Float[Tensor, "S P"]:
-        """Product of the inverse with each row."""
-        return self.H.solve(vectors, self.scale, self.delta)
-
-    def to_dense(self) -> Float[Tensor, "P P"]:
-        """The precision in full."""
-        return self.H.to_dense().double() * self.scale + torch.diag(expand_per_weight(self.delta, self.H.shapes))
-
-
-class KronLaplace(BaseLaplace):
-    """Laplace posterior whose precision is, for each parameter, a Kronecker product plus the prior's precision.
+class FactoredLaplace(AccumulatedLaplace):
+    """What posteriors of Kronecker factors have in common.
 
     Args:
         model: a trained network.
-        likelihood: "classification", "regression", "binary" or a `Likelihood`.
+        likelihood: see `BaseLaplace`.
         kfac_approx: "auto", "expand", "reduce", or a mapping from patterns of parameter names to them.
         factor_precision: of the products that make up the factors: "float32", "tf32" or "bf16", see `FactorPrecision`.
         **options: see `BaseLaplace`.
     """
 
-    hessian_structure = "kron"
     per_weight_prior = False
-    _matrix = Kron
 
     def __init__(
         self,
@@ -78,7 +46,12 @@ class KronLaplace(BaseLaplace):
         approximations = {name: a.value for name, a in self.approximations.items()}
         return super()._options() | {"kfac_approx": approximations, "factor_precision": self.factor_precision.value}
 
-    @property
-    def posterior_precision(self) -> KronPrecision:
-        """H/τ + Δ; its `log_det`, `solve` and `to_dense` use the factors' eigenvalues."""
-        return KronPrecision(self.H, *self._damping)  # type: ignore[arg-type]
+
+class KronLaplace(FactoredLaplace):
+    """Laplace posterior whose precision is, for each parameter, a Kronecker product plus the prior's precision.
+
+    Takes the arguments of `FactoredLaplace`.
+    """
+
+    hessian_structure = "kron"
+    _matrix = Kron

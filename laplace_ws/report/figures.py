@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from laplace_ws.metrics.reliability import ReliabilityCurve
-from laplace_ws.report.records import TUNED, EpochRecord, ModelSummary, RunRecord, run_label
+from laplace_ws.report.records import TUNED, EpochRecord, RunRecord, run_label
 from laplace_ws.report.style import (
     GREY,
     Picture,
@@ -27,6 +27,7 @@ Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Epochs and values by run."""
 
 _MARKERS_A_LINE = 7
+_LETTERS_BESIDE_A_NUMBER = 18
 _WILSON_Z = 1.96
 
 
@@ -51,7 +52,9 @@ def reliability_pictures(record: RunRecord) -> list[Picture]:
     styles = run_styles(record)
     models = (*record.fixed, record.tuned)
     return [
-        _reliability(model, model.reliability, styles[model.run]) for model in models if model.reliability is not None
+        reliability_picture(model.label, curve, styles[model.run], ece=model.test_ece, bold=model.is_tuned)
+        for model in models
+        if (curve := model.reliability) is not None
     ]
 
 
@@ -168,27 +171,24 @@ def _cut_axis(axes: Axes, series: Series, record: RunRecord, limit: float, *, hi
     return f"The axis is cut; triangles mark runs that end {side} it: {'; '.join(beyond)}."
 
 
-def _reliability(model: ModelSummary, curve: ReliabilityCurve, style: RunStyle) -> Picture:
-    bins = [
-        (confidence, accuracy, count)
-        for confidence, accuracy, count in zip(curve.confidence, curve.accuracy, curve.count, strict=True)
-        if count and confidence is not None and accuracy is not None
-    ]
+def reliability_picture(
+    label: str, curve: ReliabilityCurve, style: RunStyle, *, ece: float | None = None, bold: bool = False
+) -> Picture:
+    """A reliability diagram over the number of examples by bin; the calibration error is the curve's where none is given."""
+    bins = filled_bins(curve)
     confidence, accuracy, count = (np.array(column, dtype=float) for column in zip(*bins, strict=True))
     intervals = np.array([wilson_interval(a * n, n) for a, n in zip(accuracy, count, strict=True)])
-    ece = model.test_ece if model.test_ece is not None else curve.ece
+    ece = curve.ece if ece is None else ece
     with report_style():
         figure = Figure(figsize=(3.1, 3.7), layout="constrained")
         axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.9, linestyle=(0, (2, 2)))
         axes.vlines(confidence, *intervals.T, color=style.color, linewidth=1.0, alpha=0.6)
-        axes.plot(confidence, accuracy, color=style.color, marker=style.marker, linewidth=1.2)
+        axes.plot(confidence, accuracy, color=style.color, marker=style.marker, linewidth=1.2, clip_on=False)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
         axes.set_ylabel("accuracy")
-        axes.set_title(
-            f"{plain(model.label)}   ECE {100 * ece:.1f} %", fontweight="bold" if model.is_tuned else "normal"
-        )
+        axes.set_title(with_number(label, f"ECE {100 * ece:.1f} %"), fontweight="bold" if bold else "normal")
         edges = np.array(curve.edges)
         counts.bar(edges[:-1], curve.count, np.diff(edges), align="edge", color=style.color, edgecolor="white")
         counts.set_ylabel("examples")
@@ -199,4 +199,19 @@ def _reliability(model: ModelSummary, curve: ReliabilityCurve, style: RunStyle) 
         figure.align_ylabels()
         svg = to_svg(figure)
     words = "; ".join(f"{c:.2f}: {a:.2f} of {int(n)}" for c, a, n in bins)
-    return Picture(model.label, f"Accuracy by confidence, {model.label}: {words}.", svg)
+    return Picture(label, f"Accuracy by confidence, {label}: {words}.", svg)
+
+
+def with_number(label: str, number: str) -> str:
+    """Title of a small picture: a label and a figure, on two lines where one would be too narrow."""
+    separator = "   " if len(label) <= _LETTERS_BESIDE_A_NUMBER else "\n"
+    return f"{plain(label)}{separator}{number}"
+
+
+def filled_bins(curve: ReliabilityCurve) -> list[tuple[float, float, int]]:
+    """Confidence, accuracy and number of examples of the bins that hold any."""
+    return [
+        (confidence, accuracy, count)
+        for confidence, accuracy, count in zip(curve.confidence, curve.accuracy, curve.count, strict=True)
+        if count and confidence is not None and accuracy is not None
+    ]

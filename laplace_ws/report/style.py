@@ -95,14 +95,19 @@ def run_styles(record: RunRecord) -> dict[str, RunStyle]:
     runs += [run for run in record.history if run not in runs]
     styles = {TUNED: RunStyle(TUNED_COLOUR, "-", "o", 2.2, 3.0)}
     for i, run in enumerate(run for run in runs if run != TUNED):
-        styles[run] = RunStyle(
-            color=_FIXED_COLOURS[i % len(_FIXED_COLOURS)],
-            linestyle=_FIXED_DASHES[i % len(_FIXED_DASHES)],
-            marker=_FIXED_MARKERS[i % len(_FIXED_MARKERS)],
-            linewidth=1.4,
-            zorder=2.0,
-        )
+        styles[run] = dashed_style(i)
     return styles
+
+
+def dashed_style(i: int) -> RunStyle:
+    """The i-th style of lines that are compared with a solid one; styles repeat after many."""
+    return RunStyle(
+        color=_FIXED_COLOURS[i % len(_FIXED_COLOURS)],
+        linestyle=_FIXED_DASHES[i % len(_FIXED_DASHES)],
+        marker=_FIXED_MARKERS[i % len(_FIXED_MARKERS)],
+        linewidth=1.4,
+        zorder=2.0,
+    )
 
 
 def plain(text: str) -> str:

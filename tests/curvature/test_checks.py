@@ -272,10 +272,13 @@ def test_empty_and_foreign_inputs_are_refused_in_one_sentence(backend):
         kron_factors(model, "regression", [(x[:0], y[:0])], backend=backend)
     with pytest.raises(InvalidBatchError, match="a batch holds no example"):
         jacobians(model, x[:0], backend=backend)
-    for wrong in ([x, y], (x, y)):
+    for wrong in (None, "x", [], [None]):
         with pytest.raises(InvalidBatchError, match="x must be a tensor of inputs"):
             jacobians(model, wrong, backend=backend)
-    for output in ((x, x), {"logits": x}):
+    for wrong in ([x, y], {"x": x}):
+        with pytest.raises(InvalidBatchError, match=rf"Linear is called as model\({type(wrong).__name__}\)"):
+            jacobians(model, wrong, backend=backend)
+    for output in ((x, x), {"states": x}):
         with pytest.raises(InvalidBatchError, match="the model must return one floating point tensor"):
             Laplace(Returns(output), "regression", backend=backend).check(x)
 

@@ -1,6 +1,7 @@
 """The prior precisions and the noise at which the log marginal likelihood is highest."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,11 +146,11 @@ def test_mackays_noise_update_survives_more_parameters_than_targets():
     la = fitted("diag", "regression", curvature="ef", sigma_noise=0.05, prior_precision=1e-3)
     free = torch.full((1,), -14.0, dtype=F64), torch.full((1,), 14.0, dtype=F64)
     evidence = Evidence(la, prior_groups(la.shapes, "scalar"))
-    la._n_targets, n_targets = 10.0, la._n_targets
+    of_all, la._sums = la._sums, replace(la._sums, n_targets=10.0)
     before = torch.full((1,), -6.9, dtype=F64), math.log(0.05)
     assert evidence.effective(before[1], before[0].exp())[0] > 5
     after = evidence.mackay(*before, Box(free, (-14.0, 14.0)))
-    la._n_targets = n_targets
+    la._sums = of_all
     assert after[1] > before[1]
 
 

@@ -1,0 +1,100 @@
+"""What a calibration run is made of: one dataclass a section of the YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+StructureName = Literal[
+    "kron", "ekfac", "diag", "full", "lowrank", "last_layer_kron", "last_layer_diag", "last_layer_full"
+]
+"""A structure of the posterior, of all weights or of those of the last layer."""
+
+
+@dataclass(frozen=True)
+class CalibrationDataConfig:
+    """Images on which the network is scored; an option that is not given is that of the training run.
+
+    Attributes:
+        root: folder of the data that the network was trained on.
+        download: whether missing data may be downloaded into `root` and `ood_root`.
+        n_test: size of a class-balanced subset of the test images.
+        n_validation: size of a class-balanced subset of the training images that the network was not trained on, for temperature
+            scaling and for priors chosen by them; all of them if not given. The test images are never used for a choice.
+        ood: name of a data set of other things, whose test images are to be found out; none if not given.
+        ood_root: folder of these; `root` if not given.
+        n_ood: size of a class-balanced subset of these images; all of them if not given.
+        corruptions: ways to damage the test images, each at five strengths (see `laplace_ws.data.corruptions`).
+        n_corrupted: size of a class-balanced subset of the test images that are damaged; all of them if not given.
+        batch_size: images a batch, in fits and predictions.
+    """
+
+    root: str | None = None
+    download: bool = False
+    n_test: int | None = None
+    n_validation: int | None = None
+    ood: Literal["fashion-mnist-subset", "fashion-mnist", "mnist", "cifar10", "cifar100", "image-folder"] | None = None
+    ood_root: str | None = None
+    n_ood: int | None = None
+    corruptions: list[Literal["noise", "blur", "contrast"]] = field(
+        default_factory=lambda: ["noise", "blur", "contrast"]
+    )
+    n_corrupted: int | None = None
+    batch_size: int = 100
+
+
+@dataclass(frozen=True)
+class MethodsConfig:
+    """Predictives that are compared with the network's own (MAP).
+
+    Attributes:
+        temperature: whether to scale the logits by a temperature, fitted on validation images.
+        laplace: structures of the Laplace posteriors.
+        curvature: exact GGN, GGN by sampled labels or signs, or empirical Fisher.
+        kfac_approx: of the Kronecker structures: auto, expand or reduce, or a mapping from a pattern of layers to one of them.
+        backend: native, asdl or backpack: who runs the model for the curvature; the numbers are the same.
+        priors: by what the prior precision of each posterior is chosen, one predictive each: by the log marginal likelihood of the training
+            images (marglik), or as the one number of a grid with the lowest NLL of the validation images (validation).
+        prior_structure: which parameters share a prior precision, for marglik.
+        pred_type: of the linearised network (glm), or of networks with sampled weights (nn).
+        link_approx: how class probabilities follow from Gaussian logits.
+        n_samples: of weights or logits, where the prediction draws any.
+    """
+
+    temperature: bool = True
+    laplace: list[StructureName] = field(default_factory=lambda: ["kron", "diag", "last_layer_kron", "last_layer_full"])
+    curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] = "ggn"
+    kfac_approx: Literal["auto", "expand", "reduce"] | dict[str, str] = "auto"
+    backend: str = "native"
+    priors: list[Literal["marglik", "validation"]] = field(default_factory=lambda: ["validation"])
+    prior_structure: Literal["scalar", "layerwise", "parameter"] = "layerwise"
+    pred_type: Literal["glm", "nn"] = "glm"
+    link_approx: Literal["probit", "mc", "bridge", "bridge_norm"] = "probit"
+    n_samples: int = 100
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """One network, and how its predictives are scored.
+
+    Attributes:
+        checkpoint: of `laplace-ws train`: a file checkpoint*.pt, or the run's folder, which means checkpoint.pt in it.
+        out: folder of calibration.json and calibration.html; the run's if not given.
+        seed: of sampling, and of the corruptions' noise.
+        device: auto takes a GPU if there is one.
+        threads: of torch.
+        n_bins: bins of reliability diagrams, calibration error and confidence histograms.
+        ood_score: by what other things are found out: 1 − the top probability (confidence), or the entropy of the prediction.
+        data: images on which the network is scored.
+        methods: predictives that are compared.
+    """
+
+    checkpoint: str
+    out: str | None = None
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 1
+    n_bins: int = 15
+    ood_score: Literal["confidence", "entropy"] = "confidence"
+    data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig)
+    methods: MethodsConfig = field(default_factory=MethodsConfig)

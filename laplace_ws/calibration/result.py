@@ -1,0 +1,112 @@
+"""What a calibration run finds: plain numbers, with the names that calibration.json has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from laplace_ws.metrics import ReliabilityCurve
+
+FORMAT_VERSION = 1
+SCORES = ("accuracy", "nll", "brier", "ece")
+
+Scores = Mapping[str, float | None]
+"""Accuracy (fraction), NLL (mean, nats), Brier score and ECE (fraction); None where a value is infinite."""
+
+
+@dataclass(frozen=True)
+class CorruptedScores:
+    """Scores on damaged test images.
+
+    Attributes:
+        corruption: how they are damaged.
+        strength: from 1 to 5; 0 for the same images undamaged.
+        scores: see `Scores`.
+    """
+
+    corruption: str
+    strength: int
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """Scores of one way to predict.
+
+    Attributes:
+        name: short name.
+        label: for tables and pictures.
+        facts: numbers that belong to the method, see `Method`.
+        test: scores on the test images.
+        reliability: of the test images.
+        ood_confidence: number of out-of-distribution images by bin of confidence, in the bins of `reliability`; None without any.
+        ood: area under the ROC curve and false positive rate at 95 % true positives of finding these images; None without any.
+        corrupted: scores on damaged images, by corruption and then strength.
+        predict_seconds: wall time of predicting the test images.
+    """
+
+    name: str
+    label: str
+    facts: Mapping[str, Any]
+    test: Scores
+    reliability: ReliabilityCurve
+    ood_confidence: tuple[int, ...] | None
+    ood: Mapping[str, float] | None
+    corrupted: tuple[CorruptedScores, ...]
+    predict_seconds: float
+
+    def mean_corrupted(self, score: str) -> float | None:
+        """Mean of a score over corruptions and strengths, undamaged images left out; None where a value is missing."""
+        values = [entry.scores[score] for entry in self.corrupted if entry.strength]
+        if not values or None in values:
+            return None
+        return sum(value for value in values if value is not None) / len(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "label": self.label,
+            **self.facts,
+            "test": dict(self.test),
+            "reliability": self.reliability.to_dict(),
+            "ood_confidence": None if self.ood_confidence is None else list(self.ood_confidence),
+            "ood": None if self.ood is None else dict(self.ood),
+            "corrupted": [
+                {"corruption": entry.corruption, "strength": entry.strength, **entry.scores} for entry in self.corrupted
+            ],
+            "predict_seconds": self.predict_seconds,
+        }
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """All that a calibration run writes.
+
+    Attributes:
+        config: of the calibration.
+        environment: versions, device and threads.
+        trained: checkpoint, epoch and configuration of the network.
+        data: names and numbers of images, and the parameters of the corruptions.
+        methods: the network as it is, then the others.
+        total_seconds: wall time of it all.
+    """
+
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    trained: Mapping[str, Any]
+    data: Mapping[str, Any]
+    methods: tuple[MethodResult, ...]
+    total_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "config": dict(self.config),
+            "environment": dict(self.environment),
+            "trained": dict(self.trained),
+            "data": dict(self.data),
+            "methods": {method.name: method.to_dict() for method in self.methods},
+            "total_seconds": self.total_seconds,
+        }

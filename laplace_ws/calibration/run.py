@@ -1,0 +1,122 @@
+"""`laplace-ws calibrate`: a trained network and its predictives, scored side by side."""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from laplace_ws._version import __version__
+from laplace_ws.calibration.config import CalibrateConfig
+from laplace_ws.calibration.methods import check_validation, make_methods, make_posterior
+from laplace_ws.calibration.result import CalibrationResult
+from laplace_ws.calibration.score import ScoredImages, load_scored_images, score
+from laplace_ws.calibration.trained import TrainedRun, checkpoint_path, load_trained
+from laplace_ws.data.corruptions import PARAMETERS
+from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
+from laplace_ws.experiment.folder import ExperimentError, write_whole
+from laplace_ws.experiment.run import explained, torch_settings
+from laplace_ws.marglik.checkpoint import CheckpointError
+
+RESULT = "calibration.json"
+
+
+def run_calibration(config: CalibrateConfig) -> CalibrationResult:
+    """Score everything that `config` asks for; writes nothing.
+
+    Data, checkpoint and methods are tried before the work starts.
+
+    Raises:
+        ExperimentError: something does not allow the run; says what to do.
+    """
+    start = time.perf_counter()
+    with explained(ValueError, OSError, CheckpointError, UnsupportedParameterError, InvalidBatchError):
+        check_config(config)
+        trained = load_trained(config)
+        check_validation(config, trained)
+        images = load_scored_images(config, trained)
+        for structure in config.methods.laplace:
+            make_posterior(config, trained, structure).check(trained.data.x_train[: config.data.batch_size])
+        with torch_settings(config.threads, config.seed):
+            methods = tuple(score(method, images, config) for method in make_methods(config, trained))
+    return CalibrationResult(
+        config=asdict(config),
+        environment={
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "laplace_ws": __version__,
+            "threads": config.threads,
+            "device": str(trained.data.x_test.device),
+        },
+        trained={
+            "checkpoint": str(checkpoint_path(config.checkpoint)),
+            "epoch": trained.epoch,
+            "config": asdict(trained.config),
+        },
+        data=_describe(config, trained, images),
+        methods=methods,
+        total_seconds=time.perf_counter() - start,
+    )
+
+
+def check_config(config: CalibrateConfig) -> None:
+    """Refuse values that cannot work, before anything is done."""
+    for name, value in (
+        ("threads", config.threads),
+        ("n_bins", config.n_bins),
+        ("data.batch_size", config.data.batch_size),
+        ("methods.n_samples", config.methods.n_samples),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    m = config.methods
+    lists = {"methods.laplace": m.laplace, "methods.priors": m.priors, "data.corruptions": config.data.corruptions}
+    for name, values in lists.items():
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} names one twice: {', '.join(values)}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU; use device=auto or device=cpu")
+
+
+def output_folder(config: CalibrateConfig) -> Path:
+    """Make the folder of the results and write into it, so that what could fail at the end fails now.
+
+    Raises:
+        ExperimentError: it cannot be written, or there is no checkpoint whose folder it would be.
+    """
+    folder = Path(config.out) if config.out else checkpoint_path(config.checkpoint).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"laplace_ws")
+    except OSError as error:
+        raise ExperimentError(
+            f"the folder '{folder}' cannot be written ({error.strerror}); set another with --out"
+        ) from error
+    return folder
+
+
+def write_result(result: CalibrationResult, folder: Path) -> Path:
+    """Write calibration.json into a folder; says where."""
+    path = folder / RESULT
+    write_whole(path, json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
+    return path
+
+
+def _describe(config: CalibrateConfig, trained: TrainedRun, images: ScoredImages) -> dict[str, object]:
+    corruptions = {c.value: list(parameters) for c, parameters in PARAMETERS.items() if c in config.data.corruptions}
+    return {
+        "name": trained.data.name,
+        "n_train": len(trained.data.y_train),
+        "n_validation": len(trained.y_validation),
+        "n_test": len(trained.data.y_test),
+        "ood": config.data.ood,
+        "n_ood": 0 if images.x_ood is None else len(images.x_ood),
+        "n_corrupted": len(images.y_damaged) if corruptions else 0,
+        "corruptions": corruptions,
+    }

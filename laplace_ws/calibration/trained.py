@@ -1,0 +1,144 @@
+"""A trained network and its images, rebuilt from the folder of a training run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from laplace_ws.calibration.config import CalibrateConfig
+from laplace_ws.data import ImageData, balanced_indices, load_dataset
+from laplace_ws.experiment.config import RunConfig
+from laplace_ws.experiment.folder import CONFIG, ExperimentError, Task
+from laplace_ws.experiment.run import device_of, load_data, make_model
+from laplace_ws.marglik.checkpoint import load_checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRun:
+    """A network as its training run left it.
+
+    Attributes:
+        config: of the run, with data and device of the calibration.
+        model: with the weights that training kept.
+        epoch: of these weights.
+        data: the run's training images, and the test images.
+        x_validation: training images that the network was not trained on, normalised; empty where there are none.
+        y_validation: their classes.
+    """
+
+    config: RunConfig
+    model: nn.Module
+    epoch: int
+    data: ImageData
+    x_validation: Float[Tensor, "V C H W"]
+    y_validation: Int[Tensor, " V"]
+
+
+def load_trained(config: CalibrateConfig) -> TrainedRun:
+    """Rebuild network and data of a training run; no code is run from its files.
+
+    Raises:
+        ExperimentError: there is no checkpoint or configuration, or they do not fit together.
+        CheckpointError: the checkpoint is damaged.
+        DatasetNotFoundError: the data are not there.
+        ValueError: a subset is larger than what there is.
+    """
+    path = checkpoint_path(config.checkpoint)
+    run = read_run_config(path.with_name(CONFIG))
+    d = config.data
+    # What the run tested on may have been held-out training images; here these are for validation alone.
+    data_config = replace(
+        run.data, root=d.root or run.data.root, download=d.download, n_test=d.n_test or run.data.n_test, held_out=False
+    )
+    run = replace(run, device=config.device, data=data_config)
+    data = load_data(run)
+    model = make_model(run, data)
+    progress, weights = _kept_weights(path)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ExperimentError(
+            f"the weights in '{path}' do not fit the network of '{path.with_name(CONFIG)}'; give a checkpoint of that run ({error})"
+        ) from error
+    x_validation, y_validation = _validation_images(run, data, d.n_validation)
+    return TrainedRun(run, model.eval(), progress, data, x_validation, y_validation)
+
+
+def checkpoint_path(given: str) -> Path:
+    """The checkpoint: the file itself, or that of the tuned network in a run folder.
+
+    Raises:
+        ExperimentError: there is none.
+    """
+    path = Path(given)
+    if path.is_dir():
+        path = path / Task("tuned").checkpoint
+    if not path.is_file():
+        raise ExperimentError(
+            f"there is no checkpoint at '{path}'; give a run folder of laplace-ws train, or a checkpoint*.pt in it"
+        )
+    return path
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """The configuration that `laplace-ws train` wrote into its run folder.
+
+    Raises:
+        ExperimentError: it is missing, damaged, or of another version.
+    """
+    try:
+        flat = json.loads(path.read_text(encoding="utf-8"))
+        sections: dict[str, Any] = {}
+        for key, value in flat.items():
+            section, dot, name = key.partition(".")
+            if dot:
+                sections.setdefault(section, {})[name] = value
+            else:
+                sections[section] = value
+        return _from_dict(RunConfig, sections)
+    except FileNotFoundError as error:
+        raise ExperimentError(
+            f"'{path}', which says how the network was made, is missing; give a checkpoint in its run folder"
+        ) from error
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise ExperimentError(
+            f"'{path}' is not a configuration of this version of laplace_ws ({error}); train the network again"
+        ) from error
+
+
+def _from_dict(cls: type, values: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(cls)
+    return cls(**{k: _from_dict(hints[k], v) if is_dataclass(hints.get(k)) else v for k, v in values.items()})
+
+
+def _kept_weights(path: Path) -> tuple[int, Mapping[str, Tensor]]:
+    """Epoch and weights that training kept: the best by marginal likelihood, or the last."""
+    state = load_checkpoint(path)
+    best = state["progress"]["best"]
+    return (state["progress"]["epoch"], state["model"]) if best is None else (best["epoch"], best["model"])
+
+
+def _validation_images(run: RunConfig, data: ImageData, n_validation: int | None) -> tuple[Tensor, Tensor]:
+    """The training images that the run left out, as the run itself would have held them out, or a part of them."""
+    if run.data.n_train is None:
+        return data.x_train[:0], data.y_train[:0]
+    d = run.data
+    device = device_of(run)
+    held_out = load_dataset(
+        d.name, root=d.root, download=d.download, n_train=d.n_train, held_out=True, seed=run.seed, device=device
+    )
+    if n_validation is None:
+        return held_out.x_test, held_out.y_test
+    if not 1 <= n_validation <= len(held_out.y_test):
+        raise ValueError(
+            f"data.n_validation={n_validation} must be from 1 to {len(held_out.y_test)}, the number of training images that the network "
+            "was not trained on"
+        )
+    chosen = balanced_indices(held_out.y_test, n_validation, seed=run.seed).to(device)
+    return held_out.x_test[chosen], held_out.y_test[chosen]

@@ -1,0 +1,84 @@
+"""Which curvature of the loss in the outputs is taken, and its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace_ws.likelihoods import Likelihood
+
+
+class Curvature(str, Enum):
+    """Which curvature of the negative log likelihood is taken.
+
+    `GGN`: all columns of the generalised Gauss-Newton matrix, exact. `GGN_MC`: gradients at labels drawn from the model's own predictive,
+    unbiased. `GGN_MC_RADEMACHER`: the columns of the GGN summed up with random signs, unbiased too, and of less variance. `EF`: the
+    empirical Fisher, gradients at the observed labels.
+    """
+
+    GGN = "ggn"
+    GGN_MC = "ggn_mc"
+    GGN_MC_RADEMACHER = "ggn_mc_rademacher"
+    EF = "ef"
+
+
+def parse_curvature(value: str | Curvature) -> Curvature:
+    """Turn a string into a `Curvature`."""
+    try:
+        return Curvature(value)
+    except ValueError:
+        raise ValueError(
+            f"unknown curvature {value!r}: choose one of {', '.join(repr(m.value) for m in Curvature)}."
+        ) from None
+
+
+def loss_columns(
+    likelihood: Likelihood,
+    curvature: Curvature,
+    f: Float[Tensor, "N ..."],
+    y: Tensor,
+    *,
+    mc_samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> Iterator[Float[Tensor, "N ..."]]:
+    """Columns s_c of a curvature in the outputs, Σ_c s_c s_cᵀ for each example, without the terms that do not count.
+
+    Args:
+        likelihood: p(y | f).
+        curvature: which columns.
+        f: outputs.
+        y: targets.
+        mc_samples: random columns M an example, for `GGN_MC` and `GGN_MC_RADEMACHER`.
+        generator: source of the labels or signs.
+    """
+    mask = likelihood.term_mask(f, y)
+    for column in _of_all_terms(likelihood, curvature, f, y, mask, mc_samples, generator):
+        if mask is None:
+            yield column
+        elif (masked := column * mask).any():
+            yield masked
+
+
+def _of_all_terms(
+    likelihood: Likelihood,
+    curvature: Curvature,
+    f: Tensor,
+    y: Tensor,
+    mask: Tensor | None,
+    mc_samples: int,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    if curvature is Curvature.GGN:
+        # a likelihood all of whose terms count need not know of masks
+        yield from likelihood.hessian_columns(f) if mask is None else likelihood.hessian_columns(f, mask)
+    elif curvature is Curvature.EF:
+        yield likelihood.gradient_column(f, y)
+    else:
+        is_signed = curvature is Curvature.GGN_MC_RADEMACHER
+        draw = likelihood.projected_column if is_signed else likelihood.sampled_column
+        for _ in range(mc_samples):
+            yield draw(f, generator) / mc_samples**0.5

@@ -1,0 +1,258 @@
+"""Batches as people have them: what of a batch are the inputs, how a model is called with them, and what of its result are the outputs.
+
+A batch is a pair (x, y), a row (x1, x2, …, y), or a mapping with the targets under a key. Inputs of one tensor, or of a class of their own
+with examples (`RaggedInputs`), stay what they are; all others become `StructuredInputs`, so that whatever comes after needs to know only
+`len`, slices, `device`, `own_copy` and `call_model`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from laplace_ws.errors import InvalidBatchError
+from laplace_ws.kfac.rows import Examples, RaggedInputs
+
+
+@dataclass(frozen=True)
+class BatchKeys:
+    """Keys of a batch that is a mapping, as Hugging Face's are.
+
+    Attributes:
+        x: the entry that tells the number of examples and the device of the inputs.
+        y: the targets.
+    """
+
+    x: str = "input_ids"
+    y: str = "labels"
+
+
+DEFAULT_KEYS = BatchKeys()
+
+
+@dataclass(frozen=True, eq=False)
+class StructuredInputs:
+    """Inputs of a batch that are more than one tensor.
+
+    A slice takes the examples of every tensor within whose leading axis has N entries, and leaves all else (scalars, masks over
+    positions, None, strings) as it is.
+
+    Attributes:
+        arguments: what the model is called with.
+        n: N, the number of examples.
+        device: where they are.
+    """
+
+    arguments: tuple[Any, ...]
+    n: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, chosen: slice) -> StructuredInputs:
+        """Some of the examples."""
+
+        def part(leaf: Any) -> Any:
+            return leaf[chosen] if _holds_examples(leaf) and len(leaf) == self.n else leaf
+
+        return StructuredInputs(_changed(self.arguments, part), len(range(self.n)[chosen]), self.device)
+
+
+ModelInputs = Tensor | RaggedInputs | StructuredInputs
+"""What a model is called with, by `call_model`; all have `len`, slices and `device`."""
+
+
+# ------------------------------------------------------------------ from batches to inputs
+
+
+def split_batch(batch: object, number: int, keys: BatchKeys = DEFAULT_KEYS) -> tuple[ModelInputs, Tensor]:
+    """Inputs and targets of a batch.
+
+    - `(x, y)`: the model is called as `model(x)`; x is a tensor, a mapping, a tuple or list, or has examples of its own, as graphs have.
+    - `(x1, x2, …, y)`: as `model(x1, x2, …)`.
+    - a mapping: as `model(batch)`, without the targets, so that a model that takes labels too does not compute its own loss
+      (laplace-torch leaves them in).
+
+    Args:
+        batch: the batch.
+        number: its number, for messages.
+        keys: of batches that are mappings.
+
+    Raises:
+        InvalidBatchError: the batch is of another form, or it has no targets.
+    """
+    if isinstance(batch, Mapping):
+        if keys.y not in batch:
+            raise InvalidBatchError(
+                f"batch {number} has no {keys.y!r} among its entries ({', '.join(map(str, batch))}); name the targets by dict_key_y."
+            )
+        y = batch[keys.y]
+        x: Sequence[Any] = [_with_items(batch, {key: value for key, value in batch.items() if key != keys.y})]
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        *x, y = batch
+    else:
+        length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise InvalidBatchError(
+            "the loader must give pairs (x, y), rows (x1, x2, …, y) or mappings, but batch "
+            f"{number} is a {type(batch).__name__}{length}."
+        )
+    if not isinstance(y, Tensor):
+        raise InvalidBatchError(f"y of batch {number} is a {type(y).__name__} but must be one tensor.")
+    return as_inputs(*x, keys=keys, name=f"x of batch {number}"), y
+
+
+def as_inputs(*x: Any, keys: BatchKeys = DEFAULT_KEYS, name: str = "x") -> ModelInputs:
+    """The inputs of a model that is to be called as `model(*x)`.
+
+    Args:
+        *x: one argument or several, each a tensor, a mapping, a tuple or list, or `RaggedInputs`; of several the first tells N.
+        keys: of mappings.
+        name: what to call them in messages.
+
+    Raises:
+        InvalidBatchError: they hold no example, or it cannot be told how many.
+    """
+    first = x[0]
+    if len(x) == 1 and (isinstance(first, (Tensor, StructuredInputs)) or _is_ragged(first)):
+        inputs: ModelInputs = first
+    else:
+        leaf = _that_tells_n(first, keys, name)
+        inputs = StructuredInputs(tuple(x), len(leaf), leaf.device)
+    if (isinstance(inputs, Tensor) and inputs.ndim == 0) or not len(inputs):
+        raise InvalidBatchError("a batch holds no example.")
+    return inputs
+
+
+def _that_tells_n(x: Any, keys: BatchKeys, name: str) -> Tensor | RaggedInputs:
+    """The part of the inputs whose length is the number of examples."""
+    if _holds_examples(x):
+        return x
+    if isinstance(x, (tuple, list)) and x:
+        return _that_tells_n(x[0], keys, name)
+    if isinstance(x, Mapping):
+        if _holds_examples(x.get(keys.x)):
+            return x[keys.x]
+        found = [leaf for leaf in leaves(x) if _holds_examples(leaf)]
+        if found and len({len(leaf) for leaf in found}) == 1:
+            return found[0]
+        raise InvalidBatchError(
+            f"the entries of {name} ({', '.join(map(str, x))}) do not tell the number of examples; name one that does by dict_key_x."
+        )
+    raise InvalidBatchError(
+        f"{name} must be a tensor of inputs (or a mapping, a tuple or list of them, or a GraphBatch), got a {type(x).__name__}."
+    )
+
+
+def _is_ragged(x: object) -> TypeGuard[RaggedInputs]:
+    """Whether x is of a class of its own with examples; tensors have all that such a class needs, and mappings may."""
+    return isinstance(x, RaggedInputs) and not isinstance(x, (Tensor, Mapping))
+
+
+def _holds_examples(x: object) -> TypeGuard[Tensor | RaggedInputs]:
+    return x.ndim > 0 if isinstance(x, Tensor) else _is_ragged(x)
+
+
+# ------------------------------------------------------------------ inputs in use
+
+
+def call_model(model: nn.Module, x: ModelInputs) -> Tensor:
+    """The model's outputs, `[N, ...]`; the `logits` of a result that is an object or a mapping with such.
+
+    Raises:
+        InvalidBatchError: the result is no such thing, or the model raised an error because it does not take such inputs, or none
+            of another floating point type than its parameters.
+    """
+    try:
+        f = model(*x.arguments) if isinstance(x, StructuredInputs) else model(x)
+    except (TypeError, AttributeError) as error:
+        if not isinstance(x, StructuredInputs):
+            raise
+        kinds = ", ".join(type(argument).__name__ for argument in x.arguments)
+        raise InvalidBatchError(
+            f"{type(model).__name__} is called as model({kinds}), which it does not take ({type(error).__name__}: {error}); wrap it in a "
+            "module whose forward does, or let the loader give what it takes."
+        ) from error
+    except RuntimeError as error:
+        mismatch = _type_mismatch(model, x) if "type" in str(error) else None
+        if mismatch is None:
+            raise
+        raise InvalidBatchError(mismatch) from error
+    return check_outputs(f, len(x))
+
+
+def _type_mismatch(model: nn.Module, x: ModelInputs) -> str | None:
+    """What to say of inputs of another floating point type than the model's parameters, None where there are none."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    types = [leaf.dtype for leaf in leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if parameter is None or set(types) <= {parameter.dtype}:
+        return None
+    other = next(dtype for dtype in types if dtype != parameter.dtype)
+    return (
+        f"the inputs are {other} and the model's parameters {parameter.dtype}; convert one of them, for example by "
+        f"x.to({parameter.dtype})."
+    )
+
+
+def check_outputs(f: object, n_examples: int) -> Tensor:
+    """The outputs in what a model returned.
+
+    Raises:
+        InvalidBatchError: they are no floating point tensor with one row an example.
+    """
+    logits = f["logits"] if isinstance(f, Mapping) and "logits" in f else getattr(f, "logits", f)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise InvalidBatchError(
+            f"the model must return one floating point tensor (or an object with one as its logits), but it returned {type(f).__name__}."
+        )
+    if logits.ndim == 0 or len(logits) != n_examples:
+        raise InvalidBatchError(
+            f"the model must return one row of outputs for each of the {n_examples} examples, but it returned shape "
+            f"{tuple(logits.shape)}."
+        )
+    return logits
+
+
+def own_copy(x: ModelInputs) -> ModelInputs:
+    """Inputs for a model that may change them in place, so that they are the same when they are looked at again."""
+    if isinstance(x, StructuredInputs):
+        return StructuredInputs(_changed(x.arguments, own_copy), x.n, x.device)
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+def examples_of(x: ModelInputs) -> Examples:
+    """The examples of a batch; those of tensors have equally many rows each."""
+    return Examples(len(x), are_ragged=any(_is_ragged(leaf) for leaf in leaves(x)))
+
+
+def leaves(x: Any) -> Iterator[Any]:
+    """The values within inputs that are no mapping, tuple or list."""
+    found: list[Any] = []
+    _changed(x.arguments if isinstance(x, StructuredInputs) else x, found.append)
+    yield from found
+
+
+def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of nested mappings, tuples and lists with all that is within changed."""
+    if isinstance(value, Mapping):
+        return _with_items(value, {key: _changed(item, change) for key, item in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_changed(item, change) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_changed(item, change) for item in value)
+    return change(value)
+
+
+def _with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """A mapping of the same class with other items: a model may read `batch.input_ids` of a class that has it."""
+    if not isinstance(mapping, MutableMapping):
+        return items
+    other = copy.copy(mapping)
+    other.clear()
+    other.update(items)
+    return other

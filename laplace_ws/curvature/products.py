@@ -1,0 +1,295 @@
+"""Products of the curvature with vectors, without the matrix and without a backend: whatever can be differentiated twice is covered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from laplace_ws.curvature.backend import check_devices, differentiable_twice, evaluation_mode, trainable_parameters
+from laplace_ws.curvature.compute import Batches, Curvature, default_generator, parse_curvature
+from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, call_model, own_copy, split_batch
+from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
+from laplace_ws.likelihoods import Likelihood, make_likelihood
+
+
+def loss_columns(
+    likelihood: Likelihood,
+    curvature: Curvature,
+    f: Float[Tensor, "N ..."],
+    y: Tensor,
+    *,
+    mc_samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> Iterator[Float[Tensor, "N ..."]]:
+    """Columns s_c of a curvature in the outputs, Σ_c s_c s_cᵀ for each example, without the terms that do not count."""
+    mask = likelihood.term_mask(f, y)
+    if curvature is Curvature.GGN:
+        columns = likelihood.hessian_columns(f) if mask is None else likelihood.hessian_columns(f, mask)
+    elif curvature is Curvature.EF:
+        columns = iter([likelihood.gradient_column(f, y)])
+    else:
+        is_signed = curvature is Curvature.GGN_MC_RADEMACHER
+        draw = likelihood.projected_column if is_signed else likelihood.sampled_column
+        columns = (draw(f, generator) / mc_samples**0.5 for _ in range(mc_samples))
+    for column in columns:
+        masked = column if mask is None else column * mask
+        if mask is None or masked.any():
+            yield masked
+
+
+@dataclass
+class PassTotals:
+    """What one pass over the data adds up to.
+
+    Attributes:
+        nll_sum: summed negative log likelihood, in nats.
+        n_examples: examples seen.
+        n_targets: targets that count.
+        output_shape: shape of the model's output for one example.
+        nll_size: Σ |negative log likelihood| of the batches, by which the rounding of `nll_sum` is judged.
+        order: a sum of the outputs that tells one order of the examples from another.
+        order_size: Σ |·| of what `order` sums.
+        eps: precision of the outputs, and of what they are computed in.
+    """
+
+    nll_sum: float = 0.0
+    n_examples: int = 0
+    n_targets: int = 0
+    output_shape: tuple[int, ...] = ()
+    nll_size: float = 0.0
+    order: float = 0.0
+    order_size: float = 0.0
+    eps: float = 0.0
+
+    def add(self, likelihood: Likelihood, f: Float[Tensor, "N ..."], y: Tensor, eps: float) -> None:
+        """Add one batch, of outputs that are precise to eps.
+
+        Raises:
+            InvalidBatchError: outputs and targets do not fit the likelihood, or its value is not finite.
+        """
+        likelihood.check(f, y)
+        nll = likelihood.nll_sum(f.double(), y).item()
+        if not math.isfinite(nll):
+            raise InvalidBatchError(
+                f"the negative log likelihood of a batch is {nll}; look for NaN in its inputs, its targets or the weights."
+            )
+        of_examples = f.double().reshape(len(f), -1).sum(1)
+        places = torch.arange(self.n_examples, self.n_examples + len(f), device=f.device).double()
+        self.nll_sum += nll
+        self.nll_size += abs(nll)
+        self.order += (places * of_examples).sum().item()
+        self.order_size += (places * of_examples.abs()).sum().item()
+        self.n_examples += len(f)
+        self.n_targets += likelihood.n_targets(f, y)
+        self.output_shape = tuple(f.shape[1:])
+        self.eps = max(self.eps, eps)
+
+    def has_same_examples(self, other: PassTotals) -> bool:
+        """Whether the other pass saw the same examples, in any order, as far as the likelihood tells."""
+        is_close = abs(self.nll_sum - other.nll_sum) <= self._rounding * max(self.nll_size, other.nll_size)
+        return is_close and (self.n_examples, self.n_targets) == (other.n_examples, other.n_targets)
+
+    def has_same_order(self, other: PassTotals) -> bool:
+        """Whether the other pass saw them in the same order, as far as the outputs tell."""
+        return abs(self.order - other.order) <= self._rounding * max(self.order_size, other.order_size)
+
+    @property
+    def _rounding(self) -> float:
+        """Relative difference that other batches of the same examples may make: far below that of other examples."""
+        return min(1000 * self.eps, 0.01)
+
+
+class CurvatureProducts:
+    """H v, H the curvature of the summed negative log likelihood over a data set, each product by one pass over the data.
+
+    H v = Σ_n Σ_c J_nᵀ s_nc s_ncᵀ J_n v [Schraudolph 2002]. J v is the derivative of Jᵀ u in u: the model has to be differentiable twice,
+    and nothing else is asked of it, as its layers need no Kronecker block. Parameters that get no gradient have rows of zeros. The random
+    columns of `ggn_mc` and `ggn_mc_rademacher` are the same in every product.
+
+    Args:
+        model: the network; each batch is run in eval mode and the model is left as it was.
+        likelihood: "classification", "regression", "binary" or a `Likelihood`.
+        data: batches that can be iterated again and again, the same examples each time; in any order, unless the columns are random.
+        curvature: "ggn", "ggn_mc", "ggn_mc_rademacher" or "ef".
+        mc_samples: random columns an example, for "ggn_mc" and "ggn_mc_rademacher".
+        generator: source of the labels or signs; by default one of our own, which `torch.manual_seed` makes reproducible.
+        keys: of batches that are mappings.
+
+    Attributes:
+        shapes: shape of each parameter that requires grad, by name: the order of v, each flattened row-major.
+        dtype: the precision that the parameters call for: float64 if any has it, else float32.
+        device: where they are.
+        totals: what the first pass over the data added up to; None before there was one.
+        n_products: passes over the data so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood,
+        data: Batches,
+        *,
+        curvature: str | Curvature = "ggn",
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+        keys: BatchKeys = DEFAULT_KEYS,
+    ):
+        if mc_samples < 1:
+            raise ValueError(f"mc_samples must be at least 1, got {mc_samples}.")
+        if isinstance(data, Iterator):
+            raise InvalidBatchError(
+                f"the data are read once for every product, but a {type(data).__name__} is used up after the first; give a DataLoader or a "
+                "list of batches."
+            )
+        self.model = model
+        self.likelihood = make_likelihood(likelihood)
+        self.data = data
+        self.curvature = parse_curvature(curvature)
+        self.mc_samples = mc_samples
+        self.keys = keys
+        self.parameters = trainable_parameters(model)
+        parameters = list(self.parameters.values())
+        self.shapes = {name: p.shape for name, p in self.parameters.items()}
+        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        self.device = parameters[0].device
+        self.totals: PassTotals | None = None
+        self.n_products = 0
+        self._sizes = [p.numel() for p in parameters]
+        self._generator = generator or default_generator(self.device)
+        self._first_draw = self._generator.get_state()
+
+    @property
+    def n_params(self) -> int:
+        """P, the number of weights."""
+        return sum(self._sizes)
+
+    def product(self, vectors: Float[Tensor, "S P"]) -> Float[Tensor, "S P"]:
+        """H v for each row v, all in one pass over the data, summed in float64.
+
+        Raises:
+            InvalidBatchError: the data do not fit the model or the likelihood, or they are others than in the first pass.
+            UnsupportedParameterError: the gradients of the model cannot be differentiated, or there are none.
+        """
+        self._generator.set_state(self._first_draw)
+        total = torch.zeros(vectors.shape, dtype=torch.float64, device=self.device)
+        totals = PassTotals()
+        for number, batch in enumerate(self.data):
+            x, y = split_batch(batch, number, self.keys)
+            check_devices(self.model, x, y)
+            with evaluation_mode(self.model), differentiable_twice(self.model):
+                f = call_model(self.model, own_copy(x))
+                eps = _precision(f, self.parameters.values())
+                totals.add(self.likelihood, f.detach(), y, eps)
+                with torch.autocast(x.device.type, enabled=False):
+                    total += self._product_of_batch(f, y, vectors, eps)
+        self._check_totals(totals)
+        self.n_products += 1
+        return total.to(vectors.dtype)
+
+    def _product_of_batch(
+        self, f: Float[Tensor, "N ..."], y: Tensor, vectors: Float[Tensor, "S P"], eps: float
+    ) -> Float[Tensor, "S P"]:
+        if not f.requires_grad:
+            raise UnsupportedParameterError(
+                f"the outputs of {type(self.model).__name__} do not depend on any parameter that requires grad; is there a detach() or a "
+                "no_grad() in its forward pass?"
+            )
+        pushed = self._pushforward(f, vectors)
+        weighted = self._weighted(f.detach(), y, pushed)
+        pulled = self._pullback(f, weighted)
+        # ⟨u, J v⟩ = ⟨Jᵀ u, v⟩ for u = Λ J v, which a backward pass that hides what it does from autograd breaks
+        forward, backward = _inner(weighted, pushed), _inner(pulled, vectors)
+        sizes = _inner(weighted, weighted) * _inner(pushed, pushed), _inner(pulled, pulled) * _inner(vectors, vectors)
+        if not ((forward - backward).abs() <= min(10 * eps**0.5, 0.05) * (sizes[0].sqrt() + sizes[1].sqrt())).all():
+            raise UnsupportedParameterError(
+                f"the gradients of {type(self.model).__name__} cannot be differentiated: a custom autograd function has a backward pass "
+                "that hides what it does from autograd, or a hook changes a gradient; write it with plain calls."
+            )
+        return pulled
+
+    def _pushforward(self, f: Float[Tensor, "N ..."], vectors: Float[Tensor, "S P"]) -> Float[Tensor, "S N ..."]:
+        """J v for each row v."""
+        parameters = list(self.parameters.values())
+        u = torch.zeros_like(f, requires_grad=True)
+        try:
+            gradients = torch.autograd.grad(f, parameters, u, create_graph=True, allow_unused=True)
+            linear = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+            rows = []
+            for vector in vectors:
+                parts = vector.split(self._sizes)
+                tangents = [parts[i].reshape(parameters[i].shape).to(parameters[i].dtype) for i in linear]
+                rows += torch.autograd.grad([gradients[i] for i in linear], u, tangents, retain_graph=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UnsupportedParameterError(
+                f"the gradients of {type(self.model).__name__} cannot be differentiated ({error}); write its forward pass with plain "
+                "calls, or choose a structure of the curvature that needs one derivative only."
+            ) from error
+        return torch.stack(rows)
+
+    def _weighted(
+        self, f: Float[Tensor, "N ..."], y: Tensor, pushed: Float[Tensor, "S N ..."]
+    ) -> Float[Tensor, "S N ..."]:
+        """Σ_c s_c s_cᵀ u for each example, u its part of each row."""
+        per_example = pushed.shape[:2] + (1,) * (pushed.ndim - 2)
+        weighted = torch.zeros_like(pushed)
+        columns = loss_columns(
+            self.likelihood, self.curvature, f, y, mc_samples=self.mc_samples, generator=self._generator
+        )
+        for column in columns:
+            inner = (pushed * column).reshape(*pushed.shape[:2], -1).sum(2)
+            weighted += column * inner.reshape(per_example)
+        return weighted
+
+    def _pullback(self, f: Float[Tensor, "N ..."], columns: Float[Tensor, "S N ..."]) -> Float[Tensor, "S P"]:
+        """Jᵀ u for each row u, in float64."""
+        parameters = list(self.parameters.values())
+        rows = []
+        for column in columns:
+            gradients = torch.autograd.grad(
+                f, parameters, column, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            rows.append(torch.cat([g.flatten().double() for g in gradients]))
+        return torch.stack(rows)
+
+    def _check_totals(self, totals: PassTotals) -> None:
+        """Keep the totals of the first pass, and raise if those of a later one differ by more than rounding."""
+        if not totals.n_examples:
+            raise InvalidBatchError("the data hold no example; give an iterable of batches (x, y) that is not empty.")
+        if not totals.n_targets:
+            raise InvalidBatchError(
+                f"no target of the {totals.n_examples} examples counts for {self.likelihood!r}; give data of which some are labelled."
+            )
+        if self.totals is None:
+            self.totals = totals
+            return
+        first, is_random = self.totals, self.curvature in (Curvature.GGN_MC, Curvature.GGN_MC_RADEMACHER)
+        if not totals.has_same_examples(first):
+            raise InvalidBatchError(
+                f"the data differ from pass to pass: {first.n_examples} examples with a negative log likelihood of {first.nll_sum:.8g} "
+                f"at first, then {totals.n_examples} with {totals.nll_sum:.8g}; take out augmentation, random subsets and what is random "
+                f"in the model{'' if is_random else ' (a new order is fine)'}."
+            )
+        if is_random and not totals.has_same_order(first):
+            raise InvalidBatchError(
+                f"the examples come in another order in each pass, and the random columns of {self.curvature.value!r} with them; keep "
+                'the order (shuffle=False), or choose curvature="ggn".'
+            )
+
+
+def _precision(f: Tensor, parameters: Iterable[Tensor]) -> float:
+    """The coarsest ε among outputs, parameters and, under autocast, what is computed in."""
+    dtypes = {f.dtype, *(p.dtype for p in parameters)}
+    if torch.is_autocast_enabled(f.device.type):
+        dtypes.add(torch.get_autocast_dtype(f.device.type))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _inner(a: Float[Tensor, "S ..."], b: Float[Tensor, "S ..."]) -> Float[Tensor, " S"]:
+    return (a.double() * b.double()).flatten(1).sum(1)

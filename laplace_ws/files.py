@@ -1,0 +1,49 @@
+"""Files of tensors and plain values: written whole, read without running code from them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class FileFormatError(RuntimeError):
+    """A file is damaged, or is not of the kind that was asked for."""
+
+
+def save_tensors(path: str | Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors and plain values) so that `path` is at every moment the old file or the new one."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_tensors(path: str | Path, kind: str, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `save_tensors` wrote.
+
+    Args:
+        path: the file.
+        kind: what it should hold, as in "a posterior", for messages.
+        map_location: where its tensors are put.
+
+    Raises:
+        FileFormatError: it cannot be read, or holds something else than a dictionary.
+    """
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileFormatError(
+            f"'{path}' cannot be read as {kind}: it is damaged, or another kind of file ({reason})."
+        ) from error
+    if not isinstance(state, dict):
+        raise FileFormatError(f"'{path}' holds a {type(state).__name__} and not {kind}.")
+    return state

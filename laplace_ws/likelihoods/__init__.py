@@ -1,0 +1,54 @@
+"""Likelihoods p(y | f) of network outputs f: log probability, square root of the Hessian, label samples, predictions.
+
+Outputs are `[N, C]` (one loss term per example), `[N, T, C]` (T terms per example), for regression and binary targets of any further
+shape (`[N, C, H, W]`: images), or, for a single output, `[N]`. Losses are **sums** over examples and terms, in nats. A *column* is a
+tensor of the shape of f: a vector of loss space for each example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from laplace_ws.likelihoods.base import Likelihood, RegressionLikelihood
+from laplace_ws.likelihoods.bernoulli import Bernoulli
+from laplace_ws.likelihoods.categorical import Categorical
+from laplace_ws.likelihoods.gaussian import Gaussian, HeteroscedasticGaussian
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "HeteroscedasticGaussian",
+    "Likelihood",
+    "RegressionLikelihood",
+    "likelihood_from_state",
+    "make_likelihood",
+]
+
+_LIKELIHOODS: dict[str, type[Likelihood]] = {
+    kind.name: kind for kind in (Categorical, Gaussian, HeteroscedasticGaussian, Bernoulli)
+}
+
+
+def make_likelihood(likelihood: str | Likelihood) -> Likelihood:
+    """Turn "classification", "regression", "heteroscedastic_regression" or "binary" into its likelihood.
+
+    A `Likelihood` passes through.
+    """
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    return likelihood_from_state({"name": likelihood})
+
+
+def likelihood_from_state(state: Mapping[str, Any]) -> Likelihood:
+    """The likelihood that gave a `Likelihood.state()`.
+
+    Raises:
+        ValueError: it is none of the toolkit's own.
+    """
+    options = dict(state)
+    name = options.pop("name")
+    if name not in _LIKELIHOODS:
+        raise ValueError(f"unknown likelihood {name!r}: choose one of {', '.join(map(repr, _LIKELIHOODS))}.")
+    return _LIKELIHOODS[name](**options)

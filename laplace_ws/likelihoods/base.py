@@ -1,0 +1,161 @@
+"""The contract of a likelihood, and what several of them share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace_ws.errors import InvalidBatchError
+
+
+class Likelihood(ABC):
+    """p(y | f), and what curvature needs of it.
+
+    Attributes:
+        name: the name by which `make_likelihood` knows it.
+        has_noise: whether it has an observation noise σ.
+        is_regression: whether predictions are means and variances of y, see `RegressionLikelihood`; else they are probabilities.
+        sigma_noise: σ in the units of the targets; 1 where there is no noise.
+    """
+
+    name: str
+    has_noise: bool = False
+    is_regression: bool = False
+    sigma_noise: float = 1.0
+
+    @abstractmethod
+    def check(self, f: Tensor, y: Tensor) -> None:
+        """Raise `InvalidBatchError` if outputs and targets do not fit this likelihood."""
+
+    @abstractmethod
+    def nll_sum(self, f: Float[Tensor, "N ..."], y: Tensor) -> Float[Tensor, ""]:
+        """Negative log likelihood −Σ_n Σ_t log p(y_nt | f_nt), normalising constants included."""
+
+    @abstractmethod
+    def hessian_columns(
+        self, f: Float[Tensor, "N ..."], mask: Tensor | None = None
+    ) -> Iterator[Float[Tensor, "N ..."]]:
+        """Columns s_c with Σ_c s_c s_cᵀ = ∇²_f(−log p) for each example; those that vanish are left out.
+
+        Args:
+            f: outputs.
+            mask: the terms that count, as `term_mask` gives them; the columns are zero at the others.
+        """
+
+    def projected_column(self, f: Float[Tensor, "N ..."], generator: torch.Generator | None) -> Float[Tensor, "N ..."]:
+        """Σ_c ε_c s_c with fresh signs ε_c = ±1 for each example: its square has the Hessian as its mean."""
+        column = torch.zeros_like(f)
+        for root in self.hessian_columns(f):
+            column += root * random_signs(f.shape[:1] + (1,) * (f.ndim - 1), f, generator)
+        return column
+
+    @abstractmethod
+    def sampled_column(self, f: Float[Tensor, "N ..."], generator: torch.Generator | None) -> Float[Tensor, "N ..."]:
+        """Gradient of −log p(y | f) in f at fresh labels y drawn from the model's own p(y | f)."""
+
+    @abstractmethod
+    def gradient_column(self, f: Float[Tensor, "N ..."], y: Tensor) -> Float[Tensor, "N ..."]:
+        """Gradient of −log p(y | f) in f at the observed labels."""
+
+    @abstractmethod
+    def predictive_mean(self, f: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
+        """E[y | f]: class probabilities, or the regression mean."""
+
+    def term_mask(self, f: Float[Tensor, "N ..."], y: Tensor) -> Tensor | None:
+        """Which loss terms count, one entry a target, in a shape that broadcasts to f; None where all do."""
+        return None
+
+    def n_targets(self, f: Float[Tensor, "N ..."], y: Tensor) -> int:
+        """Number of targets that count."""
+        mask = self.term_mask(f, y)
+        return y.numel() if mask is None else int(mask.count_nonzero())
+
+    def at_noise(self, sigma_noise: float) -> Likelihood:
+        """This likelihood with another σ; itself, where there is no noise."""
+        return self
+
+    def nll_at_noise(self, unit_nll_sum: Tensor, n_targets: float, sigma_noise: Tensor) -> Tensor:
+        """Turn the summed NLL at σ = 1 into the one at `sigma_noise` (the same, where there is no noise)."""
+        return unit_nll_sum
+
+    def curvature_scale(self, sigma_noise: Tensor, curvature: str) -> Tensor:
+        """Factor between the curvature at σ = 1 and at `sigma_noise`."""
+        return torch.ones_like(sigma_noise)
+
+    def options(self) -> dict[str, Any]:
+        """Arguments that make this likelihood anew, as plain values."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Name and options, from which `likelihood_from_state` makes this likelihood anew."""
+        return {"name": self.name, **self.options()}
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.options().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+class RegressionLikelihood(Likelihood):
+    """A likelihood of real targets, whose predictions are means and variances."""
+
+    is_regression = True
+
+    @abstractmethod
+    def moments(self, f_mean: Float[Tensor, "N ... C"], f_var: Tensor) -> tuple[Float[Tensor, "N ... D"], Tensor]:
+        """Mean of y, and the variance that it has because f is uncertain (without the observation noise).
+
+        Args:
+            f_mean: mean of the outputs.
+            f_var: their variance, of the shape of `f_mean`, or the covariance of those on the last axis, `[N, ..., C, C]`.
+        """
+
+    @abstractmethod
+    def noise_variance(
+        self, f_mean: Float[Tensor, "N ... C"], f_var: Float[Tensor, "N ... C"], sigma_noise: float | Tensor
+    ) -> Float[Tensor, "N ... D"]:
+        """Variance of the observation noise, averaged over outputs f ~ N(f_mean, f_var), of the shape of y."""
+
+
+def unit_columns(scale: Float[Tensor, "N ..."], mask: Tensor | None = None) -> Iterator[Float[Tensor, "N ..."]]:
+    """Columns of a diagonal Hessian, given the square root of its diagonal."""
+    flat = (scale if mask is None else scale * mask).reshape(len(scale), -1)
+    for output in flat.count_nonzero(0).nonzero().flatten().tolist():
+        column = torch.zeros_like(flat)
+        column[:, output] = flat[:, output]
+        yield column.reshape(scale.shape)
+
+
+def random_signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """±1 with equal probability."""
+    return torch.randint(0, 2, shape, generator=generator, device=like.device).to(like.dtype) * 2 - 1
+
+
+def standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draws from N(0, 1), of the shape of a tensor."""
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor, in single precision where it has less."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_same_shape(name: str, f: Tensor, y: Tensor) -> None:
+    """Raise `InvalidBatchError` unless outputs and targets have one shape."""
+    if f.shape != y.shape:
+        hint = " (add y.unsqueeze(-1))" if f.shape == (*y.shape, 1) else ""
+        raise InvalidBatchError(
+            f"the {name} likelihood needs outputs and targets of one shape, but the model gave {tuple(f.shape)} and the "
+            f"targets are {tuple(y.shape)}{hint}."
+        )
+
+
+def check_floating(y: Tensor) -> None:
+    """Raise `InvalidBatchError` unless the targets are floating point."""
+    if not y.is_floating_point():
+        raise InvalidBatchError(f"regression targets must be floating point, but they are {y.dtype}; use y.float().")

@@ -1,0 +1,69 @@
+"""The eigenvectors of a Kronecker block, as coordinates of vectors over its parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class EigenBasis:
+    """Q_B ⊗ Q_A: turns a vector over the flattened parameter into its coordinates `[*G, O, I]`, and back.
+
+    Attributes:
+        Q_B: eigenvectors of the gradient factor, `[*G, O, O]`; None for the identity.
+        Q_A: eigenvectors of the input factor, `[*G, I, I]`; None for the identity.
+        sizes: `(*G, O, I)`.
+        transposed: whether the parameter has its inputs first, `[I, O]`.
+    """
+
+    Q_B: Tensor | None
+    Q_A: Tensor | None
+    sizes: tuple[int, ...]
+    transposed: bool = False
+
+    def rotate(self, vectors: Float[Tensor, "*S D"]) -> Float[Tensor, "*S *G O I"]:
+        """Coordinates Qᵀ v, in the precision of the vectors."""
+        *groups, n_out, n_in = self.sizes
+        in_layout = (n_in, n_out) if self.transposed else (n_out, n_in)
+        x = vectors.reshape(*vectors.shape[:-1], *groups, *in_layout)
+        x = x.mT if self.transposed else x
+        if self.Q_B is not None:
+            x = self.Q_B.mT.to(x.dtype) @ x
+        return x if self.Q_A is None else x @ self.Q_A.to(x.dtype)
+
+    def rotate_back(self, coordinates: Float[Tensor, "*S *G O I"]) -> Float[Tensor, "*S D"]:
+        """The vector Q x of coordinates x."""
+        x = coordinates
+        if self.Q_B is not None:
+            x = self.Q_B.to(x.dtype) @ x
+        if self.Q_A is not None:
+            x = x @ self.Q_A.mT.to(x.dtype)
+        x = x.mT if self.transposed else x
+        return x.flatten(-len(self.sizes))
+
+    def rotate_outputs(self, g: Float[Tensor, "*G ... O"]) -> Float[Tensor, "*G ... O"]:
+        """Coordinates of vectors over the outputs; a group axis leads."""
+        return _rotate_last(g, self.Q_B)
+
+    def rotate_inputs(self, a: Float[Tensor, "*G ... I"]) -> Float[Tensor, "*G ... I"]:
+        """Coordinates of vectors over the inputs; a group axis leads."""
+        return _rotate_last(a, self.Q_A)
+
+    def to_dense(self, values: Float[Tensor, "*G O I"]) -> Float[Tensor, "D D"]:
+        """Q diag(values) Qᵀ."""
+        coordinates = self.rotate(torch.eye(values.numel(), dtype=values.dtype, device=values.device))
+        flat = coordinates.flatten(1)
+        return (flat * values.flatten()) @ flat.mT
+
+
+def _rotate_last(x: Tensor, Q: Tensor | None) -> Tensor:
+    if Q is None:
+        return x
+    Q = Q.to(x.dtype)
+    if Q.ndim == 2:
+        return x @ Q
+    return x @ Q.reshape(len(Q), *(1,) * (x.ndim - 3), *Q.shape[1:])

@@ -1,0 +1,90 @@
+"""Kronecker eigenvectors with eigenvalues of their own: EKFAC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace_ws.matrices.base import CurvatureMatrix
+from laplace_ws.matrices.blocks import Block, BlockMatrix
+from laplace_ws.matrices.eigenbasis import EigenBasis
+
+
+@dataclass(frozen=True, eq=False)
+class EkfacBlock(Block):
+    """Q diag(values) Qᵀ, with Q the eigenvectors of a Kronecker product [George et al. 2018].
+
+    The values that are closest to a curvature, in the Frobenius norm, are the diagonal of it in these coordinates.
+
+    Attributes:
+        shape: shape of the parameter.
+        eigenbasis: Q.
+        values: the second moments of gradients in these coordinates, sums over data, `[*G, O, I]`.
+    """
+
+    shape: torch.Size
+    eigenbasis: EigenBasis
+    values: Float[Tensor, "*G O I"]
+
+    @cached_property
+    def basis(self) -> EigenBasis:
+        """See `Block.basis`."""
+        return self.eigenbasis
+
+    @cached_property
+    def factor_eigenvalues(self) -> tuple[Tensor, Tensor]:
+        """See `Block.factor_eigenvalues`; all of them, times one."""
+        values = self.values.double().flatten()
+        return values, values.new_ones(1)
+
+    def eigenvalues(self) -> Tensor:
+        """See `Block.eigenvalues`."""
+        return self.values.double()
+
+    def to_dense(self) -> Tensor:
+        """See `Block.to_dense`."""
+        return self.eigenbasis.to_dense(self.values)
+
+
+class Ekfac(BlockMatrix[EkfacBlock]):
+    """Eigenvalue-corrected Kronecker curvature: a mapping from parameter name to its `EkfacBlock`."""
+
+    def __add__(self, other: CurvatureMatrix) -> Ekfac:
+        """See `CurvatureMatrix.__add__`; both must have the same eigenvectors, so that the values add up."""
+        self._check_same_parameters(other)
+        assert isinstance(other, Ekfac)
+        if any(block.eigenbasis is not other[name].eigenbasis for name, block in self.blocks.items()):
+            raise ValueError("cannot add eigenvalue-corrected curvatures in different eigenvectors.")
+        return Ekfac({n: replace(block, values=block.values + other[n].values) for n, block in self.blocks.items()})
+
+    def __mul__(self, factor: float) -> Ekfac:
+        """See `CurvatureMatrix.__mul__`."""
+        return Ekfac({n: replace(block, values=block.values * factor) for n, block in self.blocks.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `CurvatureMatrix.state_dict`."""
+        return {
+            name: {
+                "Q_B": block.eigenbasis.Q_B,
+                "Q_A": block.eigenbasis.Q_A,
+                "transposed": block.eigenbasis.transposed,
+                "values": block.values,
+            }
+            for name, block in self.blocks.items()
+        }
+
+    @classmethod
+    def from_state_dict(cls, shapes: Mapping[str, torch.Size], state: Mapping[str, Any]) -> Ekfac:
+        """See `CurvatureMatrix.from_state_dict`."""
+        blocks = {}
+        for name, shape in shapes.items():
+            values = state[name]["values"]
+            basis = EigenBasis(state[name]["Q_B"], state[name]["Q_A"], tuple(values.shape), state[name]["transposed"])
+            blocks[name] = EkfacBlock(shape, basis, values)
+        return cls(blocks)

@@ -1,0 +1,175 @@
+"""Covariances J Σ Jᵀ of linear functions of the weights, summed over the parameter tensors so that J is never whole."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from enum import Enum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Damping = tuple[Tensor, Tensor]
+"""The scale s and the δ of a covariance Σ = (s·H + diag(δ))⁻¹."""
+
+
+VariancesOf = Callable[[str, Tensor, Tensor], Float[Tensor, " D"]]
+"""From the name of a parameter tensor and a damping, a diagonal of Σ."""
+
+
+class Layout(Enum):
+    """Which covariances are wanted: of the K outputs of each example, of all outputs of all examples, or variances alone."""
+
+    EXAMPLE = "example"
+    JOINT = "joint"
+    DIAGONAL = "diagonal"
+
+
+class Pushforward(ABC):
+    """Sums J Σ Jᵀ over the parameter tensors, for several Σ at once.
+
+    Rows of J are in the coordinates of the matrix (`CurvatureMatrix.basis`). All is differentiable, in the rows and in the dampings.
+
+    Args:
+        dampings: (s, δ) of each Σ.
+        layout: which covariances are wanted.
+    """
+
+    def __init__(self, dampings: Sequence[Damping], layout: Layout):
+        self.dampings = dampings
+        self.layout = layout
+
+    @abstractmethod
+    def add(self, name: str, rows: Float[Tensor, "N K D"]) -> None:
+        """Add the part of one parameter tensor, given its rows of J: K outputs of N examples."""
+
+    def add_outer(self, name: str, g: Float[Tensor, "N K O"], a: Float[Tensor, "N I"]) -> None:
+        """`add` with the rows g aᵀ, `[O, I]` each."""
+        self.add(name, (g[..., None] * a[:, None, None]).flatten(2))
+
+    @abstractmethod
+    def result(self) -> list[Tensor]:
+        """For each Σ the covariance `[N, K, K]`, `[N·K, N·K]` or `[N, K]`; the sums start anew."""
+
+    def gram(self, rows: Float[Tensor, "N K D"], weights: Tensor | None = None) -> Tensor:
+        """Σ_d w_d j_d j_d in the layout."""
+        weighted = rows if weights is None else rows * weights
+        if self.layout is Layout.DIAGONAL:
+            return (weighted * rows).sum(-1)
+        if self.layout is Layout.JOINT:
+            return weighted.flatten(0, 1) @ rows.flatten(0, 1).mT
+        return weighted @ rows.mT
+
+
+class SeparablePushforward(Pushforward):
+    """For matrices that are diagonal in coordinates of each parameter tensor by itself.
+
+    Args:
+        variances: `variances(name, s, δ)`: the diagonal of Σ in these coordinates.
+        dampings: see `Pushforward`.
+        layout: see `Pushforward`.
+    """
+
+    def __init__(self, variances: VariancesOf, dampings: Sequence[Damping], layout: Layout):
+        super().__init__(dampings, layout)
+        self._variances = variances
+        self._sums: list[Tensor] | None = None
+
+    def add(self, name: str, rows: Float[Tensor, "N K D"]) -> None:
+        """See `Pushforward.add`."""
+        self._add([self.gram(rows, self._variances(name, *damping).to(rows.dtype)) for damping in self.dampings])
+
+    def add_outer(self, name: str, g: Float[Tensor, "N K O"], a: Float[Tensor, "N I"]) -> None:
+        """See `Pushforward.add_outer`; with one position the inputs only weigh the outputs, and no row is formed."""
+        if self.layout is Layout.JOINT:
+            super().add_outer(name, g, a)
+            return
+        squares = a.square()
+        parts = []
+        for damping in self.dampings:
+            variances = self._variances(name, *damping).to(g.dtype).reshape(g.shape[-1], a.shape[-1])
+            parts.append(self.gram(g, (squares @ variances.mT)[:, None]))
+        self._add(parts)
+
+    def _add(self, parts: list[Tensor]) -> None:
+        self._sums = parts if self._sums is None else [s + part for s, part in zip(self._sums, parts, strict=True)]
+
+    def result(self) -> list[Tensor]:
+        """See `Pushforward.result`."""
+        assert self._sums is not None
+        sums, self._sums = self._sums, None
+        return sums
+
+
+class DensePushforward(Pushforward):
+    """For a Σ over all weights, by the Cholesky factors of the precisions: the rows of all parameter tensors are kept.
+
+    Args:
+        factors: lower Cholesky factor of s·H + diag(δ) for each damping.
+        dampings: see `Pushforward`.
+        layout: see `Pushforward`.
+    """
+
+    def __init__(self, factors: Sequence[Float[Tensor, "P P"]], dampings: Sequence[Damping], layout: Layout):
+        super().__init__(dampings, layout)
+        self._factors = factors
+        self._rows: list[Tensor] = []
+
+    def add(self, name: str, rows: Float[Tensor, "N K D"]) -> None:
+        """See `Pushforward.add`; parameter tensors come in the order of the matrix."""
+        self._rows.append(rows)
+
+    def result(self) -> list[Tensor]:
+        """See `Pushforward.result`."""
+        rows = torch.cat(self._rows, dim=2)
+        self._rows = []
+        flat = rows.flatten(0, 1).double().mT
+        whitened = [torch.linalg.solve_triangular(L, flat, upper=False).mT.reshape(rows.shape) for L in self._factors]
+        return [self.gram(w).to(rows.dtype) for w in whitened]
+
+
+class LowRankPushforward(Pushforward):
+    """For Σ = Δ⁻¹ − W Wᵀ.
+
+    Args:
+        roots: W `[P, k]` of each parameter tensor by name, for each damping.
+        deltas: δ of each parameter tensor by name (a scalar, or one a weight), for each damping.
+        dampings: see `Pushforward`.
+        layout: see `Pushforward`.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[dict[str, Tensor]],
+        deltas: Sequence[dict[str, Tensor]],
+        dampings: Sequence[Damping],
+        layout: Layout,
+    ):
+        super().__init__(dampings, layout)
+        self._roots, self._deltas = roots, deltas
+        self._of_prior: list[Tensor | None] = [None] * len(dampings)
+        self._projected: list[Tensor | None] = [None] * len(dampings)
+        self._dtype = torch.float64
+
+    def add(self, name: str, rows: Float[Tensor, "N K D"]) -> None:
+        """See `Pushforward.add`; sums in float64, as the difference of two sums of like size is wanted."""
+        self._dtype = rows.dtype
+        rows = rows.double()
+        for i, (root, delta) in enumerate(zip(self._roots, self._deltas, strict=True)):
+            self._of_prior[i] = _plus(self._of_prior[i], self.gram(rows, 1 / delta[name].double()))
+            self._projected[i] = _plus(self._projected[i], rows @ root[name])
+
+    def result(self) -> list[Tensor]:
+        """See `Pushforward.result`."""
+        results = []
+        for prior, part in zip(self._of_prior, self._projected, strict=True):
+            assert prior is not None
+            assert part is not None
+            results.append((prior - self.gram(part)).to(self._dtype))
+        self._of_prior, self._projected = [None] * len(results), [None] * len(results)
+        return results
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part

@@ -1,0 +1,75 @@
+"""Detecting inputs that are unlike the training data, by how unsure a classifier is about them."""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from laplace_ws.metrics.classification import OutputKind, to_log_probs
+
+TRUE_POSITIVE_RATE = 0.95
+
+
+class OodScore(str, enum.Enum):
+    """By what an input counts as unusual, from 0 (sure) towards 1: 1 − max_c p_c, or the entropy in units of log C."""
+
+    CONFIDENCE = "confidence"
+    ENTROPY = "entropy"
+
+
+def ood_scores(probs: Float[Tensor, "*batch C"], score: OodScore | str = OodScore.CONFIDENCE) -> Float[Tensor, " N"]:
+    """How unusual each input looks, float64; leading dimensions are merged.
+
+    Args:
+        probs: predicted probabilities.
+        score: "confidence": the summed probability of all classes but the top one, which is 1 − max p without its cancellation
+            [Hendrycks & Gimpel 2017]; "entropy": −Σ_c p_c log p_c / log C.
+
+    Raises:
+        ValueError: if `probs` are not probabilities, or the score is unknown.
+    """
+    score = OodScore(score)
+    no_labels = torch.zeros(probs.shape[:-1], dtype=torch.long, device=probs.device)
+    log_probs, _ = to_log_probs(probs, no_labels, kind=OutputKind.PROBS)
+    p = log_probs.exp()
+    if score is OodScore.CONFIDENCE:
+        return p.sort(-1).values[:, :-1].sum(-1)
+    return torch.special.entr(p).sum(-1) / math.log(p.shape[-1])
+
+
+def ood_detection(scores_in: Float[Tensor, " N"], scores_out: Float[Tensor, " M"]) -> dict[str, float]:
+    """Score the detector that calls an input out-of-distribution where its score lies above a threshold.
+
+    Args:
+        scores_in: scores of inputs like the training data.
+        scores_out: scores of inputs from elsewhere, the positives.
+
+    Returns:
+        `auroc`: probability that an input from elsewhere has the higher score, ties counted by half; `fpr95`: smallest share of the
+        inputs like the training data that are called out-of-distribution, by a threshold that finds 95 % of the others
+        [Hendrycks et al. 2019].
+
+    Raises:
+        ValueError: if either is empty or holds NaN.
+    """
+    # torchmetrics takes seconds to import, see classification.py
+    from torchmetrics.functional.classification import binary_auroc, binary_roc
+
+    for name, scores in (("scores_in", scores_in), ("scores_out", scores_out)):
+        if not len(scores) or scores.isnan().any():
+            raise ValueError(f"{name} must hold one number at least, and no NaN; the model may have diverged")
+    scores = torch.cat([scores_in, scores_out])
+    target = _is_out(len(scores_in), len(scores_out), scores.device)
+    false_positive_rate, true_positive_rate, _ = binary_roc(scores, target)
+    return {
+        "auroc": binary_auroc(scores, target).item(),
+        "fpr95": false_positive_rate[true_positive_rate >= TRUE_POSITIVE_RATE].min().item(),
+    }
+
+
+def _is_out(n_in: int, n_out: int, device: torch.device) -> Int[Tensor, " N"]:
+    return torch.cat([torch.zeros(n_in, dtype=torch.long), torch.ones(n_out, dtype=torch.long)]).to(device)

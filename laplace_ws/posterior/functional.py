@@ -1,0 +1,176 @@
+"""Mean and covariance of a network's outputs where it is linearised in its weights, which have a Gaussian posterior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from laplace_ws.curvature.backend import Backend, Linearisation, differentiable_twice, evaluation_mode
+from laplace_ws.curvature.checks import LinearisationCheck
+from laplace_ws.curvature.inputs import ModelInputs, own_copy
+from laplace_ws.curvature.native import NativeBackend
+from laplace_ws.kfac import EmbeddingUse, MatrixUse, Use, rotated_gradients
+from laplace_ws.kfac.factors import total
+from laplace_ws.matrices import CurvatureMatrix, Damping, Layout, Pushforward
+from laplace_ws.posterior.subset import WeightSubset
+
+DIAGONAL_COLUMNS = 16
+"""Outputs that are looked at together where variances alone are wanted."""
+_ROW_COPIES = 3  # rows of the Jacobian of one parameter tensor: as they are, turned, weighted
+_ACTIVATION_COPIES = 12  # what the forward pass keeps, and the patches of a convolution, in units of one column
+
+
+@dataclass(frozen=True)
+class LinearisedModel:
+    """A model, the weights in which it is linearised, and how.
+
+    Attributes:
+        model: the network.
+        subset: the weights.
+        backend: who runs it.
+        check: holds the backend against autograd, once for each way of using the weights.
+        output_shape: of one example.
+        memory_budget: bytes that Jacobians and gradients may take at a time; one example is the least that is worked on.
+        differentiable: whether the moments can be differentiated in the inputs.
+    """
+
+    model: nn.Module
+    subset: WeightSubset
+    backend: Backend
+    check: LinearisationCheck
+    output_shape: tuple[int, ...]
+    memory_budget: int
+    differentiable: bool = False
+
+    def moments(
+        self, x: ModelInputs, H: CurvatureMatrix, dampings: Sequence[Damping], layout: Layout
+    ) -> tuple[Float[Tensor, "N ..."], list[Tensor]]:
+        """Outputs f and, for each damping, the covariance J (s·H + Δ)⁻¹ Jᵀ in the layout.
+
+        Outputs `[N, T, C]` have, by example, one covariance a term, `[N, T, C, C]`; variances alone have the shape of f. Time and memory
+        are linear in examples and outputs, but for `Layout.JOINT`, whose result is quadratic.
+        """
+        pushforward = H.pushforward(dampings, layout)
+        outputs, covariances = [], []
+        with evaluation_mode(self.model), self.subset.active(self.model):
+            self.check.start(x)
+            n_at_once = len(x) if layout is Layout.JOINT else self._examples_at_once(layout)
+            for start in range(0, len(x), n_at_once):
+                f, by_damping = self._part(x[start : start + n_at_once], H, pushforward)
+                outputs.append(f)
+                covariances.append(by_damping)
+        return torch.cat(outputs), [torch.cat(parts) for parts in zip(*covariances, strict=True)]
+
+    def _examples_at_once(self, layout: Layout) -> int:
+        """How many examples fit into the memory budget, at least one."""
+        n_columns = self.output_shape[-1] if self.output_shape else 1
+        if layout is Layout.DIAGONAL:
+            n_columns = min(DIAGONAL_COLUMNS, math.prod(self.output_shape))
+        largest = max(shape.numel() for shape in self.subset.parameter_shapes.values())
+        of_rows = 4 * _ROW_COPIES * n_columns * largest
+        of_activations = (n_columns + _ACTIVATION_COPIES) * self.check.column_bytes_an_example
+        return max(1, int(self.memory_budget // (of_rows + of_activations)))
+
+    def _part(self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward) -> tuple[Tensor, list[Tensor]]:
+        """The moments of some examples."""
+        for is_checked in (False, True):
+            parameters = self.subset.parameters(self.model)
+            with self._linearise(x, parameters) as linearisation:
+                if not is_checked and not self.check.knows(linearisation.uses):
+                    self.check.run(x)
+                    continue
+                f = linearisation.outputs
+                with torch.autocast(f.device.type, enabled=False):
+                    parts = [
+                        self._covariances(linearisation, columns, H, pushforward)
+                        for columns in _columns(f, pushforward.layout)
+                    ]
+                return f, [_put_together(by_columns, f, pushforward.layout) for by_columns in zip(*parts, strict=True)]
+        raise AssertionError
+
+    @contextmanager
+    def _linearise(self, x: ModelInputs, parameters: Mapping[str, nn.Parameter]) -> Iterator[Linearisation]:
+        if not self.differentiable:
+            with self.backend.linearise(self.model, own_copy(x), parameters) as linearisation:
+                yield linearisation
+            return
+        if not isinstance(self.backend, NativeBackend):
+            raise ValueError(
+                f'backprop=True needs backend="native", which keeps the graph to the inputs; {self.backend.name} does not.'
+            )
+        with (
+            differentiable_twice(self.model),
+            self.backend.linearise(self.model, own_copy(x), parameters, differentiable=True) as linearisation,
+        ):
+            yield linearisation
+
+    def _covariances(
+        self, linearisation: Linearisation, columns: Tensor, H: CurvatureMatrix, pushforward: Pushforward
+    ) -> list[Tensor]:
+        """J Σ Jᵀ over some outputs."""
+        pulled = [linearisation.pullback(part) for part in columns.split(linearisation.columns_at_once)]
+        g = [torch.cat(of_use) for of_use in zip(*pulled, strict=True)]
+        for name in self.subset.parameter_shapes:
+            own = [(use, g_use) for use, g_use in zip(linearisation.uses, g, strict=True) if name in use.parameters]
+            self._add(name, own, H, pushforward)
+        return pushforward.result()
+
+    def _add(self, name: str, uses: Sequence[tuple[Use, Tensor]], H: CurvatureMatrix, pushforward: Pushforward) -> None:
+        """Add the part of one parameter, given its uses and the columns at their outputs."""
+        basis = H.basis(name)
+        use, g = uses[0]
+        if len(uses) == 1 and name not in self.subset.selection and _is_outer(name, use, is_turned=basis is not None):
+            assert isinstance(use, MatrixUse)
+            outputs, inputs = use.output_gradients(g)[:, :, 0].transpose(0, 1), use.inputs()[:, 0]
+            if basis is not None:
+                outputs, inputs = basis.rotate_outputs(outputs), basis.rotate_inputs(inputs)
+            pushforward.add_outer(name, outputs, inputs)
+            return
+        if basis is not None:
+            rows = total(rotated_gradients(basis, name, use, g) for use, g in uses)
+        else:
+            rows = total(use.example_gradients(name, g) for use, g in uses)
+        rows = rows.reshape(*rows.shape[:2], -1)
+        if name in self.subset.selection:
+            rows = rows[..., self.subset.selection[name]]
+        pushforward.add(name, rows.transpose(0, 1))
+
+
+def _is_outer(name: str, use: Use, *, is_turned: bool) -> bool:
+    """Whether the gradients of a parameter are outer products of one output gradient and one input for each example."""
+    return (
+        isinstance(use, MatrixUse)
+        and not isinstance(use, EmbeddingUse)
+        and name == use.weight
+        and name != use.bias
+        and use.groups == 1
+        and isinstance(use.n_positions, int)
+        and use.n_positions == 1
+        and (is_turned or not use.transposed)
+    )
+
+
+def _columns(f: Float[Tensor, "N ..."], layout: Layout) -> Iterator[Float[Tensor, "K N ..."]]:
+    """Unit vectors of output space, for all examples at once, in the groups whose covariances are wanted."""
+    n_outputs = f[0].numel()
+    size = {Layout.JOINT: n_outputs, Layout.DIAGONAL: DIAGONAL_COLUMNS, Layout.EXAMPLE: f.shape[-1]}[layout]
+    for start in range(0, n_outputs, size):
+        chosen = torch.arange(start, min(start + size, n_outputs), device=f.device)
+        units = torch.zeros(len(chosen), n_outputs, dtype=f.dtype, device=f.device)
+        units[torch.arange(len(chosen)), chosen] = 1
+        yield units[:, None].expand(-1, len(f), -1).reshape(len(chosen), *f.shape)
+
+
+def _put_together(parts: Sequence[Tensor], f: Tensor, layout: Layout) -> Tensor:
+    """The covariances of all groups of outputs, in the shape that `LinearisedModel.moments` promises."""
+    if layout is Layout.DIAGONAL:
+        return torch.cat(list(parts), dim=1).reshape(f.shape)
+    if layout is Layout.JOINT or f.ndim < 3:
+        return parts[0]
+    return torch.stack(list(parts), dim=1)

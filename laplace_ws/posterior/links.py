@@ -1,0 +1,78 @@
+"""From a Gaussian over a network's outputs to predicted probabilities.
+
+f is `[..., C]`, its covariance `[..., C, C]`, its variances `[..., C]`.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class LinkApprox(str, Enum):
+    """How E[p(y | f)] is approximated under a Gaussian f.
+
+    `PROBIT`: outputs scaled by 1/√(1 + π v/8) [Spiegelhalter & Lauritzen 1990, MacKay 1992]. `MC`: a mean over samples of f. `BRIDGE`: the
+    mean of the Dirichlet that the Laplace bridge gives [Hobbhahn et al. 2022]; `BRIDGE_NORM`: with f scaled first to a variance at which
+    the bridge is accurate.
+    """
+
+    PROBIT = "probit"
+    MC = "mc"
+    BRIDGE = "bridge"
+    BRIDGE_NORM = "bridge_norm"
+
+    @classmethod
+    def _missing_(cls, value: object) -> LinkApprox:
+        raise ValueError(f"unknown link_approx {value!r}: choose one of {', '.join(repr(m.value) for m in cls)}.")
+
+
+def probit_scaled(f: Float[Tensor, "*S C"], variances: Float[Tensor, "*S C"]) -> Float[Tensor, "*S C"]:
+    """f/√(1 + π v/8), whose sigmoid or softmax approximates the mean of that of f."""
+    return f / (1 + math.pi / 8 * variances).sqrt()
+
+
+def bridge(f: Float[Tensor, "*S C"], covariance: Float[Tensor, "*S C C"], *, normalised: bool) -> Float[Tensor, "*S C"]:
+    """Mean of the Dirichlet distribution that matches softmax(f).
+
+    The softmax does not see the sum of the outputs, so the Gaussian is first conditioned on Σ_c f_c = 0. The Dirichlet parameters are
+    α_c = (1 − 2/C + e^{f_c} Σ_k e^{−f_k}/C²)/v_c.
+    """
+    n_classes = f.shape[-1]
+    row_sums = covariance.sum(-1)
+    whole = row_sums.sum(-1)[..., None]
+    f = f - row_sums * f.sum(-1, keepdim=True) / whole
+    variances = covariance.diagonal(dim1=-2, dim2=-1) - row_sums.square() / whole
+    if normalised:
+        size = variances.mean(-1, keepdim=True) / math.sqrt(n_classes / 2)
+        f, variances = f / size.sqrt(), variances / size
+    log_products = f + (-f).logsumexp(-1, keepdim=True) - 2 * math.log(n_classes)
+    # α relative to the largest, as e^f may not be finite
+    shift = log_products.max(-1, keepdim=True).values.clamp_min(0)
+    alpha = ((1 - 2 / n_classes) * (-shift).exp() + (log_products - shift).exp()) / variances
+    return alpha / alpha.sum(-1, keepdim=True)
+
+
+def sample_outputs(
+    f: Float[Tensor, "*B D"],
+    covariance: Float[Tensor, "*B D D"],
+    n_samples: int,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "S *B D"]:
+    """Draws from N(f, covariance)."""
+    noise = torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
+    return f + (root(covariance) @ noise[..., None])[..., 0]
+
+
+def root(covariance: Float[Tensor, "*B D D"]) -> Float[Tensor, "*B D D"]:
+    """L with L Lᵀ the covariance: its Cholesky factor, or where rounding has made it indefinite, the root without its negative part."""
+    wide = covariance.double()
+    factor, info = torch.linalg.cholesky_ex(wide)
+    if (info > 0).any():
+        values, vectors = torch.linalg.eigh(wide)
+        factor = torch.where((info > 0)[..., None, None], vectors * values.clamp_min(0).sqrt()[..., None, :], factor)
+    return factor.to(covariance.dtype)

@@ -1,0 +1,85 @@
+"""`Laplace`, which makes the posterior that is asked for, and `load_posterior`, which makes the one that was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from laplace_ws.curvature import Backend
+from laplace_ws.files import load_tensors
+from laplace_ws.likelihoods import Likelihood, likelihood_from_state
+from laplace_ws.posterior.base import BaseLaplace
+from laplace_ws.posterior.diag import DiagLaplace
+from laplace_ws.posterior.ekfac import EkfacLaplace
+from laplace_ws.posterior.files import check_format, check_model, saved_subset
+from laplace_ws.posterior.full import FullLaplace
+from laplace_ws.posterior.kron import KronLaplace
+from laplace_ws.posterior.lowrank import LowRankLaplace
+
+STRUCTURES: dict[str, type[BaseLaplace]] = {
+    cls.hessian_structure: cls for cls in (KronLaplace, EkfacLaplace, DiagLaplace, FullLaplace, LowRankLaplace)
+}
+
+
+def Laplace(
+    model: nn.Module,
+    likelihood: str | Likelihood,
+    subset_of_weights: str | Sequence[str] = "all",
+    hessian_structure: str = "kron",
+    **options: Any,
+) -> BaseLaplace:
+    """Make a Laplace posterior.
+
+    Args:
+        model: a trained network.
+        likelihood: "classification", "regression", "heteroscedastic_regression", "binary" or a `Likelihood`.
+        subset_of_weights: "all", "last_layer", "subnetwork", or patterns of names of parameters or modules.
+        hessian_structure: "kron", "ekfac", "diag", "full" or "lowrank".
+        **options: see `BaseLaplace` and the class of the structure.
+    """
+    if hessian_structure not in STRUCTURES:
+        raise ValueError(
+            f"unknown hessian_structure {hessian_structure!r}: choose one of {', '.join(map(repr, STRUCTURES))}."
+        )
+    return STRUCTURES[hessian_structure](model, likelihood, subset_of_weights=subset_of_weights, **options)
+
+
+def load_posterior(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    likelihood: Likelihood | None = None,
+    backend: str | Backend | None = None,
+) -> BaseLaplace:
+    """The posterior that `BaseLaplace.save` wrote, with its options, beside a model like its own.
+
+    Args:
+        path: the file.
+        model: a network with the same parameters; its weights are left alone (`load_mean` puts those of the fit in their place).
+        likelihood: where it is a class of your own.
+        backend: who runs the model; default: as saved.
+
+    Raises:
+        FileFormatError: the file is damaged, no posterior, or one of another format.
+        ValueError: the model has other parameters.
+    """
+    state = load_tensors(path, "a posterior")
+    check_format(state, f"'{path}'")
+    check_model(model, state)
+    options = dict(state["options"])
+    structure = STRUCTURES[options.pop("hessian_structure")]
+    saved_likelihood = options.pop("likelihood")
+    la = structure(
+        model,
+        likelihood or likelihood_from_state(saved_likelihood),
+        subset_of_weights=saved_subset(state, next(model.parameters()).device),
+        backend=backend or state["backend"],
+        dict_key_x=state["dict_key_x"],
+        dict_key_y=state["dict_key_y"],
+        **options,
+    )
+    la.load_state_dict(state)
+    return la

@@ -1,0 +1,71 @@
+"""Choices of a subnetwork: the weights that a posterior covers, as places in the flat vector of all that require grad.
+
+`Laplace(model, likelihood, subset_of_weights="subnetwork", subnetwork_indices=largest_magnitude(model, 100), hessian_structure="full")`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from laplace_ws.curvature.backend import trainable_parameters
+from laplace_ws.posterior.diag import DiagLaplace
+from laplace_ws.posterior.subset import make_subset
+
+
+def largest_magnitude(model: nn.Module, n_weights: int) -> Int[Tensor, " D"]:
+    """The weights of largest magnitude.
+
+    Args:
+        model: a trained network.
+        n_weights: D.
+    """
+    weights = torch.cat([p.detach().flatten() for p in trainable_parameters(model).values()])
+    return _top(weights.abs(), n_weights)
+
+
+def largest_variance(la: DiagLaplace, n_weights: int) -> Int[Tensor, " D"]:
+    """The weights of largest variance under a diagonal posterior of all weights [Daxberger et al. 2021, "Subnetwork inference"].
+
+    Args:
+        la: a fitted `DiagLaplace` over all weights of the model.
+        n_weights: D.
+    """
+    if la.n_params != sum(p.numel() for p in trainable_parameters(la.model).values()):
+        raise ValueError(
+            'largest_variance needs a diagonal posterior of all weights; fit one with subset_of_weights="all".'
+        )
+    return _top(1 / la.posterior_precision, n_weights)
+
+
+def random_subnetwork(model: nn.Module, n_weights: int, generator: torch.Generator | None = None) -> Int[Tensor, " D"]:
+    """Weights chosen at random, without repetition.
+
+    Args:
+        model: the network.
+        n_weights: D.
+        generator: source of randomness, on the CPU; default: torch's own.
+    """
+    n_params = sum(p.numel() for p in trainable_parameters(model).values())
+    _check_number(n_weights, n_params)
+    return torch.randperm(n_params, generator=generator)[:n_weights].sort().values
+
+
+def named_weights(model: nn.Module, patterns: Sequence[str]) -> Int[Tensor, " D"]:
+    """All weights of the parameters and modules whose names match a pattern, as in `["head", "*.bias"]`."""
+    chosen = make_subset(model, list(patterns)).parameter_shapes
+    is_chosen = [torch.full((p.numel(),), name in chosen) for name, p in trainable_parameters(model).items()]
+    return torch.cat(is_chosen).nonzero().flatten()
+
+
+def _top(scores: Tensor, n_weights: int) -> Int[Tensor, " D"]:
+    _check_number(n_weights, len(scores))
+    return scores.topk(n_weights).indices.sort().values.cpu()
+
+
+def _check_number(n_weights: int, n_params: int) -> None:
+    if not 1 <= n_weights <= n_params:
+        raise ValueError(f"a subnetwork has from 1 to {n_params} weights here, not {n_weights}.")

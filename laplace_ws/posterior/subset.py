@@ -1,0 +1,203 @@
+"""Which weights of a model a posterior covers."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from laplace_ws.curvature.backend import evaluation_mode, trainable_parameters
+from laplace_ws.curvature.inputs import ModelInputs, call_model, own_copy
+from laplace_ws.errors import UnsupportedParameterError
+
+SUBSETS = ("all", "last_layer", "subnetwork")
+
+
+@dataclass(frozen=True)
+class WeightSubset:
+    """Covered weights, and the flat vectors over them: parameters in the order of the model, each row-major.
+
+    Attributes:
+        parameter_shapes: shape of each parameter that is covered in part or whole, by name.
+        selection: places in the flattened parameter of the weights that are covered, where not all of them are.
+    """
+
+    parameter_shapes: Mapping[str, torch.Size]
+    selection: Mapping[str, Int[Tensor, " D"]]
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of what is covered of each parameter."""
+        return {
+            name: torch.Size([len(self.selection[name])]) if name in self.selection else shape
+            for name, shape in self.parameter_shapes.items()
+        }
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of the model that are covered in part or whole."""
+        parameters = dict(model.named_parameters())
+        for name, shape in self.parameter_shapes.items():
+            if name not in parameters or parameters[name].shape != shape:
+                found = f"shape {tuple(parameters[name].shape)}" if name in parameters else "no such parameter"
+                raise UnsupportedParameterError(
+                    f"the posterior covers {name!r} of shape {tuple(shape)}, but the model has {found}; make a new posterior."
+                )
+        return {name: parameters[name] for name in self.parameter_shapes}
+
+    @contextmanager
+    def active(self, model: nn.Module) -> Iterator[None]:
+        """Let the covered parameters alone require grad for a while."""
+        covered = {id(p) for p in self.parameters(model).values()}
+        changed = [p for p in model.parameters() if p.requires_grad != (id(p) in covered)]
+        try:
+            for p in changed:
+                p.requires_grad_(id(p) in covered)
+            yield
+        finally:
+            for p in changed:
+                p.requires_grad_(id(p) not in covered)
+
+    def flat(self, model: nn.Module) -> Float[Tensor, " P"]:
+        """The covered weights."""
+        parts = []
+        for name, p in self.parameters(model).items():
+            weights = p.detach().flatten()
+            parts.append(weights[self.selection[name]] if name in self.selection else weights)
+        return torch.cat(parts)
+
+    def tensors(self, model: nn.Module, flat: Float[Tensor, " P"]) -> dict[str, Tensor]:
+        """Each parameter with the covered weights taken from a flat vector, and the rest from the model."""
+        tensors = {}
+        parts = flat.split([shape.numel() for shape in self.shapes.values()])
+        for (name, p), part in zip(self.parameters(model).items(), parts, strict=True):
+            if name in self.selection:
+                part = p.detach().flatten().index_copy(0, self.selection[name], part.to(p.dtype))
+            tensors[name] = part.to(p.dtype).view(p.shape)
+        return tensors
+
+
+def make_subset(
+    model: nn.Module,
+    subset_of_weights: str | Sequence[str],
+    *,
+    last_layer_name: str | None = None,
+    subnetwork_indices: Int[Tensor, " D"] | None = None,
+) -> WeightSubset:
+    """The weights that are asked for, among those that require grad.
+
+    Args:
+        model: the network.
+        subset_of_weights: "all", "last_layer", "subnetwork", or patterns of names of parameters or modules, as in
+            `["head", "blocks.3.*.bias"]`.
+        last_layer_name: the module that is the last layer; by default the last one that holds parameters.
+        subnetwork_indices: for "subnetwork", places in the flat vector of all parameters that require grad.
+
+    Raises:
+        UnsupportedParameterError: a parameter has no curvature block whatever its use.
+        ValueError: nothing of the kind is there.
+    """
+    trainable = trainable_parameters(model)
+    if (subset_of_weights == "subnetwork") != (subnetwork_indices is not None):
+        raise ValueError('subset_of_weights="subnetwork" and subnetwork_indices go together; give both or none.')
+    if last_layer_name is not None and subset_of_weights != "last_layer":
+        raise ValueError('last_layer_name is for subset_of_weights="last_layer".')
+    if subset_of_weights == "all":
+        return _whole(trainable)
+    if subset_of_weights == "last_layer":
+        return _whole(_matching(trainable, [last_layer_name or last_layer(model)], "last_layer_name"))
+    if subnetwork_indices is not None:
+        return _subnetwork(trainable, subnetwork_indices)
+    if isinstance(subset_of_weights, str):
+        known = ", ".join(map(repr, SUBSETS))
+        raise ValueError(
+            f"unknown subset_of_weights {subset_of_weights!r}: choose one of {known}, or give a list of patterns of names "
+            f"([{subset_of_weights!r}])."
+        )
+    return _whole(_matching(trainable, list(subset_of_weights), "subset_of_weights"))
+
+
+def last_layer(model: nn.Module) -> str:
+    """Name of the last registered module that holds parameters of its own which require grad.
+
+    Raises:
+        ValueError: no module below the model itself does.
+    """
+    holders = [name for name, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    if not holders[-1]:
+        raise ValueError(
+            f"{type(model).__name__} holds its parameters itself, so which of them make the last layer cannot be told; name them in a "
+            "list as subset_of_weights."
+        )
+    return holders[-1]
+
+
+def check_last_layer(model: nn.Module, x: ModelInputs, subset: WeightSubset) -> None:
+    """Raise unless the covered parameters are those of the module with parameters that the model calls last.
+
+    Raises:
+        ValueError: they are not; names the module that is.
+    """
+    called: list[tuple[str, nn.Module]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name, module=module: called.append((name, module)))
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            call_model(model, own_copy(x))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    covered = {id(p) for p in subset.parameters(model).values()}
+    name, module = called[-1] if called else ("", model)
+    if not any(id(p) in covered for p in module.parameters(recurse=False)):
+        raise ValueError(
+            f"the last module with parameters is {last_layer(model)!r} as registered, but {name!r} as called; say which is the last "
+            f"layer by last_layer_name={name!r}."
+        )
+
+
+def _whole(parameters: Mapping[str, nn.Parameter]) -> WeightSubset:
+    return WeightSubset({name: p.shape for name, p in parameters.items()}, {})
+
+
+def _matching(parameters: Mapping[str, nn.Parameter], patterns: Sequence[str], option: str) -> dict[str, nn.Parameter]:
+    """The parameters that match a pattern, or lie in a module that does."""
+    chosen = set()
+    for pattern in patterns:
+        matches = {n for n in parameters if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"{pattern}.*")}
+        if not matches:
+            raise ValueError(
+                f"{option} {pattern!r} matches no parameter that requires grad; there are {', '.join(list(parameters)[:8])}"
+                f"{', …' if len(parameters) > 8 else ''}."
+            )
+        chosen |= matches
+    return {name: p for name, p in parameters.items() if name in chosen}
+
+
+def _subnetwork(parameters: Mapping[str, nn.Parameter], indices: Int[Tensor, " D"]) -> WeightSubset:
+    n_params = sum(p.numel() for p in parameters.values())
+    indices = torch.as_tensor(indices)
+    is_valid = indices.ndim == 1 and not indices.is_floating_point() and indices.dtype != torch.bool and len(indices)
+    if not is_valid or indices.min() < 0 or indices.max() >= n_params or len(indices.unique()) < len(indices):
+        raise ValueError(
+            f"subnetwork_indices must be distinct integers from 0 to {n_params - 1}, places in the flat vector of all weights that "
+            "require grad; make them with laplace_ws.posterior.subnetwork."
+        )
+    indices = indices.sort().values
+    shapes, selection, start = {}, {}, 0
+    for name, p in parameters.items():
+        end = start + p.numel()
+        places = indices[(indices >= start) & (indices < end)] - start
+        if len(places):
+            shapes[name] = p.shape
+            if len(places) < p.numel():
+                selection[name] = places.to(p.device)
+        start = end
+    return WeightSubset(shapes, selection)

@@ -1,0 +1,244 @@
+"""A comparison of models: candidates trained or loaded, then ranked by log marginal likelihood."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from laplace_ws._version import __version__
+from laplace_ws.data import ImageData
+from laplace_ws.experiment.config import ModelConfig, RunConfig
+from laplace_ws.experiment.folder import (
+    NOT_PART_OF_THE_RESULT,
+    SUMMARY,
+    ExperimentError,
+    Task,
+    prepare_folder,
+    write_whole,
+)
+from laplace_ws.experiment.run import (
+    check_config,
+    check_posterior,
+    check_start,
+    device_of,
+    explained,
+    load_data,
+    make_model,
+    run_experiment,
+)
+from laplace_ws.marglik.checkpoint import CheckpointError, check_settings
+from laplace_ws.marglik.schedule import TrainingDiverged
+from laplace_ws.report import load_run
+from laplace_ws.selection.comparable import check_comparable, yardstick
+from laplace_ws.selection.config import Candidate, SelectConfig, check_candidates, run_config_of
+from laplace_ws.selection.ranking import PAGE, SELECTION, Entry, Selection, correlate, ranked
+from laplace_ws.selection.workers import side_by_side
+
+_TUNED = Task("tuned")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A candidate with its run.
+
+    Attributes:
+        name: of the candidate.
+        run: its configuration.
+        folder: of the run.
+        is_trained: whether the comparison trains it, rather than load it.
+        n_train, n_test: numbers of examples of a loaded run.
+    """
+
+    name: str
+    run: RunConfig
+    folder: Path
+    is_trained: bool = True
+    n_train: int | None = None
+    n_test: int | None = None
+
+
+def run_selection(config: SelectConfig, *, resume: bool = False) -> Selection:
+    """Train what is to be trained, and rank all candidates; writes select.json into the comparison's folder.
+
+    Data, models and folders are tried before training starts. A candidate whose training diverges is left out of the
+    ranking, and the reason is kept.
+
+    Args:
+        config: The comparison.
+        resume: Keep the candidates that have finished, and go on with the others.
+
+    Raises:
+        ExperimentError: something does not allow the comparison, such as candidates that are not on one scale, or a run
+            to load that has not finished.
+    """
+    start = time.perf_counter()
+    with explained(ValueError, OSError):
+        if config.workers < 1:
+            raise ValueError(f"workers={config.workers} must be at least 1")
+        check_candidates(config.candidates)
+        members = [find(config, candidate) for candidate in config.candidates]
+        data = load_data(members[0].run)
+        check_members(members, data)
+    with explained(OSError, CheckpointError):
+        to_train = prepare(config, members, resume)
+    with explained(BrokenProcessPool):
+        failed = train(to_train, config.workers, resume)
+    entries = []
+    for member in members:
+        if member.name not in failed:
+            entry = read_entry(member, data)
+            if math.isfinite(entry.log_marginal_likelihood) and math.isfinite(entry.test_nll):
+                entries.append(entry)
+            else:
+                failed[member.name] = "its log marginal likelihood or its test NLL is not finite"
+    selection = Selection(
+        name=config.name,
+        config=asdict(config),
+        environment={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "laplace_ws": __version__,
+            "threads": config.threads,
+            "workers": config.workers,
+            "device": str(device_of(members[0].run)),
+        },
+        data={"name": data.name, "n_train": len(data.y_train), "n_test": len(data.y_test)},
+        ranking=ranked(entries),
+        correlation=correlate(entries),
+        failed=failed,
+        total_seconds=time.perf_counter() - start,
+    )
+    write_whole(config.folder / SELECTION, selection.to_json())
+    return selection
+
+
+def find(config: SelectConfig, candidate: Candidate) -> Member:
+    """A candidate's run: the one that will be trained, or the one that it names."""
+    if candidate.run is None:
+        run = config.run_config(candidate)
+        return Member(candidate.name, run, Path(run.out) / run.name)
+    folder = Path(candidate.run)
+    record = load_run(folder)
+    run = replace(run_config_of(candidate.name, record.config), device=config.device)
+    return Member(candidate.name, run, folder, False, record.n_train, record.data.get("n_test"))
+
+
+def check_members(members: Sequence[Member], data: ImageData) -> None:
+    """Refuse candidates that are not on one scale, or whose training could not start."""
+    n_train, n_test = len(data.y_train), len(data.y_test)
+    runs = {member.name: member.run for member in members}
+    yardsticks = {m.name: yardstick(m.run, m.n_train or n_train, m.n_test or n_test) for m in members}
+    check_comparable(yardsticks, runs)
+    for member in members:
+        if member.is_trained:
+            with named(member.name):
+                check_config(member.run, [_TUNED])
+                check_start(member.run, n_train)
+                check_posterior(member.run, make_model(member.run, data))
+
+
+@contextmanager
+def named(candidate: str) -> Iterator[None]:
+    """Say which candidate is refused."""
+    try:
+        yield
+    except ValueError as error:
+        raise ExperimentError(f"candidate '{candidate}': {error}") from error
+
+
+def prepare(config: SelectConfig, members: Sequence[Member], resume: bool) -> list[Member]:
+    """Make all folders, so that what could fail at the end fails now; returns the candidates that are still to train.
+
+    A finished comparison of the same name is replaced; an unfinished one only resumed.
+    """
+    own = [member for member in members if member.is_trained]
+    begun = [m for m in own if (m.folder / _TUNED.checkpoint).exists() or (m.folder / SUMMARY).exists()]
+    if begun and not resume and not (config.folder / SELECTION).exists():
+        raise ExperimentError(
+            f"'{config.folder}' holds an unfinished comparison; go on with it by --resume, choose another --name, "
+            "or remove the folder"
+        )
+    if resume:
+        to_train = [member for member in own if not is_finished(member)]
+    else:
+        to_train = own
+        for member in begun:
+            for name in (_TUNED.checkpoint, SUMMARY):
+                (member.folder / name).unlink(missing_ok=True)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    for name in (SELECTION, PAGE):
+        (config.folder / name).unlink(missing_ok=True)
+    for member in to_train:
+        prepare_folder(member.folder, member.run, [_TUNED], resume)
+    return to_train
+
+
+def is_finished(member: Member) -> bool:
+    """Whether a candidate was trained to its end.
+
+    Raises:
+        CheckpointError: it was, under other settings.
+    """
+    path = member.folder / SUMMARY
+    if not path.exists():
+        return False
+    wanted = {key: value for key, value in asdict(member.run).items() if key not in NOT_PART_OF_THE_RESULT}
+    check_settings(path, json.loads(path.read_text(encoding="utf-8"))["config"], wanted)
+    return True
+
+
+def train(members: Sequence[Member], n_workers: int, resume: bool) -> dict[str, str]:
+    """Train candidates in order or side by side; returns why those that diverged did, by name."""
+    diverged = {}
+    with tqdm(total=len(members), unit="candidate", disable=None) as bar:
+        reasons = side_by_side(train_candidate, [(member.run, resume) for member in members], n_workers)
+        for member, reason in zip(members, reasons, strict=True):
+            if reason is not None:
+                diverged[member.name] = reason
+            bar.update()
+    return diverged
+
+
+def train_candidate(run: RunConfig, resume: bool) -> str | None:
+    """Train one candidate into its run folder; returns why it diverged, if it did."""
+    try:
+        run_experiment(run, resume=resume)
+    except TrainingDiverged as error:
+        return str(error)
+    return None
+
+
+def read_entry(member: Member, data: ImageData) -> Entry:
+    """The figures of a run that has finished; those that it lacks are NaN."""
+    model = load_run(member.folder).tuned
+    weights = [p for p in make_model(member.run, data).parameters() if p.requires_grad]
+
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    return Entry(
+        name=member.name,
+        architecture=architecture(member.run.model),
+        n_weights=sum(weight.numel() for weight in weights),
+        log_marginal_likelihood=number(model.log_marginal_likelihood),
+        test_nll=number(model.test_nll),
+        test_accuracy=number(model.test_accuracy),
+        train_seconds=number(model.train_seconds),
+        folder=member.folder.as_posix(),
+    )
+
+
+def architecture(model: ModelConfig) -> str:
+    """A model in words: "mlp hidden=[100, 50] activation=tanh"."""
+    options = {key: value for key, value in asdict(model).items() if key != "name" and value is not None}
+    return " ".join([model.name, *(f"{key}={value}" for key, value in options.items())])

@@ -1,0 +1,70 @@
+"""Calls side by side in processes of their own, that stop together."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.synchronize import Event
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+_stop: Event | None = None
+
+
+def side_by_side(function: Callable[..., Result], calls: Sequence[tuple[Any, ...]], n_workers: int) -> Iterator[Result]:
+    """The results of a function in the order of its calls; with one worker in this process, each when it is asked for.
+
+    Args:
+        function: Importable by name, as the workers look it up.
+        calls: The arguments of each call.
+        n_workers: Processes.
+
+    Raises:
+        BaseException: what a call raised, an interrupt included; calls that have not begun are left out then.
+        BrokenProcessPool: a worker was killed.
+    """
+    n_workers = min(n_workers, len(calls))
+    if n_workers <= 1:
+        yield from (function(*arguments) for arguments in calls)
+        return
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    executor = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_begin, initargs=(stop,))
+    try:
+        futures = [executor.submit(_call_unless_stopped, function, arguments) for arguments in calls]
+        for future in futures:
+            yield future.result()
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+class _NoTerminal(io.TextIOBase):
+    """Standard error that no progress bar takes for a terminal: those of several processes would write over each other."""
+
+    def write(self, text: str, /) -> int:
+        return 0 if sys.__stderr__ is None else sys.__stderr__.write(text)
+
+
+def _begin(stop: Event) -> None:
+    """Remember, in a worker, by which event all of them stop."""
+    global _stop
+    _stop = stop
+    sys.stderr = _NoTerminal()
+
+
+def _call_unless_stopped(function: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
+    """A failure or interrupt of one worker keeps the others from what the executor has queued for them."""
+    assert _stop is not None
+    if _stop.is_set():
+        raise KeyboardInterrupt
+    try:
+        return function(*arguments)
+    except BaseException:
+        _stop.set()
+        raise

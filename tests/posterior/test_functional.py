@@ -1,0 +1,185 @@
+"""Moments of the outputs against dense algebra, for every structure on every model of the table."""
+
+import pytest
+import torch
+from cases import CASES, double
+from posterior.shared import STRUCTURES, case_of, dense_covariance, dense_moments, fitted
+from torch import nn
+
+from laplace_ws import Laplace
+from laplace_ws.curvature import exact
+from laplace_ws.kfac import MatrixUse, rotated
+from laplace_ws.posterior import functional
+
+
+def close(found, truth):
+    torch.testing.assert_close(found, truth.reshape(found.shape), rtol=0, atol=1e-10 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_moments_are_those_of_dense_algebra(case, structure):
+    la, x, _ = fitted(structure, case, prior_precision=0.7)
+    outputs, covariance = dense_moments(la, x)
+    by_example = covariance[range(len(x)), :, range(len(x))]
+    variances = by_example.diagonal(dim1=1, dim2=2)
+    f, found = la.functional_moments(x)
+    close(f, outputs)
+    if f.ndim == 3 and case.likelihood == "classification":
+        C = f.shape[2]
+        by_term = [by_example[:, t : t + C, t : t + C] for t in range(0, by_example.shape[1], C)]
+        close(found, torch.stack(by_term, 1))
+    else:
+        close(found, by_example if f.ndim < 3 else variances)
+    f, found = la.functional_moments(x, diagonal_output=True)
+    assert found.shape == f.shape
+    close(found, variances)
+    f, found = la.functional_moments(x, joint=True)
+    assert found.shape == (f.numel(), f.numel())
+    close(found, covariance)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", ["fixup", "transformer-tokens", "grouped-conv"])
+def test_moments_under_a_prior_precision_of_each_parameter(name, structure):
+    la, x, _ = fitted(structure, name)
+    la.prior_precision = torch.rand(len(la.shapes), dtype=torch.float64) + 0.2
+    la.temperature = 1.7
+    _, covariance = dense_moments(la, x)
+    _, found = la.functional_moments(x, joint=True)
+    close(found, covariance)
+
+
+@pytest.mark.parametrize("structure", ["diag", "full", "lowrank"])
+def test_moments_under_a_prior_precision_of_each_weight(structure):
+    la, x, _ = fitted(structure)
+    la.prior_precision = torch.rand(la.n_params, dtype=torch.float64) + 0.2
+    _, covariance = dense_moments(la, x)
+    close(la.functional_moments(x, joint=True)[1], covariance)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", ["cnn", "transformer-tokens", "message-passing"])
+def test_the_memory_budget_changes_chunks_and_nothing_else(name, structure):
+    la, x, _ = fitted(structure, name)
+    whole = la.functional_moments(x)
+    sizes = []
+    linearise = la.backend.linearise
+
+    def counted(model, part, parameters, **options):
+        sizes.append(len(part))
+        return linearise(model, part, parameters, **options)
+
+    la.backend.linearise = counted
+    la.memory_budget = 1
+    for part, full in zip(la.functional_moments(x), whole, strict=True):
+        torch.testing.assert_close(part, full, rtol=1e-10, atol=1e-12)
+    assert sizes.count(1) >= len(x)
+
+
+@pytest.mark.parametrize("backend", ["native", "asdl", "backpack"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_backends_predict_alike(structure, backend):
+    la, x, _ = fitted(structure, "cnn")
+    other = Laplace(la.model, la.likelihood, hessian_structure=structure, backend=backend)
+    other.load_state_dict(la.state_dict())
+    torch.testing.assert_close(other.functional_moments(x), la.functional_moments(x), rtol=1e-9, atol=1e-12)
+
+
+def test_rows_of_one_position_are_never_formed_and_equal_those_that_are(monkeypatch):
+    """With one position the inputs only weigh the outputs; Jacobians formed in full give the same."""
+    for structure in ("kron", "ekfac", "diag"):
+        la, x, _ = fitted(structure)
+        fast = la.functional_moments(x)[1]
+        with monkeypatch.context() as patch:
+            patch.setattr(functional, "_is_outer", lambda *args, **options: False)
+            slow = la.functional_moments(x)[1]
+        torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("structure", ["kron", "ekfac"])
+@pytest.mark.parametrize("name", ["cnn", "grouped-conv", "transformer-tokens"])
+def test_turning_factors_or_gradients_is_the_same(name, structure, monkeypatch):
+    la, x, _ = fitted(structure, name)
+    moments = []
+    for is_forced in (True, False):
+
+        def turn_factors(basis, name, use, n_columns, is_forced=is_forced):
+            return is_forced and isinstance(use, MatrixUse) and name == use.weight
+
+        monkeypatch.setattr(rotated, "_turn_factors", turn_factors)
+        moments.append(la.functional_moments(x)[1])
+    torch.testing.assert_close(*moments, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "full"])
+def test_gradients_to_the_inputs(structure):
+    """`backprop=True`: the variance is differentiable through the Jacobian itself."""
+    case = case_of("mlp")
+    la, x, _ = fitted(structure, case)
+    x = x[:2].clone().requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda z: la(z, backprop=True), (x,))
+    assert torch.autograd.gradcheck(lambda z: la.functional_moments(z, backprop=True, joint=True)[1], (x,))
+    assert not la(x).requires_grad
+
+
+@pytest.mark.parametrize("name", ["cnn", "fixup", "vision-transformer"])
+def test_gradients_to_images(name):
+    la, x, _ = fitted("kron", name)
+    x = x[:1].clone().requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda z: la(z, backprop=True), (x,))
+
+
+def test_backprop_needs_the_native_backend():
+    la, x, _ = fitted("diag", backend="asdl")
+    with pytest.raises(ValueError, match='backprop=True needs backend="native"'):
+        la(x, backprop=True)
+
+
+@pytest.mark.parametrize(
+    "structure", ["kron", "diag", "full", "lowrank"]
+)  # rounding may turn the eigenvectors of ekfac
+def test_float32_is_close_to_float64(structure):
+    la, x, y = fitted(structure, "cnn")
+    truth = la.functional_moments(x)[1]
+    single = Laplace(la.model.float(), la.likelihood, hessian_structure=structure)
+    single.fit([(x.float(), y)])
+    found = single.functional_moments(x.float())[1]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=2e-4 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_full_data_say_all_where_the_prior_says_nothing_of_note(structure):
+    """One weight and one output: every structure is the same number."""
+    model, x, y = double(nn.Linear(1, 1, bias=False)), torch.randn(6, 1).double(), torch.randn(6, 1).double()
+    la = Laplace(model, "regression", hessian_structure=structure, prior_precision=0.5, sigma_noise=0.3)
+    la.fit([(x, y)])
+    expected = x.square() / (x.square().sum() / 0.09 + 0.5)
+    torch.testing.assert_close(la(x)[1][:, 0], expected)
+
+
+def test_ekfac_eigenvalues_are_the_curvature_in_the_eigenvectors():
+    for name in ("cnn", "transformer-tokens", "sequence-conv1d", "adapters", "grouped-conv"):
+        case = case_of(name)
+        la, x, y = fitted("ekfac", case)
+        kron = Laplace(la.model, case.likelihood)
+        kron.fit([(x, y)])
+        ggn, start = exact.ggn(la.model, la.likelihood, x, y), 0
+        for name_of_parameter, block in la.H.items():
+            size = block.shape.numel()
+            Q = kron.H[name_of_parameter].basis.rotate(torch.eye(size, dtype=torch.float64)).flatten(1)
+            of_parameter = ggn[start : start + size, start : start + size]
+            truth = torch.einsum("ip,ij,jp->p", Q, of_parameter, Q)
+            torch.testing.assert_close(block.values.flatten(), truth, rtol=1e-9, atol=1e-12 * truth.max().item())
+            errors = [(H.to_dense() - of_parameter).norm() for H in (block, kron.H[name_of_parameter])]
+            assert errors[0] <= errors[1] * (1 + 1e-9) + 1e-12 * of_parameter.norm()
+            start += size
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_samples_have_the_posterior_covariance_exactly(structure):
+    """Samples are the mean plus L ε; with the unit vectors as ε, L Lᵀ is the covariance."""
+    la, _, _ = fitted(structure, "cnn", prior_precision=2.0)
+    L = la.H.inv_sqrt(torch.eye(la.n_params, dtype=torch.float64), *la._damping).mT
+    torch.testing.assert_close(L @ L.mT, dense_covariance(la), rtol=1e-9, atol=1e-12)
