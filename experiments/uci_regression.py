@@ -2,10 +2,10 @@
 
     python experiments/uci_regression.py --config configs/uci_regression.yaml --folder path/to/tables
 
-For each table and split trains a small perceptron while prior precisions and observation noise tune themselves by the marginal likelihood, and
-predicts the tenth of the rows that was put aside: by the network alone with the tuned noise (MAP), and by the closed-form predictive of the
-Laplace posterior, whose variance adds that of the weights. Prints test log-likelihood and RMSE, in the targets' own units, as mean and
-standard error over the splits.
+For each table and split trains a small perceptron while prior precisions and observation noise tune themselves by the marginal
+likelihood, and predicts the tenth of the rows that was put aside: by the network alone with the tuned noise (MAP), and by the closed-form
+predictive of the Laplace posterior, whose variance adds that of the weights. Prints test log-likelihood and RMSE, in the targets' own
+units, as mean and standard error over the splits.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from laplace_ws._version import __version__
 from laplace_ws.curvature import Curvature, kron_factors
 from laplace_ws.errors import InvalidBatchError, NotFittedError, NumericalRepairWarning, UnsupportedParameterError
+from laplace_ws.files import FileFormatError
 from laplace_ws.kfac import KfacApprox, row_examples
 from laplace_ws.likelihoods import (
     Bernoulli,
@@ -15,13 +16,23 @@ from laplace_ws.likelihoods import (
 )
 from laplace_ws.marglik import marglik_training
 from laplace_ws.matrices import Kron
-from laplace_ws.posterior import DiagLaplace, FullLaplace, KronLaplace, Laplace
+from laplace_ws.posterior import (
+    DiagLaplace,
+    EkfacLaplace,
+    FullLaplace,
+    KronLaplace,
+    Laplace,
+    LowRankLaplace,
+    load_posterior,
+)
 
 __all__ = [
     "Bernoulli",
     "Categorical",
     "Curvature",
     "DiagLaplace",
+    "EkfacLaplace",
+    "FileFormatError",
     "FullLaplace",
     "Gaussian",
     "HeteroscedasticGaussian",
@@ -31,12 +42,14 @@ __all__ = [
     "KronLaplace",
     "Laplace",
     "Likelihood",
+    "LowRankLaplace",
     "NotFittedError",
     "NumericalRepairWarning",
     "UnsupportedParameterError",
     "__version__",
     "kron_factors",
     "likelihood_from_state",
+    "load_posterior",
     "make_likelihood",
     "marglik_training",
     "row_examples",

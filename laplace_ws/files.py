@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +37,10 @@ def load_tensors(path: str | Path, kind: str, map_location: torch.device | str =
     """
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileFormatError(
-            f"'{path}' cannot be read as {kind}: it is damaged, or another kind of file ({reason})."
-        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever the bytes of another kind of file lead the reader to
+        raise FileFormatError(f"'{path}' cannot be read as {kind}: it is damaged, or another kind of file.") from error
     if not isinstance(state, dict):
         raise FileFormatError(f"'{path}' holds a {type(state).__name__} and not {kind}.")
     return state

@@ -72,7 +72,6 @@ def restore_posterior(la: BaseLaplace, state: Mapping[str, Any]) -> None:
     from laplace_ws.posterior.fitting import FitSums
 
     check_format(state)
-    _check_options(la, state["options"])
     check_model(la.model, state)
     covered = {name: tuple(shape) for name, shape in la.subset.parameter_shapes.items()}
     _check_parameters(covered, state["subset"]["parameters"], "this posterior")
@@ -83,6 +82,7 @@ def restore_posterior(la: BaseLaplace, state: Mapping[str, Any]) -> None:
         raise ValueError(
             "the saved posterior covers other weights of the subnetwork; make this one with the same indices."
         )
+    _check_options(la, state["options"])
     device = la.mean.device
     if torch.device(state["device"]).type != device.type:
         warnings.warn(f"the posterior was saved on {state['device']} and is loaded on {device}.", stacklevel=3)

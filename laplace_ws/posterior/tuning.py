@@ -163,14 +163,14 @@ class TunedPrior(Predictive):
         predictions: list[list[Any]] = [[] for _ in grid]
         targets = []
         for x, y in self._validation(val_loader):
-            for of_point, prediction in zip(predictions, self._predictions(x, grid, options), strict=True):
+            for of_point, prediction in zip(predictions, self._predictions(x, y, grid, options), strict=True):
                 of_point.append(prediction)
             targets.append(y)
         y = torch.cat(targets)
         return [score(_joined(of_point), y) for of_point in predictions]
 
     def _validation(self, val_loader: Batches) -> Iterator[tuple[ModelInputs, Tensor]]:
-        """Inputs and targets, checked against the likelihood."""
+        """Inputs and targets."""
         is_empty = True
         for number, batch in enumerate(val_loader):
             is_empty = False
@@ -178,7 +178,9 @@ class TunedPrior(Predictive):
         if is_empty:
             raise InvalidBatchError("val_loader holds no batch; give an iterable that is not empty or used up.")
 
-    def _predictions(self, x: ModelInputs, grid: Sequence[float], options: PredictionOptions) -> Iterator[Any]:
+    def _predictions(
+        self, x: ModelInputs, y: Tensor, grid: Sequence[float], options: PredictionOptions
+    ) -> Iterator[Any]:
         """Predictions at each prior precision, from one linearisation; by sampling, with the same draws for each."""
         state = _state_of(options.generator, self._device)
         if options.pred_type is PredType.NN:
@@ -188,6 +190,7 @@ class TunedPrior(Predictive):
                     _restore(options.generator, state, self._device)
                     self.prior_precision = delta
                     outputs = self._network_outputs(x, options.n_samples, options.generator, False)
+                    self.likelihood.check(outputs[0], y)
                     yield self._mean_over_samples(outputs, True, isinstance(self.likelihood, RegressionLikelihood))
             finally:
                 self.prior_precision = before
@@ -195,6 +198,7 @@ class TunedPrior(Predictive):
         scale = self._damping[0]
         dampings = [(scale, scale.new_tensor(delta)) for delta in grid]
         f, spreads = self._moments(x, dampings, False, not self._needs_covariance(options.link), False)
+        self.likelihood.check(f, y)
         for spread in spreads:
             _restore(options.generator, state, self._device)
             if isinstance(self.likelihood, RegressionLikelihood):
@@ -240,6 +244,7 @@ class TunedPrior(Predictive):
                     delta, sigma, tau = hyperparameters(values)
                     damping: Damping = (self._scale(sigma, tau), delta)
                     f, (spread,) = self._moments(x[part], [damping], False, True, False)
+                    self.likelihood.check(f, y[part])
                     if isinstance(self.likelihood, RegressionLikelihood):
                         prediction: Any = self._variances_of_targets(f, spread, sigma)
                     else:
@@ -260,7 +265,7 @@ class TunedPrior(Predictive):
             jac=True,
             method="L-BFGS-B",
             bounds=[tuple(limits)] * len(point),
-            options={"maxiter": n_steps},
+            options={"maxiter": n_steps, "ftol": 1e-12, "gtol": 1e-7},
         )
         values = torch.as_tensor(found.x, dtype=torch.float64, device=self._device)
         self.prior_precision, self.sigma_noise, self.temperature = hyperparameters(values)

@@ -145,6 +145,19 @@ def test_ignored_labels_have_no_curvature():
 
 
 @pytest.mark.parametrize("curvature", RANDOM)
+def test_random_columns_are_none_where_labels_are_ignored(curvature):
+    """The third input is seen by ignored positions only."""
+    model, x = double(nn.Linear(3, 4)), torch.randn(5, 6, 3, dtype=torch.float64)
+    y = torch.randint(0, 4, (5, 6))
+    y[:, 4:] = -100
+    x[:, :4, 2] = 0
+    H = dense(CurvatureProducts(model, Categorical(ignore_index=-100), [(x, y)], curvature=curvature))
+    of_weights = H.diagonal()[:12].reshape(4, 3)
+    assert not of_weights[:, 2].any()
+    assert of_weights[:, :2].all()
+
+
+@pytest.mark.parametrize("curvature", RANDOM)
 @pytest.mark.parametrize("likelihood", ["classification", "regression", "binary"])
 def test_random_columns_are_those_of_the_likelihood(curvature, likelihood):
     """Against the Jacobian, with the draws that one generator makes."""

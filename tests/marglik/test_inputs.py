@@ -11,11 +11,12 @@ from marglik.runs import QUICK, SGD, Never, blobs, mlp
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from laplace_ws import Categorical, HeteroscedasticGaussian
+from laplace_ws import Categorical, HeteroscedasticGaussian, Laplace
 from laplace_ws.data import TensorLoader
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.likelihoods import make_likelihood
 from laplace_ws.marglik import marglik_training
+from laplace_ws.marglik.checkpoint import CheckpointError
 from laplace_ws.marglik.checks import check_data
 from laplace_ws.marglik.trainer import n_correct
 
@@ -95,6 +96,18 @@ def test_streams_count_what_they_give_or_say_they_have(dataset, drop_last, n_dat
     assert (facts.n_data, facts.n_batches) == (n_data, 3 if drop_last else 4)
 
 
+@pytest.mark.parametrize("dataset", [lambda: blobs().dataset, Stream, StreamWithLength])
+def test_a_fit_counts_what_it_sees_unless_it_is_told(dataset):
+    la, loader = Laplace(mlp(), "classification"), DataLoader(dataset(), 16, drop_last=True)
+    la.fit(loader)
+    assert la.n_data == 48
+    seen = la.H.to_dense(), la.log_likelihood.item()
+    la.fit(loader, n_data=60)
+    assert la.n_data == 60
+    torch.testing.assert_close(la.H.to_dense(), seen[0] * 60 / 48)
+    assert la.log_likelihood.item() == pytest.approx(seen[1] * 60 / 48, rel=1e-12)
+
+
 @pytest.mark.parametrize("n_data", [60, 600])
 def test_n_data_may_be_given(n_data):
     """Likelihood and curvature are scaled up to it, and the prior weighs that much less in a step."""
@@ -138,8 +151,6 @@ def test_n_data_must_be_positive(n_data):
 
 
 def test_a_run_with_another_n_data_is_another_run(tmp_path):
-    from laplace_ws.marglik.checkpoint import CheckpointError
-
     options = QUICK | {"optimizer_kwargs": SGD, "checkpoint_path": tmp_path / "run.pt"}
     marglik_training(mlp(), blobs(), **options)
     with pytest.raises(CheckpointError, match="n_data was 60 and is 61"):

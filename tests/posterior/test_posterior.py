@@ -130,30 +130,6 @@ def test_evaluating_leaves_the_hyperparameters_alone():
     assert la.log_marginal_likelihood() == before
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_save_and_load(structure, tmp_path):
-    case = next(c for c in CASES if c.name == "mlp-regression")
-    la, _, _ = fitted(structure, case, sigma_noise=0.3, prior_precision=2.0, temperature=1.2)
-    torch.save(la.state_dict(), tmp_path / "posterior.pt")
-    restored = Laplace(la.model, "regression", hessian_structure=structure)
-    restored.load_state_dict(torch.load(tmp_path / "posterior.pt", weights_only=True))
-    assert restored.log_marginal_likelihood() == la.log_marginal_likelihood()
-    draws = [p.sample(2, generator=torch.Generator().manual_seed(3)) for p in (la, restored)]
-    assert torch.equal(*draws)
-
-
-def test_loading_says_what_does_not_match():
-    la, _, _ = fitted()
-    state = la.state_dict()
-    with pytest.raises(ValueError, match="hessian_structure='kron', this one 'diag'"):
-        Laplace(la.model, "classification", hessian_structure="diag").load_state_dict(state)
-    other = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
-    with pytest.raises(ValueError, match=r"other parameters; they differ first in '0\.bias'"):
-        Laplace(other, "classification").load_state_dict(state)
-    with pytest.raises(ValueError, match="not a posterior of format 1"):
-        Laplace(la.model, "classification").load_state_dict({"weights": 1})
-
-
 def test_bad_input_is_said_in_one_sentence():
     model, x, y = CASES[0].make()
     la = Laplace(model, "classification")
@@ -161,9 +137,9 @@ def test_bad_input_is_said_in_one_sentence():
         la.log_marginal_likelihood()
     with pytest.raises(InvalidBatchError, match="the data hold no example"):
         la.fit([])
-    with pytest.raises(InvalidBatchError, match=r"batch 1 is a tuple of length 3"):
-        la.fit([(x, y), (x, x, y)])
-    with pytest.raises(InvalidBatchError, match="batch 0 is a dict"):
+    with pytest.raises(InvalidBatchError, match=r"batch 1 is a tuple of length 1"):
+        la.fit([(x, y), (x,)])
+    with pytest.raises(InvalidBatchError, match="batch 0 has no 'labels' among its entries"):
         la.fit([{"x": x, "y": y}])
     with pytest.raises(InvalidBatchError, match="labels must lie in 0 … 2"):
         la.fit([(x, y + 5)])
