@@ -63,7 +63,7 @@ class UciConfig:
     prior_structure: str = "layerwise"
     prior_prec_init: float = 1.0
     n_epochs: int = 300
-    n_steps: int = 10_000
+    n_steps: int = 4_000
     batch_size: int = 64
     lr: float = 0.01
     threads: int = 1

@@ -34,8 +34,10 @@ def fit_temperature(logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> 
         return F.cross_entropy(f / math.exp(log_t), labels).item()
 
     limits = (-LARGEST_LOG_TEMPERATURE, LARGEST_LOG_TEMPERATURE)
-    log_t = float(minimize_scalar(nll_mean, bounds=limits, method="bounded", options={"xatol": _TOLERANCE}).x)
-    if LARGEST_LOG_TEMPERATURE - abs(log_t) < 1e-4:
+    inside = float(minimize_scalar(nll_mean, bounds=limits, method="bounded", options={"xatol": _TOLERANCE}).x)
+    # the search never takes a limit itself, and stops short of one where the likelihood rounds to 1
+    log_t = min((*limits, inside), key=nll_mean)
+    if log_t in limits:
         warnings.warn(
             f"the temperature is held at its limit {math.exp(log_t):.3g}, because the negative log likelihood of the {len(labels)} "
             "validation images falls on beyond it; give more of them",

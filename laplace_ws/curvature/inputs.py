@@ -40,7 +40,7 @@ class StructuredInputs:
     """Inputs of a batch that are more than one tensor.
 
     A slice takes the examples of every tensor within whose leading axis has N entries, and leaves all else (scalars, masks over
-    positions, None, strings) as it is.
+    positions, None, strings) as it is. Give a tensor that is no list of examples but may have N rows by chance an axis in front.
 
     Attributes:
         arguments: what the model is called with.

@@ -14,7 +14,8 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from laplace_ws.curvature.compute import Batches, Curvature
+from laplace_ws.curvature.columns import Curvature
+from laplace_ws.curvature.compute import Batches
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys
 from laplace_ws.curvature.products import CurvatureProducts
 from laplace_ws.likelihoods import Likelihood
@@ -63,8 +64,9 @@ def low_rank_curvature(
 ) -> LowRankFit:
     """The leading eigenpairs of the curvature of the summed negative log likelihood.
 
-    Takes two to four passes over the data for each eigenpair. The eigenvalues are right to rounding, the eigenvectors to the square root of
-    it. Where a basis of Lanczos' method would be as large as the matrix itself, that is made, in one pass, and decomposed.
+    Takes some 2·rank passes over the data, 22 at least, each of the price of three training steps, and more where the eigenvalues lie close
+    together. They are right to rounding, the eigenvectors to the square root of it. Where a basis of Lanczos' method would be as large as
+    the matrix itself, that is made, in one pass, and decomposed.
 
     Args:
         model: any network that can be differentiated twice; run in eval mode and left as it was.

@@ -11,35 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import check_devices, differentiable_twice, evaluation_mode, trainable_parameters
-from laplace_ws.curvature.compute import Batches, Curvature, default_generator, parse_curvature
+from laplace_ws.curvature.columns import Curvature, loss_columns, parse_curvature
+from laplace_ws.curvature.compute import Batches, default_generator
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, call_model, own_copy, split_batch
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.likelihoods import Likelihood, make_likelihood
-
-
-def loss_columns(
-    likelihood: Likelihood,
-    curvature: Curvature,
-    f: Float[Tensor, "N ..."],
-    y: Tensor,
-    *,
-    mc_samples: int = 1,
-    generator: torch.Generator | None = None,
-) -> Iterator[Float[Tensor, "N ..."]]:
-    """Columns s_c of a curvature in the outputs, Σ_c s_c s_cᵀ for each example, without the terms that do not count."""
-    mask = likelihood.term_mask(f, y)
-    if curvature is Curvature.GGN:
-        columns = likelihood.hessian_columns(f) if mask is None else likelihood.hessian_columns(f, mask)
-    elif curvature is Curvature.EF:
-        columns = iter([likelihood.gradient_column(f, y)])
-    else:
-        is_signed = curvature is Curvature.GGN_MC_RADEMACHER
-        draw = likelihood.projected_column if is_signed else likelihood.sampled_column
-        columns = (draw(f, generator) / mc_samples**0.5 for _ in range(mc_samples))
-    for column in columns:
-        masked = column if mask is None else column * mask
-        if mask is None or masked.any():
-            yield masked
 
 
 @dataclass
@@ -78,12 +54,12 @@ class PassTotals:
             raise InvalidBatchError(
                 f"the negative log likelihood of a batch is {nll}; look for NaN in its inputs, its targets or the weights."
             )
-        of_examples = f.double().reshape(len(f), -1).sum(1)
+        of_examples = f.double().reshape(len(f), -1)
         places = torch.arange(self.n_examples, self.n_examples + len(f), device=f.device).double()
         self.nll_sum += nll
         self.nll_size += abs(nll)
-        self.order += (places * of_examples).sum().item()
-        self.order_size += (places * of_examples.abs()).sum().item()
+        self.order += (places @ of_examples).sum().item()
+        self.order_size += (places @ of_examples.abs()).sum().item()
         self.n_examples += len(f)
         self.n_targets += likelihood.n_targets(f, y)
         self.output_shape = tuple(f.shape[1:])

@@ -95,7 +95,7 @@ class MarglikConfig:
     prior_prec_init: float | None = None
     temperature_init: float = 1.0
     tune_temperature: bool = False
-    hessian_structure: Literal["kron", "diag", "full"] = "kron"
+    hessian_structure: Literal["kron", "ekfac", "diag", "full", "lowrank"] = "kron"
     curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] = "ggn_mc"
     kfac_approx: Literal["auto", "expand", "reduce"] | dict[str, str] = "auto"
     backend: str = "native"

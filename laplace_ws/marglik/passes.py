@@ -39,11 +39,22 @@ class Batches:
         return (split_batch(batch, number, self.keys) for number, batch in enumerate(self.loader))
 
 
-def pick(batches: Batches, chosen: set[int]) -> Iterator[tuple[ModelInputs, Tensor]]:
-    """The batches with these numbers, and no further than to the last of them."""
-    last = max(chosen)
-    for i, batch in enumerate(batches):
-        if i in chosen:
-            yield batch
-        if i == last:
-            return
+@dataclass(frozen=True)
+class ChosenBatches:
+    """Some of the batches, and no further than to the last of them, anew each time they are iterated.
+
+    Attributes:
+        batches: all of them.
+        chosen: the numbers of those that are given.
+    """
+
+    batches: Batches
+    chosen: frozenset[int]
+
+    def __iter__(self) -> Iterator[tuple[ModelInputs, Tensor]]:
+        last = max(self.chosen)
+        for i, batch in enumerate(self.batches):
+            if i in self.chosen:
+                yield batch
+            if i == last:
+                return

@@ -29,7 +29,7 @@ from laplace_ws.marglik.checkpoint import (
 from laplace_ws.marglik.checks import DataFacts, one_pass_error
 from laplace_ws.marglik.hyperparameters import Hyperparameters
 from laplace_ws.marglik.objective import PriorGradient
-from laplace_ws.marglik.passes import Batches, pick, same_order_after
+from laplace_ws.marglik.passes import Batches, ChosenBatches, same_order_after
 from laplace_ws.marglik.plain import plain_record
 from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 
@@ -228,7 +228,7 @@ class Trainer:
         if n_chosen == self.facts.n_batches:
             return self.batches
         order = torch.randperm(self.facts.n_batches, generator=self.subset_generator)
-        return pick(self.batches, set(order[:n_chosen].tolist()))
+        return ChosenBatches(self.batches, frozenset(order[:n_chosen].tolist()))
 
     def _check_finite(self, what: str, value: float, epoch: int) -> None:
         if not math.isfinite(value):

@@ -127,7 +127,8 @@ def marglik_training(
         train_loader: gives batches on the model's device, anew each time it is iterated: pairs (x, y), rows (x1, x2, …, y) for
             `model(x1, x2, …)`, or mappings, see `curvature.inputs.split_batch`.
         likelihood: "classification", "regression", "heteroscedastic_regression", "binary", or a likelihood.
-        hessian_structure: "kron", "diag" or "full".
+        hessian_structure: "kron", "ekfac", "diag", "full" or "lowrank" (which needs data that are the same in each pass: no augmentation, and
+            no `fit_fraction` of a loader that shuffles).
         curvature, kfac_approx, backend, mc_samples: as for `Laplace`.
         final_curvature: of the posterior that is returned; `curvature` where not given.
         optimizer_cls, optimizer_kwargs: for the weights; SGD with lr 0.03 and Nesterov momentum 0.9 where not given.
@@ -254,15 +255,17 @@ def warn_of_temperature() -> None:
 
 
 def kfac_option(hessian_structure: str, kfac_approx: str | Mapping[str, str]) -> dict[str, Any]:
-    """The option of "kron" that the other structures do not have.
+    """The option of "kron" and "ekfac" that the other structures do not have.
 
     Raises:
         ValueError: it is given for another structure.
     """
-    if hessian_structure == "kron":
+    if hessian_structure in ("kron", "ekfac"):
         return {"kfac_approx": kfac_approx}
     if kfac_approx != "auto":
-        raise ValueError(f'kfac_approx={kfac_approx!r} is for hessian_structure="kron", not "{hessian_structure}"')
+        raise ValueError(
+            f'kfac_approx={kfac_approx!r} is for hessian_structure="kron" and "ekfac", not "{hessian_structure}"'
+        )
     return {}
 
 

@@ -28,9 +28,9 @@ class PriorStructure(str, Enum):
 
     def check(self, hessian_structure: str) -> None:
         """Refuse a structure of the prior that the structure of the Hessian cannot carry."""
-        if self is PriorStructure.WEIGHT and hessian_structure not in ("diag", "full"):
+        if self is PriorStructure.WEIGHT and hessian_structure not in ("diag", "full", "lowrank"):
             raise ValueError(
-                f'prior_structure="weight" needs hessian_structure "diag" or "full", not "{hessian_structure}"; '
+                f'prior_structure="weight" needs hessian_structure "diag", "full" or "lowrank", not "{hessian_structure}"; '
                 'use "parameter" or "layerwise"'
             )
 

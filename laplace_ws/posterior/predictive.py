@@ -106,7 +106,8 @@ class Predictive(FittedPosterior):
             n_samples: S.
             generator: source of randomness; default: torch's own.
         """
-        noise = torch.randn(n_samples, self.n_params, dtype=self._dtype, device=self._device, generator=generator)
+        dtype = torch.promote_types(self._dtype, torch.float32)  # a deviation would drown in the rounding of half precision
+        noise = torch.randn(n_samples, self.n_params, dtype=dtype, device=self._device, generator=generator)
         return self.mean + self.H.inv_sqrt(noise, *self._damping)
 
     # ---------------------------------------------------------------- outputs

@@ -11,7 +11,7 @@ from torch import nn
 
 from laplace_ws import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.curvature import Curvature, CurvatureProducts, exact, low_rank_curvature
-from laplace_ws.curvature.products import loss_columns
+from laplace_ws.curvature.columns import loss_columns
 from laplace_ws.likelihoods import Categorical, make_likelihood
 
 RANDOM = ["ggn_mc", "ggn_mc_rademacher"]

@@ -316,3 +316,15 @@ def test_all_is_restored_after_an_exception():
     with pytest.raises(Boom):
         marglik_training(model, blobs(), **QUICK, optimizer_kwargs=SGD, on_epoch=explode)
     assert_as_found(model, before)
+
+
+@pytest.mark.parametrize("structure", ["ekfac", "lowrank"])
+def test_structures_of_several_passes_are_tuned(structure):
+    """Also on a part of the batches, which is the same in each pass of a loader that does not shuffle."""
+    x, y = blobs().dataset.tensors
+    loader = TensorLoader(x, y, batch_size=16)
+    options = {"hessian_structure": structure, "curvature": "ggn", "fit_fraction": 0.5, "optimizer_kwargs": SGD}
+    result = marglik_training(mlp(), loader, **options, **QUICK)
+    assert result.la.hessian_structure == structure
+    assert result.margliks[-1] > result.margliks[0]
+    assert len(result.margliks) == 3

@@ -17,9 +17,9 @@ from laplace_ws.posterior.optimum import BOUNDS, Box, Evidence
 F64 = torch.float64
 SETTINGS = [
     (structure, prior)
-    for structure in ("kron", "diag", "full")
+    for structure in ("kron", "ekfac", "diag", "full", "lowrank")
     for prior in ("scalar", "layerwise", "parameter", "weight")
-    if (structure, prior) != ("kron", "weight")
+    if prior != "weight" or structure not in ("kron", "ekfac")
 ]
 
 
@@ -85,7 +85,7 @@ def test_the_optimum_is_stationary_and_where_it_should_be(structure, prior, task
     torch.testing.assert_close((again.log(), sigma_again.log()), (delta.log(), sigma.log()), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "full", "lowrank"])
 def test_it_is_what_a_scalar_search_finds(structure):
     la = fitted(structure, "classification", temperature=1.4, prior_mean=0.05)
     search = optimize.minimize_scalar(lambda t: -la.log_marginal_likelihood(math.exp(t)).item(), (-1.0, 1.0), tol=1e-12)
@@ -154,7 +154,7 @@ def test_mackays_noise_update_survives_more_parameters_than_targets():
     assert after[1] > before[1]
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "full", "lowrank"])
 @pytest.mark.parametrize("prior", ["scalar", "layerwise"])
 def test_groups_without_weights_or_curvature_end_at_the_limits(structure, prior):
     model = double(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
@@ -198,7 +198,9 @@ def test_bad_input_is_said_in_one_sentence():
     with pytest.raises(NotFittedError, match="call fit"):
         la.optimal_prior_precision()
     la.fit([(x, y)])
-    with pytest.raises(ValueError, match='prior_structure="weight" needs hessian_structure "diag" or "full"'):
+    with pytest.raises(
+        ValueError, match='prior_structure="weight" needs hessian_structure "diag", "full" or "lowrank"'
+    ):
         la.optimal_prior_precision("weight")
     with pytest.raises(ValueError, match="prior_structure='layers' is not one of"):
         la.optimal_prior_precision("layers")

@@ -1,0 +1,146 @@
+"""Time and memory of predictions by the number of images, ours and laplace-torch's.
+
+    python experiments/prediction_cost.py --config configs/prediction_cost.yaml
+
+The posterior predictive of a classifier (linearised, probit) on random images, from posteriors fitted to the same images. Each row is the
+median of several predictions after a first one, in CPU time, and the most memory that tensors take during one, above what was held
+before; laplace-torch (extra `bench`) only up to a number of images, as its cost grows with the square. Prints a table; writes JSON.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from study import read_config, write_result
+from torch import Tensor, nn
+
+from laplace_ws import Laplace
+from laplace_ws.bench.meter import peak_bytes, seconds_of
+from laplace_ws.models import build_model
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """What is predicted, and by whom.
+
+    Attributes:
+        networks: "lenet", or "wide-resnet" of depth 10 and width 1 without norms.
+        structures: of the Hessian.
+        batch_sizes: images a prediction.
+        largest_of_peer: images of laplace-torch's largest prediction; 0 leaves it out.
+        n_train: images of the fit.
+        repetitions: predictions that are timed.
+        device: cpu or cuda.
+        threads: of torch.
+        seed: of weights and images.
+        out: folder of the results.
+    """
+
+    networks: list[str] = field(default_factory=lambda: ["lenet", "wide-resnet"])
+    structures: list[str] = field(default_factory=lambda: ["kron", "diag"])
+    batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32, 128, 512])
+    largest_of_peer: int = 32
+    n_train: int = 64
+    repetitions: int = 3
+    device: str = "cpu"
+    threads: int = 1
+    seed: int = 0
+    out: str = "runs"
+
+
+Predict = Callable[[Tensor], Tensor]
+
+
+def make_network(name: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    options = {"depth": 10, "width": 1, "norm": "none"} if name == "wide-resnet" else {}
+    return build_model(name, in_channels=1, image_size=(28, 28), n_classes=10, **options).eval()
+
+
+def our_predictive(model: nn.Module, structure: str, data: list[tuple[Tensor, Tensor]]) -> Predict:
+    la = (
+        Laplace(model, "classification", hessian_structure=structure, kfac_approx="expand")
+        if structure == "kron"
+        else (Laplace(model, "classification", hessian_structure=structure))
+    )
+    la.fit(data)
+    return la
+
+
+def peer_predictive(model: nn.Module, structure: str, data: list[tuple[Tensor, Tensor]]) -> Predict:
+    import laplace
+    from torch.utils.data import DataLoader, TensorDataset
+
+    la = laplace.Laplace(model, "classification", "all", structure)
+    x, y = data[0]
+    la.fit(DataLoader(TensorDataset(x, y), batch_size=len(x)))
+    return lambda images: la(images, pred_type="glm", link_approx="probit")
+
+
+def cost(predict: Predict, x: Tensor, repetitions: int) -> dict[str, float]:
+    """Seconds and MB of a prediction, after a first one."""
+    predict(x[:1])
+    seconds = statistics.median(seconds_of(lambda: predict(x), x.device) for _ in range(repetitions))
+    (peak,) = peak_bytes([lambda: predict(x)], x.device)
+    return {"seconds": seconds, "megabytes": peak / 1e6}
+
+
+def run(config: CostConfig) -> list[dict]:
+    """One row for each network, structure and number of images."""
+    torch.set_num_threads(config.threads)
+    has_peer = config.largest_of_peer > 0 and importlib.util.find_spec("laplace") is not None
+    rows = []
+    for network in config.networks:
+        images = torch.randn(max(config.batch_sizes), 1, 28, 28, generator=torch.Generator().manual_seed(config.seed))
+        images = images.to(config.device)
+        x = images[: config.n_train]
+        data = [(x, torch.arange(len(x), device=x.device) % 10)]
+        for structure in config.structures:
+            model = make_network(network, config.seed).to(config.device)
+            ours = our_predictive(model, structure, data)
+            theirs = peer_predictive(model, structure, data) if has_peer else None
+            for n in config.batch_sizes:
+                is_measured = theirs is not None and n <= config.largest_of_peer
+                rows.append(
+                    {
+                        "network": network,
+                        "n_weights": sum(p.numel() for p in model.parameters()),
+                        "structure": structure,
+                        "n_images": n,
+                        "ours": cost(ours, images[:n], config.repetitions),
+                        "laplace_torch": cost(theirs, images[:n], config.repetitions) if is_measured else None,
+                    }
+                )
+                print(as_markdown(rows[-1:]).splitlines()[-1], flush=True)
+    return rows
+
+
+def as_markdown(rows: list[dict]) -> str:
+    """The table that is printed."""
+    lines = [
+        "| network | weights | structure | images | ours [s] | laplace-torch [s] | ours [MB] | laplace-torch [MB] |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours, theirs = row["ours"], row["laplace_torch"]
+        peer = (f"{theirs['seconds']:.2f}", f"{theirs['megabytes']:,.0f}") if theirs else ("", "")
+        lines.append(
+            f"| {row['network']} | {row['n_weights']:,} | {row['structure']} | {row['n_images']} | {ours['seconds']:.2f} | {peer[0]} | "
+            f"{ours['megabytes']:,.0f} | {peer[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config = read_config(CostConfig, __doc__)
+    rows = run(config)
+    print(as_markdown(rows))
+    write_result(config, "prediction_cost", rows)
+
+
+if __name__ == "__main__":
+    main()
