@@ -29,11 +29,13 @@ def test_there_are_examples():
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_example_runs(code):
+def test_example_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     layers = OrderedDict(conv1=nn.Conv2d(1, 2, 3), relu=nn.ReLU(), flatten=nn.Flatten(), linear=nn.Linear(8, 3))
-    data = TensorDataset(torch.randn(12, 1, 4, 4), torch.arange(12) % 3)
-    exec(code, {"model": nn.Sequential(layers), "train_loader": DataLoader(data, batch_size=6)})
+    x, y = torch.randn(12, 1, 4, 4), torch.arange(12) % 3
+    loader = DataLoader(TensorDataset(x, y), batch_size=6)
+    exec(code, {"model": nn.Sequential(layers), "train_loader": loader, "val_loader": loader, "x": x})
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -34,9 +35,9 @@ def fit_temperature(logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> 
         return F.cross_entropy(f / math.exp(log_t), labels).item()
 
     limits = (-LARGEST_LOG_TEMPERATURE, LARGEST_LOG_TEMPERATURE)
-    inside = float(minimize_scalar(nll_mean, bounds=limits, method="bounded", options={"xatol": _TOLERANCE}).x)
+    found: Any = minimize_scalar(nll_mean, bounds=limits, method="bounded", options={"xatol": _TOLERANCE})
     # the search never takes a limit itself, and stops short of one where the likelihood rounds to 1
-    log_t = min((*limits, inside), key=nll_mean)
+    log_t = min((*limits, float(found.x)), key=nll_mean)
     if log_t in limits:
         warnings.warn(
             f"the temperature is held at its limit {math.exp(log_t):.3g}, because the negative log likelihood of the {len(labels)} "

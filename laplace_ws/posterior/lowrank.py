@@ -20,7 +20,8 @@ class LowRankLaplace(BaseLaplace):
     """Laplace posterior that knows the directions in which the data say most, across layers; in all others it is the prior.
 
     A fit finds the leading eigenpairs by Lanczos' method without a backend, so it covers any network that can be differentiated twice. It
-    takes two to four passes over the data for each pair, 22 at least. Networks are covered as widely by prediction with `pred_type="nn"`; "glm" needs a backend's uses of the parameters.
+    takes two to four passes over the data for each pair, 22 at least. Predictions with `pred_type="nn"` cover as many networks; those with
+    "glm" need a backend that knows the uses of the parameters.
 
     Args:
         model: a trained network.
