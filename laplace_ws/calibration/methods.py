@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -104,12 +105,11 @@ def laplace_predict(la: BaseLaplace, config: CalibrateConfig) -> Predict:
 
     def predict(x: Tensor) -> Tensor:
         generator = torch.Generator(x.device).manual_seed(config.seed)
-        return torch.cat(
-            [
-                la(part, pred_type=m.pred_type, link_approx=m.link_approx, n_samples=m.n_samples, generator=generator)
-                for part in x.split(config.data.batch_size)
-            ]
-        )
+        parts: list[Any] = [
+            la(part, pred_type=m.pred_type, link_approx=m.link_approx, n_samples=m.n_samples, generator=generator)
+            for part in x.split(config.data.batch_size)
+        ]
+        return torch.cat(parts)
 
     return predict
 

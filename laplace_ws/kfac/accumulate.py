@@ -118,7 +118,7 @@ class WeightAccumulator(Accumulator):
     def __init__(self, parameters: Mapping[str, Tensor], selection: Mapping[str, Int[Tensor, " D"]] | None = None):
         super().__init__(parameters)
         self._selection = selection or {}
-        self.shapes |= {name: torch.Size([len(chosen)]) for name, chosen in self._selection.items()}
+        self.shapes = self.shapes | {n: torch.Size([len(chosen)]) for n, chosen in self._selection.items()}
 
     def _piece(self, name: str, pulled: Pulled) -> Float[Tensor, "K N D"]:
         gradients = pulled.gradients(name)

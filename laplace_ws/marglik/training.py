@@ -127,8 +127,8 @@ def marglik_training(
         train_loader: gives batches on the model's device, anew each time it is iterated: pairs (x, y), rows (x1, x2, …, y) for
             `model(x1, x2, …)`, or mappings, see `curvature.inputs.split_batch`.
         likelihood: "classification", "regression", "heteroscedastic_regression", "binary", or a likelihood.
-        hessian_structure: "kron", "ekfac", "diag", "full" or "lowrank" (which needs data that are the same in each pass: no augmentation, and
-            no `fit_fraction` of a loader that shuffles).
+        hessian_structure: "kron", "ekfac", "diag", "full" or "lowrank" (which needs the same data in each pass: no augmentation, no
+            `fit_fraction` of a loader that shuffles).
         curvature, kfac_approx, backend, mc_samples: as for `Laplace`.
         final_curvature: of the posterior that is returned; `curvature` where not given.
         optimizer_cls, optimizer_kwargs: for the weights; SGD with lr 0.03 and Nesterov momentum 0.9 where not given.

@@ -81,7 +81,7 @@ class TunedPrior(Predictive):
             method: "marglik": the optimum of the log marginal likelihood, by Newton's method, with no pass over the data. "gridsearch": the
                 best scalar of a grid on validation data, the whole grid in one pass over them. "gradient": the optimum of the mean
                 negative log predictive density of validation data, by L-BFGS from the present values; each step is a pass over them.
-            prior_structure: which weights share a prior precision: "scalar", "layerwise", "parameter" or "weight" (not with "kron" and "ekfac").
+            prior_structure: which weights share one: "scalar", "layerwise", "parameter" or "weight" (not with "kron" and "ekfac").
             val_loader: validation data, in batches like those of the fit, that the network was not trained on.
             loss: of "gridsearch": "nll", "ece", "brier", a torchmetrics metric (turned round where higher is better), or a function of
                 predictions and targets.
