@@ -54,7 +54,15 @@ class UciConfig:
 
     folder: str
     tables: list[str] = field(
-        default_factory=lambda: ["yacht", "bostonHousing", "concrete", "energy", "wine-quality-red"]
+        default_factory=lambda: [
+            "yacht",
+            "bostonHousing",
+            "concrete",
+            "energy",
+            "wine-quality-red",
+            "kin8nm",
+            "power-plant",
+        ]
     )
     n_splits: int = 10
     hidden: int = 50

@@ -96,17 +96,13 @@ class LowRank(CurvatureMatrix):
         gamma = M.diagonal(dim1=1, dim2=2).sum(1)
         return gamma, torch.diag(gamma) - M.flatten(1) @ M.flatten(1).mT
 
-    def covariance_root(self, scale: Tensor, delta: Tensor) -> Float[Tensor, "P k"]:
-        """W in float64, with (scale·H + diag(δ))⁻¹ = Δ⁻¹ − W Wᵀ; differentiable in both arguments."""
-        root = self.vectors.double() @ self._root_of_curvature(scale, self._cholesky(scale, delta))
-        return root / expand_per_weight(delta, self.shapes).double()[:, None]
-
     def pushforward(self, dampings: Sequence[Damping], layout: Layout) -> LowRankPushforward:
         """See `CurvatureMatrix.pushforward`."""
         sizes = [shape.numel() for shape in self.shapes.values()]
-        roots = [dict(zip(self.shapes, self.covariance_root(*pair).split(sizes), strict=True)) for pair in dampings]
+        vectors = dict(zip(self.shapes, self.vectors.split(sizes), strict=True))
+        roots = [self._root_of_curvature(scale, self._cholesky(scale, delta)) for scale, delta in dampings]
         deltas = [by_parameter(delta, self.shapes) for _, delta in dampings]
-        return LowRankPushforward(roots, deltas, dampings, layout)
+        return LowRankPushforward(vectors, roots, deltas, dampings, layout)
 
     def solve(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.solve`: Δ⁻¹ v − Δ⁻¹ A C⁻¹ Aᵀ Δ⁻¹ v."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 
 import torch
@@ -77,8 +77,13 @@ class SeparablePushforward(Pushforward):
         self._sums: list[Tensor] | None = None
 
     def add(self, name: str, rows: Float[Tensor, "N K D"]) -> None:
-        """See `Pushforward.add`."""
-        self._add([self.gram(rows, self._variances(name, *damping).to(rows.dtype)) for damping in self.dampings])
+        """See `Pushforward.add`; variances of all dampings are one product."""
+        variances = [self._variances(name, *damping).to(rows.dtype) for damping in self.dampings]
+        if self.layout is Layout.DIAGONAL:
+            squares = rows.square() @ torch.stack([v.expand(rows.shape[-1]) for v in variances], dim=1)
+            self._add(list(squares.unbind(-1)))
+        else:
+            self._add([self.gram(rows, v) for v in variances])
 
     def add_outer(self, name: str, g: Float[Tensor, "N K O"], a: Float[Tensor, "N I"]) -> None:
         """See `Pushforward.add_outer`; with one position the inputs only weigh the outputs, and no row is formed."""
@@ -130,10 +135,14 @@ class DensePushforward(Pushforward):
 
 
 class LowRankPushforward(Pushforward):
-    """For Σ = Δ⁻¹ − W Wᵀ.
+    """For Σ = Δ⁻¹ − Δ⁻¹ U T Tᵀ Uᵀ Δ⁻¹, with k columns U.
+
+    Sums in float64, as the difference of two sums of like size is wanted. Where each parameter tensor has one δ, the products with its rows
+    are taken once for all dampings.
 
     Args:
-        roots: W `[P, k]` of each parameter tensor by name, for each damping.
+        vectors: U of each parameter tensor by name, `[D, k]`.
+        roots: T `[k, k]` for each damping, float64.
         deltas: δ of each parameter tensor by name (a scalar, or one a weight), for each damping.
         dampings: see `Pushforward`.
         layout: see `Pushforward`.
@@ -141,32 +150,39 @@ class LowRankPushforward(Pushforward):
 
     def __init__(
         self,
-        roots: Sequence[dict[str, Tensor]],
-        deltas: Sequence[dict[str, Tensor]],
+        vectors: Mapping[str, Tensor],
+        roots: Sequence[Tensor],
+        deltas: Sequence[Mapping[str, Tensor]],
         dampings: Sequence[Damping],
         layout: Layout,
     ):
         super().__init__(dampings, layout)
-        self._roots, self._deltas = roots, deltas
+        self._vectors, self._roots, self._deltas = vectors, roots, deltas
         self._of_prior: list[Tensor | None] = [None] * len(dampings)
         self._projected: list[Tensor | None] = [None] * len(dampings)
         self._dtype = torch.float64
 
     def add(self, name: str, rows: Float[Tensor, "N K D"]) -> None:
-        """See `Pushforward.add`; sums in float64, as the difference of two sums of like size is wanted."""
+        """See `Pushforward.add`."""
         self._dtype = rows.dtype
-        rows = rows.double()
-        for i, (root, delta) in enumerate(zip(self._roots, self._deltas, strict=True)):
-            self._of_prior[i] = _plus(self._of_prior[i], self.gram(rows, 1 / delta[name].double()))
-            self._projected[i] = _plus(self._projected[i], rows @ root[name])
+        rows, vectors = rows.double(), self._vectors[name].double()
+        deltas = [delta[name].double() for delta in self._deltas]
+        if all(delta.ndim == 0 for delta in deltas):
+            gram, projected = self.gram(rows), rows @ vectors
+            parts = [(gram / delta, projected / delta) for delta in deltas]
+        else:
+            parts = [(self.gram(rows, 1 / delta), (rows / delta) @ vectors) for delta in deltas]
+        for i, (gram, projected) in enumerate(parts):
+            self._of_prior[i] = _plus(self._of_prior[i], gram)
+            self._projected[i] = _plus(self._projected[i], projected)
 
     def result(self) -> list[Tensor]:
         """See `Pushforward.result`."""
         results = []
-        for prior, part in zip(self._of_prior, self._projected, strict=True):
+        for prior, projected, root in zip(self._of_prior, self._projected, self._roots, strict=True):
             assert prior is not None
-            assert part is not None
-            results.append((prior - self.gram(part)).to(self._dtype))
+            assert projected is not None
+            results.append((prior - self.gram(projected @ root)).to(self._dtype))
         self._of_prior, self._projected = [None] * len(results), [None] * len(results)
         return results
 

@@ -126,13 +126,6 @@ def test_a_tiny_number_of_effective_parameters_keeps_its_digits():
 # ------------------------------------------------------------------ the covariance
 
 
-def test_covariance_root(delta):
-    H, scale = low_rank(), tensor(1.3)
-    W = H.covariance_root(scale, delta)
-    truth = torch.linalg.inv(precision(H, scale, delta))
-    torch.testing.assert_close(torch.diag(1 / per_weight(delta)) - W @ W.T, truth, rtol=1e-11, atol=1e-12)
-
-
 def test_solve(delta):
     H, scale, vectors = low_rank(), tensor(1.3), torch.randn(5, P, **f64)
     truth = torch.linalg.solve(precision(H, scale, delta), vectors.T).T
@@ -155,14 +148,11 @@ def test_stiff_directions_survive_single_precision():
     torch.testing.assert_close(deviations, torch.tensor([1e-6, 1e-3, 1.0]), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", ["covariance_root", "solve", "inv_sqrt"])
+@pytest.mark.parametrize("name", ["solve", "inv_sqrt"])
 def test_all_is_differentiable_in_scale_and_delta(name, delta):
     H, vectors = low_rank(), torch.randn(2, P, **f64)
 
     def function(scale, delta):
-        if name == "covariance_root":  # unique up to a rotation
-            W = H.covariance_root(scale, delta)
-            return W @ W.T
         return getattr(H, name)(vectors, scale, delta)
 
     assert torch.autograd.gradcheck(function, (tensor(1.3).requires_grad_(), delta.requires_grad_()))
@@ -215,7 +205,6 @@ def test_no_curvature_is_the_prior(delta):
     vectors = torch.randn(2, P, **f64)
     torch.testing.assert_close(H.solve(vectors, one, delta), vectors / per_weight(delta))
     torch.testing.assert_close(H.inv_sqrt(vectors, one, delta), vectors / per_weight(delta).sqrt())
-    assert H.covariance_root(one, delta).shape == (P, 0)
     assert not H.effective_parameters(one, torch.ones(3, **f64), GROUPS["tensors"])[0].any()
     torch.testing.assert_close((H + low_rank(2, torch.ones(2, **f64))).values, torch.ones(2, **f64))
     assert (H + H).rank == 0
