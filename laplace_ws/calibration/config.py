@@ -53,8 +53,9 @@ class MethodsConfig:
         curvature: exact GGN, GGN by sampled labels or signs, or empirical Fisher.
         kfac_approx: of the Kronecker structures: auto, expand or reduce, or a mapping from a pattern of layers to one of them.
         backend: native, asdl or backpack: who runs the model for the curvature; the numbers are the same.
-        priors: by what the prior precision of each posterior is chosen, one predictive each: by the log marginal likelihood of the training
-            images (marglik), or as the one number of a grid with the lowest NLL of the validation images (validation).
+        priors: by what the prior precision of each posterior is chosen, one predictive each: as it was in training, fixed or tuned with the
+            weights (training), by the log marginal likelihood of the trained weights (marglik), or as the one number of a grid with the
+            lowest NLL of the validation images (validation).
         prior_structure: which parameters share a prior precision, for marglik.
         pred_type: of the linearised network (glm), or of networks with sampled weights (nn).
         link_approx: how class probabilities follow from Gaussian logits.
@@ -66,7 +67,9 @@ class MethodsConfig:
     curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] = "ggn"
     kfac_approx: Literal["auto", "expand", "reduce"] | dict[str, str] = "auto"
     backend: str = "native"
-    priors: list[Literal["marglik", "validation"]] = field(default_factory=lambda: ["validation"])
+    priors: list[Literal["training", "marglik", "validation"]] = field(
+        default_factory=lambda: ["training", "validation"]
+    )
     prior_structure: Literal["scalar", "layerwise", "parameter"] = "layerwise"
     pred_type: Literal["glm", "nn"] = "glm"
     link_approx: Literal["probit", "mc", "bridge", "bridge_norm"] = "probit"

@@ -148,8 +148,13 @@ def make_posterior(config: CalibrateConfig, trained: TrainedRun, structure: Stru
 
 
 def choose_prior(la: BaseLaplace, prior: str, config: CalibrateConfig, trained: TrainedRun) -> None:
-    """Set the prior precision by "marglik" or "validation", see `MethodsConfig.priors`."""
+    """Set the prior precision, see `MethodsConfig.priors`."""
     m = config.methods
+    la.temperature = trained.temperature if prior == "training" else 1.0
+    if prior == "training":
+        by_name = [trained.prior_precision[name] for name in la.parameter_names]
+        la.prior_precision = torch.stack(by_name) if by_name[0].ndim == 0 else torch.cat(by_name)
+        return
     if prior == "marglik":
         la.optimize_prior_precision("marglik", prior_structure=m.prior_structure)
         return

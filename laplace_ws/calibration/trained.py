@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.folder import CONFIG, ExperimentError, Task
 from laplace_ws.experiment.run import device_of, load_data, make_model
 from laplace_ws.marglik.checkpoint import load_checkpoint
+from laplace_ws.matrices import by_parameter
+from laplace_ws.posterior import prior_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,8 @@ class TrainedRun:
         data: the run's training images, and the test images.
         x_validation: training images that the network was not trained on, normalised; empty where there are none.
         y_validation: their classes.
+        prior_precision: the prior precision that it was trained under, by parameter: a number, or one a weight.
+        temperature: of the likelihood that it was trained under.
     """
 
     config: RunConfig
@@ -38,6 +42,8 @@ class TrainedRun:
     data: ImageData
     x_validation: Float[Tensor, "V C H W"]
     y_validation: Int[Tensor, " V"]
+    prior_precision: Mapping[str, Tensor]
+    temperature: float
 
 
 def load_trained(config: CalibrateConfig) -> TrainedRun:
@@ -59,15 +65,24 @@ def load_trained(config: CalibrateConfig) -> TrainedRun:
     run = replace(run, device=config.device, data=data_config)
     data = load_data(run)
     model = make_model(run, data)
-    progress, weights = _kept_weights(path)
+    kept = _kept(path)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(kept.model)
     except RuntimeError as error:
         raise ExperimentError(
             f"the weights in '{path}' do not fit the network of '{path.with_name(CONFIG)}'; give a checkpoint of that run ({error})"
         ) from error
     x_validation, y_validation = _validation_images(run, data, d.n_validation)
-    return TrainedRun(run, model.eval(), progress, data, x_validation, y_validation)
+    return TrainedRun(
+        config=run,
+        model=model.eval(),
+        epoch=kept.epoch,
+        data=data,
+        x_validation=x_validation,
+        y_validation=y_validation,
+        prior_precision=_prior_precision(run, model, kept.hyper["log_prior_precision"]),
+        temperature=kept.hyper["log_temperature"].exp().item(),
+    )
 
 
 def checkpoint_path(given: str) -> Path:
@@ -117,11 +132,27 @@ def _from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     return cls(**{k: _from_dict(hints[k], v) if is_dataclass(hints.get(k)) else v for k, v in values.items()})
 
 
-def _kept_weights(path: Path) -> tuple[int, Mapping[str, Tensor]]:
-    """Epoch and weights that training kept: the best by marginal likelihood, or the last."""
+class _Kept(NamedTuple):
+    """What training kept: the best by marginal likelihood, or the last."""
+
+    epoch: int
+    model: Mapping[str, Tensor]
+    hyper: Mapping[str, Tensor]
+
+
+def _kept(path: Path) -> _Kept:
     state = load_checkpoint(path)
     best = state["progress"]["best"]
-    return (state["progress"]["epoch"], state["model"]) if best is None else (best["epoch"], best["model"])
+    if best is None:
+        return _Kept(state["progress"]["epoch"], state["model"], state["hyper"])
+    return _Kept(best["epoch"], best["model"], best["hyper"])
+
+
+def _prior_precision(run: RunConfig, model: nn.Module, log_delta: Float[Tensor, " G"]) -> dict[str, Tensor]:
+    """The prior precision by parameter, given that of each group."""
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    of_all = prior_groups(shapes, run.marglik.prior_structure).spread(log_delta.exp())
+    return by_parameter(of_all, shapes)
 
 
 def _validation_images(run: RunConfig, data: ImageData, n_validation: int | None) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from calibration.tiny import train_tiny
 from laplace_ws import Laplace
 from laplace_ws.calibration import CalibrateConfig, CalibrationDataConfig, MethodsConfig, as_text, run_calibration
 from laplace_ws.calibration import score as scoring
+from laplace_ws.calibration.methods import choose_prior, make_posterior
 from laplace_ws.calibration.trained import load_trained, read_run_config
 from laplace_ws.data import TensorLoader, corrupt, load_dataset
 from laplace_ws.experiment.config import DataConfig, RunConfig
@@ -22,7 +23,7 @@ from laplace_ws.metrics import evaluate_classification, ood_detection, ood_score
 
 N_VALIDATION, N_OOD, N_CORRUPTED = 50, 30, 20
 DATA = CalibrationDataConfig(n_validation=N_VALIDATION, ood="mnist", n_ood=N_OOD, n_corrupted=N_CORRUPTED)
-METHODS = MethodsConfig(laplace=["kron", "last_layer_full"], priors=["marglik", "validation"])
+METHODS = MethodsConfig(laplace=["kron", "last_layer_full"], priors=["training", "marglik", "validation"])
 NAMES = ["map", "temperature"] + [
     f"laplace_{structure}_{prior}" for structure in METHODS.laplace for prior in METHODS.priors
 ]
@@ -276,3 +277,23 @@ def test_weights_of_another_network_are_refused(config, folder, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
     with pytest.raises(ExperimentError, match="cannot be read as a checkpoint"):
         run_calibration(replace(config, checkpoint=str(tmp_path)))
+
+
+# ------------------------------------------------------------------ the prior of the training
+
+
+def test_the_prior_of_the_training_is_that_of_its_summary(folder, config):
+    """By parameter, also for a posterior of some of them."""
+    summary = json.loads((folder / "summary.json").read_text())["tuned"]
+    trained = load_trained(config)
+    assert len(set(summary["prior_precision"].values())) > 1
+    for structure in ("kron", "last_layer_full"):
+        la = make_posterior(config, trained, structure)
+        choose_prior(la, "training", config, trained)
+        expected = [summary["prior_precision"][name] for name in la.parameter_names]
+        assert la.prior_precision.tolist() == pytest.approx(expected, rel=1e-6)
+    whole = make_posterior(config, trained, "kron")
+    choose_prior(whole, "training", config, trained)
+    whole.fit(TensorLoader(trained.data.x_train, trained.data.y_train, batch_size=20))
+    assert whole.curvature.value == "ggn"
+    assert whole.log_marginal_likelihood().isfinite()

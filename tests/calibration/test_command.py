@@ -26,7 +26,8 @@ def test_files_are_written_beside_the_checkpoint_and_named(folder, capsys):
     assert f"report: {folder / 'calibration.html'}" in printed
     assert "last-layer kron (validation)" in printed
     found = json.loads((folder / "calibration.json").read_text())
-    assert list(found["methods"]) == ["map", "temperature", "laplace_last_layer_kron_validation"]
+    laplace = [f"laplace_last_layer_kron_{prior}" for prior in ("training", "validation")]
+    assert list(found["methods"]) == ["map", "temperature", *laplace]
     assert found["data"]["n_validation"] == 50
     assert found["config"]["methods"]["laplace"] == ["last_layer_kron"]
     assert found["trained"]["config"]["model"]["hidden"] == [5]
