@@ -27,4 +27,5 @@ autodoc_preserve_defaults = True
 maximum_signature_line_length = 100
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes that are properties too are described once
 napoleon_use_rtype = False

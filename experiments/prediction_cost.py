@@ -10,9 +10,11 @@ before; laplace-torch (extra `bench`) only up to a number of images, as its cost
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 
 import torch
 from study import read_config, write_result
@@ -62,11 +64,8 @@ def make_network(name: str, seed: int) -> nn.Module:
 
 
 def our_predictive(model: nn.Module, structure: str, data: list[tuple[Tensor, Tensor]]) -> Predict:
-    la = (
-        Laplace(model, "classification", hessian_structure=structure, kfac_approx="expand")
-        if structure == "kron"
-        else (Laplace(model, "classification", hessian_structure=structure))
-    )
+    options = {"kfac_approx": "expand"} if structure == "kron" else {}
+    la = Laplace(model, "classification", hessian_structure=structure, **options)
     la.fit(data)
     return la
 
@@ -81,41 +80,58 @@ def peer_predictive(model: nn.Module, structure: str, data: list[tuple[Tensor, T
     return lambda images: la(images, pred_type="glm", link_approx="probit")
 
 
-def cost(predict: Predict, x: Tensor, repetitions: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Item:
+    """One prediction to measure.
+
+    Attributes:
+        network: see `CostConfig`.
+        structure: of the Hessian.
+        n_images: of the prediction.
+        is_ours: whether ours or laplace-torch's.
+    """
+
+    network: str
+    structure: str
+    n_images: int
+    is_ours: bool
+
+
+def cost(config: CostConfig, item: Item) -> dict[str, float]:
     """Seconds and MB of a prediction, after a first one."""
-    predict(x[:1])
-    seconds = statistics.median(seconds_of(lambda: predict(x), x.device) for _ in range(repetitions))
+    torch.set_num_threads(config.threads)
+    model = make_network(item.network, config.seed).to(config.device)
+    generator = torch.Generator().manual_seed(config.seed)
+    images = torch.randn(max(item.n_images, config.n_train), 1, 28, 28, generator=generator).to(config.device)
+    x_train, x = images[: config.n_train], images[: item.n_images]
+    data = [(x_train, torch.arange(len(x_train), device=x.device) % 10)]
+    predict = (our_predictive if item.is_ours else peer_predictive)(model, item.structure, data)
+    predict(x[:2])
+    seconds = statistics.median(seconds_of(lambda: predict(x), x.device) for _ in range(config.repetitions))
     (peak,) = peak_bytes([lambda: predict(x)], x.device)
     return {"seconds": seconds, "megabytes": peak / 1e6}
 
 
 def run(config: CostConfig) -> list[dict]:
-    """One row for each network, structure and number of images."""
-    torch.set_num_threads(config.threads)
+    """One row for each network, structure and number of images; each figure is measured in a process of its own."""
     has_peer = config.largest_of_peer > 0 and importlib.util.find_spec("laplace") is not None
     rows = []
-    for network in config.networks:
-        images = torch.randn(max(config.batch_sizes), 1, 28, 28, generator=torch.Generator().manual_seed(config.seed))
-        images = images.to(config.device)
-        x = images[: config.n_train]
-        data = [(x, torch.arange(len(x), device=x.device) % 10)]
-        for structure in config.structures:
-            model = make_network(network, config.seed).to(config.device)
-            ours = our_predictive(model, structure, data)
-            theirs = peer_predictive(model, structure, data) if has_peer else None
-            for n in config.batch_sizes:
-                is_measured = theirs is not None and n <= config.largest_of_peer
-                rows.append(
-                    {
-                        "network": network,
-                        "n_weights": sum(p.numel() for p in model.parameters()),
-                        "structure": structure,
-                        "n_images": n,
-                        "ours": cost(ours, images[:n], config.repetitions),
-                        "laplace_torch": cost(theirs, images[:n], config.repetitions) if is_measured else None,
-                    }
-                )
-                print(as_markdown(rows[-1:]).splitlines()[-1], flush=True)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for network, structure, n in product(config.networks, config.structures, config.batch_sizes):
+            is_measured = has_peer and n <= config.largest_of_peer
+            item = Item(network, structure, n, is_ours=True)
+            theirs = pool.apply(cost, (config, replace(item, is_ours=False))) if is_measured else None
+            rows.append(
+                {
+                    "network": network,
+                    "n_weights": sum(p.numel() for p in make_network(network, config.seed).parameters()),
+                    "structure": structure,
+                    "n_images": n,
+                    "ours": pool.apply(cost, (config, item)),
+                    "laplace_torch": theirs,
+                }
+            )
+            print(as_markdown(rows[-1:]).splitlines()[-1], flush=True)
     return rows
 
 

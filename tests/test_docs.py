@@ -61,12 +61,12 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 
 def assert_says(printed: str, shown: str) -> None:
-    """Equal words; numbers equal to two units of the last digit shown, as machines round differently."""
+    """Equal words; numbers equal to two units of the last digit shown or to 5 %, as machines round differently."""
     assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split(), printed
     for found, said in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
         found, said = found.replace(",", ""), said.replace(",", "")
         decimals = len(said.partition(".")[2])
-        assert float(found) == pytest.approx(float(said), abs=2.01 * 10.0**-decimals), printed
+        assert float(found) == pytest.approx(float(said), abs=2.01 * 10.0**-decimals, rel=0.05), printed
 
 
 @pytest.mark.parametrize(
