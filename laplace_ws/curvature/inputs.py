@@ -93,7 +93,7 @@ def split_batch(batch: object, number: int, keys: BatchKeys = DEFAULT_KEYS) -> t
                 f"batch {number} has no {keys.y!r} among its entries ({', '.join(map(str, batch))}); name the targets by dict_key_y."
             )
         y = batch[keys.y]
-        x: Sequence[Any] = [_with_items(batch, {key: value for key, value in batch.items() if key != keys.y})]
+        x: Sequence[Any] = [without_targets(batch, keys)]
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
         *x, y = batch
     else:
@@ -105,6 +105,11 @@ def split_batch(batch: object, number: int, keys: BatchKeys = DEFAULT_KEYS) -> t
     if not isinstance(y, Tensor):
         raise InvalidBatchError(f"y of batch {number} is a {type(y).__name__} but must be one tensor.")
     return as_inputs(*x, keys=keys, name=f"x of batch {number}"), y
+
+
+def without_targets(batch: Mapping[Any, Any], keys: BatchKeys = DEFAULT_KEYS) -> Mapping[Any, Any]:
+    """A batch that is a mapping, without its targets, if it has any."""
+    return _with_items(batch, {key: value for key, value in batch.items() if key != keys.y})
 
 
 def as_inputs(*x: Any, keys: BatchKeys = DEFAULT_KEYS, name: str = "x") -> ModelInputs:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from laplace_ws.matrices.base import CurvatureMatrix, expand_per_weight
 from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh
-from laplace_ws.matrices.pushforward import Damping, DensePushforward, Layout
+from laplace_ws.matrices.pushforward import Damping, DensePushforward, Layout, Pushforward, RotatedPushforward
 
 
 class Dense(CurvatureMatrix):
@@ -56,7 +56,7 @@ class Dense(CurvatureMatrix):
         symmetric = (self.matrix + self.matrix.mT) / 2
         if self.decomposition_dtype != torch.float64:  # then it is definite by more than its rounding
             return symmetric.double()
-        values, vectors = eigh(symmetric, torch.float64, "the dense curvature")
+        values, vectors = self._eigen
         return (vectors * values) @ vectors.mT
 
     def damped(self, scale: Tensor, delta: Tensor) -> Float[Tensor, "P P"]:
@@ -97,9 +97,15 @@ class Dense(CurvatureMatrix):
             self._last = scale.clone(), delta.clone(), factor
         return self._last[2]
 
-    def pushforward(self, dampings: Sequence[Damping], layout: Layout) -> DensePushforward:
-        """See `CurvatureMatrix.pushforward`."""
+    def pushforward(self, dampings: Sequence[Damping], layout: Layout) -> Pushforward:
+        """See `CurvatureMatrix.pushforward`; several scalar δ share the eigenvectors of H in place of a factor each."""
+        if len(dampings) > 1 and all(delta.ndim == 0 for _, delta in dampings):
+            return RotatedPushforward(*self._eigen, dampings, layout)
         return DensePushforward([self.cholesky(*damping) for damping in dampings], dampings, layout)
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        return eigh((self.matrix + self.matrix.mT) / 2, torch.float64, "the dense curvature")
 
     def solve(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.solve`."""
@@ -118,4 +124,9 @@ class Dense(CurvatureMatrix):
     @classmethod
     def from_state_dict(cls, shapes: Mapping[str, torch.Size], state: Mapping[str, Any]) -> Dense:
         """See `CurvatureMatrix.from_state_dict`."""
-        return cls(shapes, state["matrix"])
+        matrix, n_params = state["matrix"], sum(shape.numel() for shape in shapes.values())
+        if matrix.shape != (n_params, n_params):
+            raise ValueError(
+                f"the saved matrix has shape {tuple(matrix.shape)}, which does not fit {n_params} weights."
+            )
+        return cls(shapes, matrix)

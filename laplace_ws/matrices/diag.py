@@ -86,4 +86,7 @@ class Diag(CurvatureMatrix):
     @classmethod
     def from_state_dict(cls, shapes: Mapping[str, torch.Size], state: Mapping[str, Any]) -> Diag:
         """See `CurvatureMatrix.from_state_dict`."""
-        return cls(shapes, state["values"])
+        values = state["values"]
+        if len(values) != sum(shape.numel() for shape in shapes.values()):
+            raise ValueError(f"the saved diagonal has {len(values)} entries, which do not fit the parameters.")
+        return cls(shapes, values)

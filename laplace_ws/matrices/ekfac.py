@@ -86,5 +86,7 @@ class Ekfac(BlockMatrix[EkfacBlock]):
         for name, shape in shapes.items():
             values = state[name]["values"]
             basis = EigenBasis(state[name]["Q_B"], state[name]["Q_A"], tuple(values.shape), state[name]["transposed"])
+            if values.numel() != shape.numel():
+                raise ValueError(f"the saved eigenvalues of {name!r} do not fit its shape {tuple(shape)}.")
             blocks[name] = EkfacBlock(shape, basis, values)
         return cls(blocks)

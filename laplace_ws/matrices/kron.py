@@ -120,7 +120,15 @@ class Kron(BlockMatrix[KronBlock]):
     @classmethod
     def from_state_dict(cls, shapes: Mapping[str, torch.Size], state: Mapping[str, Any]) -> Kron:
         """See `CurvatureMatrix.from_state_dict`."""
-        return cls({name: KronBlock(shape=shape, **state[name]) for name, shape in shapes.items()})
+        blocks = {name: KronBlock(shape=shape, **state[name]) for name, shape in shapes.items()}
+        for name, block in blocks.items():
+            n_groups = block.B.shape[0] if block.B.ndim == 3 else 1
+            n_inputs = 1 if block.A is None else block.A.shape[-1]
+            factors = (block.B, block.diagonal_B), (block.A, block.diagonal_A)
+            are_square = all(f is None or is_diagonal or f.shape[-1] == f.shape[-2] for f, is_diagonal in factors)
+            if not are_square or n_groups * block.B.shape[-1] * n_inputs != block.shape.numel():
+                raise ValueError(f"the saved factors of {name!r} do not fit its shape {tuple(block.shape)}.")
+        return cls(blocks)
 
 
 def at_least_one(n_inputs: float | Tensor) -> float | Tensor:

@@ -107,8 +107,51 @@ class SeparablePushforward(Pushforward):
         return sums
 
 
-class DensePushforward(Pushforward):
-    """For a Σ over all weights, by the Cholesky factors of the precisions: the rows of all parameter tensors are kept.
+class _WholePushforward(Pushforward):
+    """For a Σ over all weights: the rows of all parameter tensors are kept until all are there, in the order of the matrix."""
+
+    def __init__(self, dampings: Sequence[Damping], layout: Layout):
+        super().__init__(dampings, layout)
+        self._rows: list[Tensor] = []
+
+    def add(self, name: str, rows: Float[Tensor, "N K D"]) -> None:
+        """See `Pushforward.add`."""
+        self._rows.append(rows)
+
+    def result(self) -> list[Tensor]:
+        """See `Pushforward.result`."""
+        rows = torch.cat(self._rows, dim=2)
+        self._rows = []
+        return [covariance.to(rows.dtype) for covariance in self._covariances(rows.double())]
+
+    @abstractmethod
+    def _covariances(self, rows: Float[Tensor, "N K P"]) -> list[Tensor]:
+        """J Σ Jᵀ for each Σ."""
+
+
+class RotatedPushforward(_WholePushforward):
+    """For H = Q diag(l) Qᵀ and dampings of one number each.
+
+    Args:
+        values: l, float64.
+        vectors: Q, float64.
+        dampings: see `Pushforward`.
+        layout: see `Pushforward`.
+    """
+
+    def __init__(
+        self, values: Float[Tensor, " P"], vectors: Float[Tensor, "P P"], dampings: Sequence[Damping], layout: Layout
+    ):
+        super().__init__(dampings, layout)
+        self._values, self._vectors = values, vectors
+
+    def _covariances(self, rows: Float[Tensor, "N K P"]) -> list[Tensor]:
+        rotated = rows @ self._vectors
+        return [self.gram(rotated, 1 / (self._values * s.double() + delta.double())) for s, delta in self.dampings]
+
+
+class DensePushforward(_WholePushforward):
+    """For dampings of any kind, by the Cholesky factors of the precisions.
 
     Args:
         factors: lower Cholesky factor of s·H + diag(δ) for each damping.
@@ -119,19 +162,11 @@ class DensePushforward(Pushforward):
     def __init__(self, factors: Sequence[Float[Tensor, "P P"]], dampings: Sequence[Damping], layout: Layout):
         super().__init__(dampings, layout)
         self._factors = factors
-        self._rows: list[Tensor] = []
 
-    def add(self, name: str, rows: Float[Tensor, "N K D"]) -> None:
-        """See `Pushforward.add`; parameter tensors come in the order of the matrix."""
-        self._rows.append(rows)
-
-    def result(self) -> list[Tensor]:
-        """See `Pushforward.result`."""
-        rows = torch.cat(self._rows, dim=2)
-        self._rows = []
-        flat = rows.flatten(0, 1).double().mT
-        whitened = [torch.linalg.solve_triangular(L, flat, upper=False).mT.reshape(rows.shape) for L in self._factors]
-        return [self.gram(w).to(rows.dtype) for w in whitened]
+    def _covariances(self, rows: Float[Tensor, "N K P"]) -> list[Tensor]:
+        columns = rows.flatten(0, 1).mT
+        whitened = [torch.linalg.solve_triangular(L, columns, upper=False).mT for L in self._factors]
+        return [self.gram(w.reshape(rows.shape)) for w in whitened]
 
 
 class LowRankPushforward(Pushforward):

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laplace_ws.curvature import Backend, make_backend, parse_curvature
+from laplace_ws.curvature.backend import trainable_parameters
 from laplace_ws.curvature.compute import default_generator
 from laplace_ws.curvature.inputs import BatchKeys
 from laplace_ws.files import save_tensors
@@ -87,7 +88,12 @@ class BaseLaplace(TunedPrior):
         memory_budget: int = 2**28,
         class_names: Sequence[str] | None = None,
     ):
+        for name, value in (("mc_samples", mc_samples), ("memory_budget", memory_budget)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         if isinstance(subset_of_weights, WeightSubset):
+            if last_layer_name is not None or subnetwork_indices is not None:
+                raise ValueError("a WeightSubset says all; leave out last_layer_name and subnetwork_indices.")
             self.subset = subset_of_weights
         else:
             self.subset = make_subset(
@@ -97,7 +103,9 @@ class BaseLaplace(TunedPrior):
             raise ValueError(
                 f'hessian_structure={self.hessian_structure!r} covers parameters whole; a subnetwork needs "diag" or "full".'
             )
-        self._last_layer_is_a_guess = subset_of_weights == "last_layer" and last_layer_name is None
+        # what could be the last layer, where which of it is has been guessed
+        is_guess = subset_of_weights == "last_layer" and last_layer_name is None
+        self._trained = frozenset(trainable_parameters(model)) if is_guess else frozenset()
         parameters = self.subset.parameters(model)
         first = next(iter(parameters.values()))
         self.model = model
@@ -121,6 +129,7 @@ class BaseLaplace(TunedPrior):
         self._sums: FitSums | None = None
         self._fitted_options: dict[str, Any] = {}
         self._n_arguments = 1
+        self._surroundings = [], torch.zeros(0, 2, dtype=torch.float64)
 
     # ---------------------------------------------------------------- marginal likelihood
 

@@ -21,6 +21,7 @@ class EkfacLaplace(FactoredLaplace):
     """
 
     hessian_structure = "ekfac"
+    _reads_data_again = True
     _matrix = Ekfac
 
     def _take(self, pairs: Pairs, before: CurvatureMatrix | None) -> FitSums:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,7 @@ def posterior_state(la: BaseLaplace) -> dict[str, Any]:
         "memory_budget": la.memory_budget,
         "class_names": None if la.class_names is None else list(la.class_names),
         "n_arguments": la._n_arguments,
+        "surroundings": {"names": la._surroundings[0], "fingerprint": la._surroundings[1]},
         "mean": la.mean,
         "H": sums.H.state_dict(),
         "nll_sum": sums.nll_sum,
@@ -62,16 +64,34 @@ def check_format(state: Any, what: str = "the state") -> None:
         )
 
 
+@contextmanager
+def damage_explained() -> Iterator[None]:
+    """Turn what a missing or misshapen entry leads to into a sentence."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, FileFormatError):
+            raise
+        raise FileFormatError(
+            f"the saved posterior is damaged: an entry is missing or of the wrong kind ({type(error).__name__}: {error})."
+        ) from error
+
+
 def restore_posterior(la: BaseLaplace, state: Mapping[str, Any]) -> None:
-    """Give a posterior the fit, the hyperparameters and the settings of a saved one.
+    """Give a posterior the fit and the hyperparameters of a saved one.
 
     Raises:
-        FileFormatError: it is no posterior of this format.
+        FileFormatError: it is no posterior of this format, or a damaged one.
         ValueError: options, or parameters of the model, differ.
     """
+    check_format(state)
+    with damage_explained():
+        _restore(la, state)
+
+
+def _restore(la: BaseLaplace, state: Mapping[str, Any]) -> None:
     from laplace_ws.posterior.fitting import FitSums
 
-    check_format(state)
     check_model(la.model, state)
     covered = {name: tuple(shape) for name, shape in la.subset.parameter_shapes.items()}
     _check_parameters(covered, state["subset"]["parameters"], "this posterior")
@@ -87,14 +107,19 @@ def restore_posterior(la: BaseLaplace, state: Mapping[str, Any]) -> None:
     if torch.device(state["device"]).type != device.type:
         warnings.warn(f"the posterior was saved on {state['device']} and is loaded on {device}.", stacklevel=3)
     H = type(la)._matrix.from_state_dict(la.shapes, _on_device(state["H"], device))
+    if state["mean"].shape != la.mean.shape:
+        raise FileFormatError(
+            f"the mean of the saved posterior has {len(state['mean'])} weights in place of {la.n_params}."
+        )
+    for name in _HYPERPARAMETERS:
+        setattr(la, name, state[name])
     la._sums = FitSums(H, state["nll_sum"], state["n_data"], state["n_targets"], tuple(state["output_shape"]))
     la.mean = state["mean"].to(la.mean)
     la._fitted_options = la._options()
     la._n_arguments = state["n_arguments"]
-    la.class_names = None if state["class_names"] is None else tuple(state["class_names"])
-    la.memory_budget = state["memory_budget"]
-    for name in _HYPERPARAMETERS:
-        setattr(la, name, state[name])
+    la._surroundings = state["surroundings"]["names"], state["surroundings"]["fingerprint"].cpu()
+    if la.class_names is None and state["class_names"] is not None:
+        la.class_names = tuple(state["class_names"])
     la._new_check()
 
 

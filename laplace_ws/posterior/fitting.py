@@ -6,7 +6,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ from laplace_ws.curvature.backend import check_devices
 from laplace_ws.curvature.checks import N_PROBED, LinearisationCheck
 from laplace_ws.curvature.compute import Batches
 from laplace_ws.curvature.inputs import BatchKeys, ModelInputs, StructuredInputs, split_batch
-from laplace_ws.errors import NotFittedError
+from laplace_ws.errors import InvalidBatchError, NotFittedError
 from laplace_ws.matrices import CurvatureMatrix, Damping
 from laplace_ws.posterior.hyperparameters import PosteriorHyperparameters
 from laplace_ws.posterior.subset import WeightSubset, check_last_layer
+from laplace_ws.posterior.surroundings import check_surroundings, fingerprint, surroundings
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ class FittedPosterior(PosteriorHyperparameters):
     _fitted_options: dict[str, Any]
     _n_arguments: int
     _check: LinearisationCheck
-    _last_layer_is_a_guess: bool
+    _trained: frozenset[str]
+    _surroundings: tuple[list[str], Tensor]
+    _is_replaceable: bool
+    _reads_data_again: ClassVar[bool] = False
 
     @abstractmethod
     def _options(self) -> dict[str, Any]:
@@ -108,6 +112,13 @@ class FittedPosterior(PosteriorHyperparameters):
             InvalidBatchError: the data do not fit the model or the likelihood, or are empty.
             ValueError: data cannot be added, as weights or options are not those of the fit before.
         """
+        if n_data is not None and n_data < 1:
+            raise ValueError(f"n_data must be at least 1, got {n_data}.")
+        if self._reads_data_again and isinstance(train_loader, Iterator):
+            raise InvalidBatchError(
+                f"hessian_structure={self.hessian_structure!r} reads the data more than once, but a {type(train_loader).__name__} is used "
+                "up after the first pass; give a DataLoader or a list of batches."
+            )
         before = self._sums if not override else None
         if before is not None:
             self._check_same_fit()
@@ -116,7 +127,7 @@ class FittedPosterior(PosteriorHyperparameters):
             pairs = _Again(lambda: self._noted(tqdm(train_loader, desc="Laplace fit", unit="batch", disable=hidden)))
             sums = self._take(pairs, None if before is None else before.H)
         sums = sums.standing_for(n_data)
-        if before is not None and before.output_shape != sums.output_shape:
+        if before is not None and _form(before.output_shape) != _form(sums.output_shape):
             raise ValueError(
                 f"the data give outputs {list(sums.output_shape)} an example, those of the fit before {list(before.output_shape)}; fit "
                 "anew (override=True)."
@@ -124,6 +135,8 @@ class FittedPosterior(PosteriorHyperparameters):
         self._sums = sums if before is None else before + sums
         self._fitted_options = self._options()
         self.mean = self.subset.flat(self.model)
+        rest = surroundings(self.model, self.subset)
+        self._surroundings = list(rest), fingerprint(rest)
         self._new_check()
 
     @abstractmethod
@@ -145,9 +158,9 @@ class FittedPosterior(PosteriorHyperparameters):
             x, y = split_batch(batch, number, self.keys)
             if number == 0:
                 self._n_arguments = len(x.arguments) if isinstance(x, StructuredInputs) else 1
-                if self._last_layer_is_a_guess:
+                if self._trained:
                     check_devices(self.model, x)
-                    check_last_layer(self.model, x[:N_PROBED], self.subset)
+                    check_last_layer(self.model, x[:N_PROBED], self.subset, self._trained)
             yield x, y
 
     def _check_same_fit(self) -> None:
@@ -161,13 +174,17 @@ class FittedPosterior(PosteriorHyperparameters):
         self.check_weights()
 
     def check_weights(self) -> None:
-        """Raise unless the weights of the model are the mean of the posterior, to the rounding of float32."""
-        difference = (self.subset.flat(self.model).to(self.mean) - self.mean).abs().max().item()
-        if not difference <= 1e-6 * self.mean.abs().max().item():
-            raise ValueError(
-                f"the model's weights are not those of the fit (they differ by up to {difference:.3g}); put them back by "
-                "load_mean(), or fit anew."
-            )
+        """Raise unless the model is that of the fit: the covered weights to the rounding of float32, all else by its fingerprint."""
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        pairs = zip(self.subset.flat(self.model).to(self.mean).split(sizes), self.mean.split(sizes), strict=True)
+        for name, (weights, mean) in zip(self.shapes, pairs, strict=True):
+            difference = (weights - mean).abs().max().item()
+            if not difference <= 1e-6 * mean.abs().max().item():
+                raise ValueError(
+                    f"the model's weights are not those of the fit ({name!r} differs by up to {difference:.3g}); put them back by "
+                    "load_mean(), or fit anew."
+                )
+        check_surroundings(surroundings(self.model, self.subset), *self._surroundings)
 
     @torch.no_grad()
     def load_mean(self) -> None:
@@ -177,6 +194,7 @@ class FittedPosterior(PosteriorHyperparameters):
             parameters[name].copy_(tensor)
 
     def _new_check(self) -> None:
+        self._is_replaceable = False
         self._check = LinearisationCheck(self.backend, self.model, self.subset.parameters(self.model))
 
     @property
@@ -221,6 +239,11 @@ class FittedPosterior(PosteriorHyperparameters):
     def _damping(self) -> Damping:
         """Scale s and Δ such that the posterior precision is s·H + Δ."""
         return self._scale(self._sigma_noise, self._temperature), self._prior_precision
+
+
+def _form(output_shape: tuple[int, ...]) -> tuple[int, int]:
+    """What outputs must share: their dimensions, and the size of the last; sequences and images may be of any size."""
+    return len(output_shape), output_shape[-1] if output_shape else 1
 
 
 class _Again:

@@ -17,7 +17,7 @@ from laplace_ws.curvature.inputs import ModelInputs, own_copy
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.kfac import EmbeddingUse, MatrixUse, Use, rotated_gradients
 from laplace_ws.kfac.factors import total
-from laplace_ws.matrices import CurvatureMatrix, Damping, Layout, Pushforward
+from laplace_ws.matrices import CurvatureMatrix, Layout, Pushforward
 from laplace_ws.posterior.subset import WeightSubset
 
 DIAGONAL_COLUMNS = 16
@@ -36,7 +36,8 @@ class LinearisedModel:
         backend: who runs it.
         check: holds the backend against autograd, once for each way of using the weights.
         output_shape: of one example.
-        memory_budget: bytes that Jacobians and gradients may take at a time; one example is the least that is worked on.
+        memory_budget: bytes that Jacobians and gradients may take at a time. One example with the outputs of a covariance is the least that
+            is worked on; with `Layout.JOINT` it is all examples, and with `differentiable` the graph comes on top.
         differentiable: whether the moments can be differentiated in the inputs.
     """
 
@@ -49,14 +50,14 @@ class LinearisedModel:
     differentiable: bool = False
 
     def moments(
-        self, x: ModelInputs, H: CurvatureMatrix, dampings: Sequence[Damping], layout: Layout
+        self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward
     ) -> tuple[Float[Tensor, "N ..."], list[Tensor]]:
-        """Outputs f and, for each damping, the covariance J (s·H + Δ)⁻¹ Jᵀ in the layout.
+        """Outputs f and, for each damping of the pushforward, the covariance J (s·H + Δ)⁻¹ Jᵀ in its layout; both of at least float32.
 
-        Outputs `[N, T, C]` have, by example, one covariance a term, `[N, T, C, C]`; variances alone have the shape of f. Time and memory
-        are linear in examples and outputs, but for `Layout.JOINT`, whose result is quadratic.
+        Outputs `[N, T, C]` have, by example, one covariance a term, `[N, T, C, C]`; variances alone have the shape of f. Time is linear in
+        examples and outputs: a backward pass for each output. `Layout.JOINT`, whose result is quadratic, takes all examples at once.
         """
-        pushforward = H.pushforward(dampings, layout)
+        layout = pushforward.layout
         outputs, covariances = [], []
         with evaluation_mode(self.model), self.subset.active(self.model):
             self.check.start(x)
@@ -65,7 +66,9 @@ class LinearisedModel:
                 f, by_damping = self._part(x[start : start + n_at_once], H, pushforward)
                 outputs.append(f)
                 covariances.append(by_damping)
-        return torch.cat(outputs), [torch.cat(parts) for parts in zip(*covariances, strict=True)]
+        f, joined = torch.cat(outputs), [torch.cat(parts) for parts in zip(*covariances, strict=True)]
+        dtype = torch.promote_types(torch.promote_types(f.dtype, torch.float32), joined[0].dtype)
+        return f.to(dtype), [covariance.to(dtype) for covariance in joined]
 
     def _examples_at_once(self, layout: Layout) -> int:
         """How many examples fit into the memory budget, at least one."""
@@ -73,7 +76,8 @@ class LinearisedModel:
         if layout is Layout.DIAGONAL:
             n_columns = min(DIAGONAL_COLUMNS, math.prod(self.output_shape))
         largest = max(shape.numel() for shape in self.subset.parameter_shapes.values())
-        of_rows = 4 * _ROW_COPIES * n_columns * largest
+        size = max(4, *(p.element_size() for p in self.subset.parameters(self.model).values()))
+        of_rows = size * _ROW_COPIES * n_columns * largest
         of_activations = (n_columns + _ACTIVATION_COPIES) * self.check.column_bytes_an_example
         return max(1, int(self.memory_budget // (of_rows + of_activations)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC
 from collections.abc import Mapping
 from typing import ClassVar
@@ -54,6 +55,8 @@ class PosteriorHyperparameters(ABC):
         value = self._tensor(value)
         if value.shape not in ((), (self.n_params,)):
             raise ValueError(f"prior_mean must be a number or have shape [{self.n_params}], got {list(value.shape)}.")
+        if not value.isfinite().all():
+            raise ValueError("prior_mean must be finite.")
         self._prior_mean = value
 
     @property
@@ -76,15 +79,21 @@ class PosteriorHyperparameters(ABC):
 
     def _tensor(self, value: float | Tensor) -> Tensor:
         value = torch.as_tensor(value, dtype=torch.float64, device=self._device)
+        if not value.requires_grad:
+            value = value.clone()  # what the caller does to theirs later is no change of ours
         return value.squeeze() if value.numel() == 1 else value
 
     def _check_positive_scalar(self, name: str, value: float | Tensor) -> Tensor:
         value = self._tensor(value)
-        if value.ndim or not value > 0:
+        if value.ndim or not 0 < value < math.inf:
             raise ValueError(f"{name} must be one positive number, got {value.tolist()}.")
         return value
 
     def _check_sigma_noise(self, value: float | Tensor) -> Tensor:
+        if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.numel() > 1):
+            raise ValueError(
+                "sigma_noise is one number; for outputs of unequal noise use Gaussian(output_scales=[…]), whose common factor it is."
+            )
         value = self._check_positive_scalar("sigma_noise", value)
         if not self.likelihood.has_noise and value != 1:
             raise ValueError(f"the {self.likelihood.name} likelihood has no sigma_noise; leave it at 1.")
@@ -102,6 +111,10 @@ class PosteriorHyperparameters(ABC):
             )
         if not (value > 0).all():
             raise ValueError(f"prior_precision must be positive, but its smallest entry is {value.min().item():g}.")
+        if not value.isfinite().all():
+            raise ValueError(
+                "prior_precision must be finite; freeze the parameters that are to stay at the prior mean."
+            )
         return value
 
     @property

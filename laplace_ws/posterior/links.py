@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws.matrices.eigen import eigh
+
 
 class LinkApprox(str, Enum):
     """How E[p(y | f)] is approximated under a Gaussian f.
@@ -40,9 +42,12 @@ def bridge(f: Float[Tensor, "*S C"], covariance: Float[Tensor, "*S C C"], *, nor
     """Mean of the Dirichlet distribution that matches softmax(f).
 
     The softmax does not see the sum of the outputs, so the Gaussian is first conditioned on Σ_c f_c = 0. The Dirichlet parameters are
-    α_c = (1 − 2/C + e^{f_c} Σ_k e^{−f_k}/C²)/v_c.
+    α_c = (1 − 2/C + e^{f_c} Σ_k e^{−f_k}/C²)/v_c. Where the covariance is zero, f is certain, and the answer its softmax.
     """
     n_classes = f.shape[-1]
+    is_certain = (covariance == 0).flatten(-2).all(-1)[..., None, None]
+    certain = f.softmax(-1)
+    covariance = torch.where(is_certain, torch.eye(n_classes, dtype=f.dtype, device=f.device), covariance)
     row_sums = covariance.sum(-1)
     whole = row_sums.sum(-1)[..., None]
     f = f - row_sums * f.sum(-1, keepdim=True) / whole
@@ -54,7 +59,7 @@ def bridge(f: Float[Tensor, "*S C"], covariance: Float[Tensor, "*S C C"], *, nor
     # α relative to the largest, as e^f may not be finite
     shift = log_products.max(-1, keepdim=True).values.clamp_min(0)
     alpha = ((1 - 2 / n_classes) * (-shift).exp() + (log_products - shift).exp()) / variances
-    return alpha / alpha.sum(-1, keepdim=True)
+    return torch.where(is_certain[..., 0], certain, alpha / alpha.sum(-1, keepdim=True))
 
 
 def sample_outputs(
@@ -73,6 +78,7 @@ def root(covariance: Float[Tensor, "*B D D"]) -> Float[Tensor, "*B D D"]:
     wide = covariance.double()
     factor, info = torch.linalg.cholesky_ex(wide)
     if (info > 0).any():
-        values, vectors = torch.linalg.eigh(wide)
-        factor = torch.where((info > 0)[..., None, None], vectors * values.clamp_min(0).sqrt()[..., None, :], factor)
+        is_indefinite = info > 0
+        values, vectors = eigh(covariance[is_indefinite], torch.float64, "a covariance of outputs")
+        factor = factor.masked_scatter(is_indefinite[..., None, None], vectors * values.sqrt()[..., None, :])
     return factor.to(covariance.dtype)

@@ -31,6 +31,7 @@ class LowRankLaplace(BaseLaplace):
     """
 
     hessian_structure = "lowrank"
+    _reads_data_again = True
     _matrix = LowRank
 
     def __init__(self, model: nn.Module, likelihood: str | Likelihood, *, rank: int = 20, **options: Any):

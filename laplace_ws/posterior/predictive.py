@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
@@ -11,13 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws.curvature.backend import check_devices, evaluation_mode
-from laplace_ws.curvature.inputs import ModelInputs, as_inputs, call_model, own_copy
+from laplace_ws.curvature.checks import N_PROBED
+from laplace_ws.curvature.inputs import ModelInputs, as_inputs, call_model, own_copy, without_targets
 from laplace_ws.likelihoods import Categorical, RegressionLikelihood
 from laplace_ws.matrices import Damping, Layout
 from laplace_ws.posterior.fitting import FittedPosterior
 from laplace_ws.posterior.functional import LinearisedModel
 from laplace_ws.posterior.links import LinkApprox, bridge, probit_scaled, sample_outputs
-from laplace_ws.posterior.weights import weights_in_place
+from laplace_ws.posterior.weights import check_replaceable, weights_in_place
 
 Prediction = Tensor | tuple[Tensor, Tensor]
 """Probabilities; or, for regression, mean and covariance."""
@@ -70,7 +71,7 @@ class Predictive(FittedPosterior):
             joint: for regression by "glm": the covariance over all inputs and outputs.
             diagonal_output: variances alone, without the covariance between outputs; for "mc" and regression.
             observation_noise: for regression: add the variance of the observation noise, so that it is that of a target.
-            backprop: keep the graph to the inputs ("native" backend).
+            backprop: keep the graph to the inputs ("native" backend), and to the weights, whose `.grad` a backward pass fills.
             generator: source of randomness; default: torch's own.
 
         Returns:
@@ -92,6 +93,10 @@ class Predictive(FittedPosterior):
                 raise ValueError('joint=True needs pred_type="glm".')
             outputs = self._network_outputs(x, n_samples, generator, backprop)
             return self._mean_over_samples(outputs, diagonal_output, observation_noise)
+        if diagonal_output and link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM):
+            raise ValueError(
+                f"link_approx={link.value!r} needs the covariance of the outputs; leave out diagonal_output."
+            )
         diagonal_output = diagonal_output or not self._needs_covariance(link)
         f, (spread,) = self._moments(x, [self._damping], joint, diagonal_output, backprop)
         if isinstance(self.likelihood, RegressionLikelihood):
@@ -106,7 +111,9 @@ class Predictive(FittedPosterior):
             n_samples: S.
             generator: source of randomness; default: torch's own.
         """
-        dtype = torch.promote_types(self._dtype, torch.float32)  # a deviation would drown in the rounding of half precision
+        dtype = torch.promote_types(
+            self._dtype, torch.float32
+        )  # a deviation would drown in the rounding of half precision
         noise = torch.randn(n_samples, self.n_params, dtype=dtype, device=self._device, generator=generator)
         return self.mean + self.H.inv_sqrt(noise, *self._damping)
 
@@ -141,9 +148,8 @@ class Predictive(FittedPosterior):
         """
         if PredType(pred_type) is PredType.NN:
             return self._network_outputs(x, n_samples, generator, backprop)
-        f, covariance = self.functional_moments(x, joint=joint, diagonal_output=diagonal_output, backprop=backprop)
-        samples = _draw(f, covariance, n_samples, generator)
-        return samples.reshape(n_samples, -1, *self._output_shape) if joint else samples
+        f, (spread,) = self._moments(x, [self._damping], joint, diagonal_output, backprop)
+        return _draw(f, spread, n_samples, generator, joint=joint)
 
     def predictive_samples(
         self,
@@ -185,6 +191,8 @@ class Predictive(FittedPosterior):
         """Inputs to predict at, after all that speaks against it was raised."""
         self.H  # noqa: B018 - raises where there is no fit
         is_row = isinstance(x, (tuple, list)) and self._n_arguments > 1
+        if isinstance(x, Mapping):
+            x = without_targets(x, self.keys)
         inputs = as_inputs(*(x if is_row else (x,)), keys=self.keys)
         check_devices(self.model, inputs)
         self.check_weights()
@@ -194,16 +202,24 @@ class Predictive(FittedPosterior):
         self, x: Any, dampings: list[Damping], joint: bool, diagonal_output: bool, backprop: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """Outputs, and their covariance under each damping."""
-        H, x = self.H, self._inputs(x)
+        x = self._inputs(x)
+        layout = self._layout(joint, diagonal_output)
+        return self._linearised(backprop).moments(x, self.H, self.H.pushforward(dampings, layout))
+
+    def _layout(self, joint: bool, diagonal_output: bool) -> Layout:
+        """Which covariances of the outputs there are."""
+        if joint and diagonal_output:
+            raise ValueError("joint asks for all covariances and diagonal_output for none; choose one of them.")
         n_axes = len(self._output_shape)
         is_blockwise = n_axes <= 1 or (n_axes == 2 and isinstance(self.likelihood, Categorical))
-        layout = Layout.JOINT if joint else Layout.EXAMPLE
-        if not joint and (diagonal_output or not is_blockwise):
-            layout = Layout.DIAGONAL
-        linearised = LinearisedModel(
+        if joint:
+            return Layout.JOINT
+        return Layout.EXAMPLE if is_blockwise and not diagonal_output else Layout.DIAGONAL
+
+    def _linearised(self, backprop: bool = False) -> LinearisedModel:
+        return LinearisedModel(
             self.model, self.subset, self.backend, self._check, self._output_shape, self.memory_budget, backprop
         )
-        return linearised.moments(x, H, dampings, layout)
 
     def _needs_covariance(self, link: LinkApprox) -> bool:
         """Whether variances of the outputs are not enough."""
@@ -217,11 +233,12 @@ class Predictive(FittedPosterior):
         self, f: Tensor, spread: Tensor, link: LinkApprox, n_samples: int, generator: torch.Generator | None
     ) -> Float[Tensor, "N ..."]:
         """E[p(y | f)] for outputs with mean f and the given covariances or variances."""
-        if link is LinkApprox.PROBIT:
-            return self.likelihood.predictive_mean(probit_scaled(f, spread))
-        if link is LinkApprox.MC:
-            return self.likelihood.predictive_mean(_draw(f, spread, n_samples, generator)).mean(0)
-        return bridge(f, spread, normalised=link is LinkApprox.BRIDGE_NORM)
+        with torch.autocast(f.device.type, enabled=False):
+            if link is LinkApprox.PROBIT:
+                return self.likelihood.predictive_mean(probit_scaled(f, spread))
+            if link is LinkApprox.MC:
+                return self.likelihood.predictive_mean(_draw(f, spread, n_samples, generator)).mean(0)
+            return bridge(f, spread, normalised=link is LinkApprox.BRIDGE_NORM)
 
     def _of_targets(
         self, f: Tensor, spread: Tensor, sigma_noise: Tensor | None, *, joint: bool = False
@@ -230,12 +247,13 @@ class Predictive(FittedPosterior):
         likelihood = self.likelihood
         assert isinstance(likelihood, RegressionLikelihood)
         if joint:
-            f = f.reshape(len(f), -1)
             mean = likelihood.predictive_mean(f)
             variances = spread.diagonal().reshape(f.shape)
-            of_means = torch.arange(mean.shape[1], device=f.device)  # the first outputs, if there are others
-            spread = spread.reshape(*f.shape, *f.shape)[:, of_means][..., of_means].flatten(0, 1).flatten(1)
-            mean = mean.flatten()
+            places = torch.arange(f.numel(), device=f.device).reshape(f.shape)
+            of_means = (
+                places if f.ndim == 1 else places[..., : mean.shape[-1]]
+            ).flatten()  # the first, if there are others
+            spread, mean = spread[of_means][:, of_means], mean.flatten()
         else:
             variances = spread.diagonal(dim1=-2, dim2=-1).reshape(f.shape) if spread.ndim > f.ndim else spread
             mean, spread = likelihood.moments(f, spread)
@@ -250,12 +268,23 @@ class Predictive(FittedPosterior):
     ) -> Float[Tensor, "S N ..."]:
         """Outputs of the network at weights drawn from the posterior."""
         x = self._inputs(x)
+        if n_samples < 1:
+            raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
+        self._check_replaceable(x)
         outputs = []
         with evaluation_mode(self.model), torch.set_grad_enabled(backprop):
             for weights in self._drawn_weights(n_samples, generator):
                 with weights_in_place(self.model, self.subset.tensors(self.model, weights)):
                     outputs.append(call_model(self.model, own_copy(x)))
         return torch.stack(outputs)
+
+    def _check_replaceable(self, x: ModelInputs) -> None:
+        """Once a fit: raise unless the model runs on the weights that are put in place of its own."""
+        if self._is_replaceable:
+            return
+        with evaluation_mode(self.model), self.subset.active(self.model):
+            check_replaceable(self.model, x[:N_PROBED], self.subset)
+        self._is_replaceable = True
 
     def _drawn_weights(self, n_samples: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, " P"]]:
         """Samples one by one, drawn as many together as memory allows."""
@@ -274,6 +303,8 @@ class Predictive(FittedPosterior):
         if observation_noise:
             sigma = self.sigma_noise.to(outputs.dtype)
             noise = self.likelihood.noise_variance(outputs, torch.zeros_like(outputs), sigma).mean(0)
+        if len(means) < 2:
+            raise ValueError("the variance over sampled networks needs n_samples of at least 2.")
         if diagonal_output or mean.ndim > 2:
             return mean, means.var(0) + noise
         deviations = (means - mean).reshape(len(means), len(mean), -1)
@@ -281,11 +312,18 @@ class Predictive(FittedPosterior):
         return mean, covariance + torch.diag_embed(noise.reshape(covariance.shape[:-1]))
 
 
-def _draw(f: Tensor, spread: Tensor, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S N ..."]:
+def _draw(
+    f: Tensor, spread: Tensor, n_samples: int, generator: torch.Generator | None, *, joint: bool = False
+) -> Float[Tensor, "S N ..."]:
     """Outputs from N(f, spread), by covariances or, where it has the shape of f, variances."""
-    if spread.shape == f.shape:
-        noise = torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
-        return f + spread.sqrt() * noise
-    if f.ndim == 1 and spread.ndim == 3:  # one output an example, without an axis of its own
-        return sample_outputs(f[:, None], spread, n_samples, generator)[..., 0]
-    return sample_outputs(f, spread, n_samples, generator)
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
+    with torch.autocast(f.device.type, enabled=False):
+        if joint:
+            return sample_outputs(f.flatten(), spread, n_samples, generator).reshape(n_samples, *f.shape)
+        if spread.shape == f.shape:
+            noise = torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
+            return f + spread.sqrt() * noise
+        if f.ndim == 1:  # one output an example, without an axis of its own
+            return sample_outputs(f[:, None], spread, n_samples, generator)[..., 0]
+        return sample_outputs(f, spread, n_samples, generator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from laplace_ws.likelihoods import Likelihood, likelihood_from_state
 from laplace_ws.posterior.base import BaseLaplace
 from laplace_ws.posterior.diag import DiagLaplace
 from laplace_ws.posterior.ekfac import EkfacLaplace
-from laplace_ws.posterior.files import check_format, check_model, saved_subset
+from laplace_ws.posterior.files import check_format, check_model, damage_explained, saved_subset
 from laplace_ws.posterior.full import FullLaplace
 from laplace_ws.posterior.kron import KronLaplace
 from laplace_ws.posterior.lowrank import LowRankLaplace
@@ -22,6 +22,8 @@ from laplace_ws.posterior.lowrank import LowRankLaplace
 STRUCTURES: dict[str, type[BaseLaplace]] = {
     cls.hessian_structure: cls for cls in (KronLaplace, EkfacLaplace, DiagLaplace, FullLaplace, LowRankLaplace)
 }
+
+_OWN_OPTIONS = {"kfac_approx": ("kron", "ekfac"), "factor_precision": ("kron", "ekfac"), "rank": ("lowrank",)}
 
 
 def Laplace(
@@ -40,6 +42,11 @@ def Laplace(
         hessian_structure: "kron", "ekfac", "diag", "full" or "lowrank".
         **options: see `BaseLaplace` and the class of the structure.
     """
+    for option, structures in _OWN_OPTIONS.items():
+        if option in options and hessian_structure in STRUCTURES and hessian_structure not in structures:
+            raise ValueError(
+                f"{option} is for hessian_structure={' and '.join(map(repr, structures))}, not {hessian_structure!r}; leave it out."
+            )
     if hessian_structure not in STRUCTURES:
         raise ValueError(
             f"unknown hessian_structure {hessian_structure!r}: choose one of {', '.join(map(repr, STRUCTURES))}."
@@ -68,18 +75,29 @@ def load_posterior(
     """
     state = load_tensors(path, "a posterior")
     check_format(state, f"'{path}'")
-    check_model(model, state)
-    options = dict(state["options"])
-    structure = STRUCTURES[options.pop("hessian_structure")]
-    saved_likelihood = options.pop("likelihood")
-    la = structure(
-        model,
-        likelihood or likelihood_from_state(saved_likelihood),
-        subset_of_weights=saved_subset(state, next(model.parameters()).device),
-        backend=backend or state["backend"],
-        dict_key_x=state["dict_key_x"],
-        dict_key_y=state["dict_key_y"],
-        **options,
-    )
+    with damage_explained():
+        check_model(model, state)
+        options = dict(state["options"])
+        structure = STRUCTURES[options.pop("hessian_structure")]
+        saved_likelihood = options.pop("likelihood")
+        la = structure(
+            model,
+            likelihood or _likelihood(saved_likelihood),
+            subset_of_weights=saved_subset(state, next(model.parameters()).device),
+            backend=backend or state["backend"],
+            dict_key_x=state["dict_key_x"],
+            dict_key_y=state["dict_key_y"],
+            memory_budget=state["memory_budget"],
+            **options,
+        )
     la.load_state_dict(state)
     return la
+
+
+def _likelihood(state: Mapping[str, Any]) -> Likelihood:
+    try:
+        return likelihood_from_state(state)
+    except ValueError as error:
+        raise ValueError(
+            f"the saved posterior has a likelihood of your own, {state['name']!r}; pass one like it as likelihood=."
+        ) from error

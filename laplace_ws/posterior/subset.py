@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -71,13 +71,20 @@ class WeightSubset:
         return torch.cat(parts)
 
     def tensors(self, model: nn.Module, flat: Float[Tensor, " P"]) -> dict[str, Tensor]:
-        """Each parameter with the covered weights taken from a flat vector, and the rest from the model."""
+        """Each parameter with the covered weights taken from a flat vector, and the rest, padding of embeddings too, from the model."""
         tensors = {}
         parts = flat.split([shape.numel() for shape in self.shapes.values()])
         for (name, p), part in zip(self.parameters(model).items(), parts, strict=True):
             if name in self.selection:
                 part = p.detach().flatten().index_copy(0, self.selection[name], part.to(p.dtype))
             tensors[name] = part.to(p.dtype).view(p.shape)
+        for module in model.modules():
+            # the row of padding has no gradient, so it is no random variable either
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                for name, p in self.parameters(model).items():
+                    if p is module.weight:
+                        row = torch.tensor([module.padding_idx], device=p.device)
+                        tensors[name] = tensors[name].index_copy(0, row, p.detach()[row])
         return tensors
 
 
@@ -109,7 +116,7 @@ def make_subset(
     if subset_of_weights == "all":
         return _whole(trainable)
     if subset_of_weights == "last_layer":
-        return _whole(_matching(trainable, [last_layer_name or last_layer(model)], "last_layer_name"))
+        return _whole(_matching(model, trainable, [last_layer_name or last_layer(model)], "last_layer_name"))
     if subnetwork_indices is not None:
         return _subnetwork(trainable, subnetwork_indices)
     if isinstance(subset_of_weights, str):
@@ -118,7 +125,7 @@ def make_subset(
             f"unknown subset_of_weights {subset_of_weights!r}: choose one of {known}, or give a list of patterns of names "
             f"([{subset_of_weights!r}])."
         )
-    return _whole(_matching(trainable, list(subset_of_weights), "subset_of_weights"))
+    return _whole(_matching(model, trainable, list(subset_of_weights), "subset_of_weights"))
 
 
 def last_layer(model: nn.Module) -> str:
@@ -136,17 +143,18 @@ def last_layer(model: nn.Module) -> str:
     return holders[-1]
 
 
-def check_last_layer(model: nn.Module, x: ModelInputs, subset: WeightSubset) -> None:
-    """Raise unless the covered parameters are those of the module with parameters that the model calls last.
+def check_last_layer(model: nn.Module, x: ModelInputs, subset: WeightSubset, trained: Collection[str]) -> None:
+    """Raise unless the covered parameters are those of the module with trained parameters that the model calls last.
 
     Raises:
         ValueError: they are not; names the module that is.
     """
+    of_trained = {id(p) for name, p in model.named_parameters() if name in trained}
     called: list[tuple[str, nn.Module]] = []
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name, module=module: called.append((name, module)))
         for name, module in model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
+        if any(id(p) in of_trained for p in module.parameters(recurse=False))
     ]
     try:
         with evaluation_mode(model), torch.no_grad():
@@ -167,11 +175,19 @@ def _whole(parameters: Mapping[str, nn.Parameter]) -> WeightSubset:
     return WeightSubset({name: p.shape for name, p in parameters.items()}, {})
 
 
-def _matching(parameters: Mapping[str, nn.Parameter], patterns: Sequence[str], option: str) -> dict[str, nn.Parameter]:
-    """The parameters that match a pattern, or lie in a module that does."""
+def _matching(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], patterns: Sequence[str], option: str
+) -> dict[str, nn.Parameter]:
+    """The parameters that match a pattern, or lie in a module that does, by any of their names."""
+    first_names = {id(p): name for name, p in parameters.items()}
+    aliases = [(alias, p) for alias, p in model.named_parameters(remove_duplicate=False) if id(p) in first_names]
     chosen = set()
     for pattern in patterns:
-        matches = {n for n in parameters if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"{pattern}.*")}
+        matches = {
+            first_names[id(p)]
+            for alias, p in aliases
+            if fnmatch.fnmatchcase(alias, pattern) or fnmatch.fnmatchcase(alias, f"{pattern}.*")
+        }
         if not matches:
             raise ValueError(
                 f"{option} {pattern!r} matches no parameter that requires grad; there are {', '.join(list(parameters)[:8])}"
@@ -184,11 +200,13 @@ def _matching(parameters: Mapping[str, nn.Parameter], patterns: Sequence[str], o
 def _subnetwork(parameters: Mapping[str, nn.Parameter], indices: Int[Tensor, " D"]) -> WeightSubset:
     n_params = sum(p.numel() for p in parameters.values())
     indices = torch.as_tensor(indices)
+    if indices.dtype == torch.bool and indices.shape == (n_params,):
+        indices = indices.nonzero().flatten()
     is_valid = indices.ndim == 1 and not indices.is_floating_point() and indices.dtype != torch.bool and len(indices)
     if not is_valid or indices.min() < 0 or indices.max() >= n_params or len(indices.unique()) < len(indices):
         raise ValueError(
             f"subnetwork_indices must be distinct integers from 0 to {n_params - 1}, places in the flat vector of all weights that "
-            "require grad; make them with laplace_ws.posterior.subnetwork."
+            f"require grad, or a mask of these {n_params}; make them with laplace_ws.posterior.subnetwork."
         )
     indices = indices.sort().values
     shapes, selection, start = {}, {}, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -18,8 +19,8 @@ from tqdm import tqdm
 from laplace_ws.curvature.compute import Batches
 from laplace_ws.curvature.inputs import ModelInputs, split_batch
 from laplace_ws.errors import InvalidBatchError
-from laplace_ws.likelihoods import RegressionLikelihood
-from laplace_ws.matrices import Damping
+from laplace_ws.likelihoods import Categorical, RegressionLikelihood
+from laplace_ws.matrices import Layout, Pushforward, expand_per_weight
 from laplace_ws.posterior.groups import PriorStructure, prior_groups
 from laplace_ws.posterior.links import LinkApprox
 from laplace_ws.posterior.optimum import BOUNDS, optimal_prior_and_noise
@@ -101,6 +102,7 @@ class TunedPrior(Predictive):
             The prior precision.
         """
         method = TuningMethod(method)
+        options = PredictionOptions(PredType(pred_type), LinkApprox(link_approx), n_samples, generator)
         structure = PriorStructure(prior_structure)
         structure.check(self.hessian_structure)
         if optimize_noise and not self.likelihood.has_noise:
@@ -111,12 +113,15 @@ class TunedPrior(Predictive):
                 "temperature)."
             )
         if method is TuningMethod.MARGLIK:
+            if val_loader is not None or loss != "nll":
+                raise ValueError(
+                    'method="marglik" looks at the training data alone; leave out val_loader and loss, or use "gridsearch" or "gradient".'
+                )
             delta, sigma = optimal_prior_and_noise(self, structure, fix_noise=not optimize_noise)  # type: ignore[arg-type]
             self.prior_precision, self.sigma_noise = delta, sigma
             return self.prior_precision
         if val_loader is None:
             raise ValueError(f'method={method.value!r} needs val_loader; use method="marglik" without validation data.')
-        options = PredictionOptions(PredType(pred_type), LinkApprox(link_approx), n_samples, generator)
         if method is TuningMethod.GRADIENT:
             if loss != "nll" or options.pred_type is PredType.NN or options.link is not LinkApprox.PROBIT:
                 raise ValueError(
@@ -162,12 +167,23 @@ class TunedPrior(Predictive):
         """The score of each prior precision, in one pass over the data."""
         predictions: list[list[Any]] = [[] for _ in grid]
         targets = []
+        scale = self._damping[0]
+        dampings = [(scale, scale.new_tensor(delta)) for delta in grid]
+        pushforward = self.H.pushforward(dampings, self._layout(False, not self._needs_covariance(options.link)))
         for x, y in self._validation(val_loader):
-            for of_point, prediction in zip(predictions, self._predictions(x, y, grid, options), strict=True):
-                of_point.append(prediction)
-            targets.append(y)
+            at_points = self._predictions(x, y, grid, pushforward, options)
+            for of_point, prediction in zip(predictions, at_points, strict=True):
+                of_point.append(self._by_term(prediction))
+            targets.append(self._by_term(y, is_label=True))
         y = torch.cat(targets)
         return [score(_joined(of_point), y) for of_point in predictions]
+
+    def _by_term(self, prediction: Any, *, is_label: bool = False) -> Any:
+        """Predictions or targets of sequences and images with one row a term, so that those of different sizes can be joined."""
+        if isinstance(prediction, tuple):
+            return tuple(self._by_term(part) for part in prediction)
+        n_axes = 1 if is_label and isinstance(self.likelihood, Categorical) else 2
+        return prediction.flatten(0, -n_axes) if prediction.ndim > n_axes else prediction
 
     def _validation(self, val_loader: Batches) -> Iterator[tuple[ModelInputs, Tensor]]:
         """Inputs and targets."""
@@ -179,7 +195,7 @@ class TunedPrior(Predictive):
             raise InvalidBatchError("val_loader holds no batch; give an iterable that is not empty or used up.")
 
     def _predictions(
-        self, x: ModelInputs, y: Tensor, grid: Sequence[float], options: PredictionOptions
+        self, x: ModelInputs, y: Tensor, grid: Sequence[float], pushforward: Pushforward, options: PredictionOptions
     ) -> Iterator[Any]:
         """Predictions at each prior precision, from one linearisation; by sampling, with the same draws for each."""
         state = _state_of(options.generator, self._device)
@@ -195,9 +211,7 @@ class TunedPrior(Predictive):
             finally:
                 self.prior_precision = before
             return
-        scale = self._damping[0]
-        dampings = [(scale, scale.new_tensor(delta)) for delta in grid]
-        f, spreads = self._moments(x, dampings, False, not self._needs_covariance(options.link), False)
+        f, spreads = self._linearised().moments(self._inputs(x), self.H, pushforward)
         self.likelihood.check(f, y)
         for spread in spreads:
             _restore(options.generator, state, self._device)
@@ -224,7 +238,7 @@ class TunedPrior(Predictive):
         groups = prior_groups(self.shapes, structure)
         index = groups.index.to(self._device)
         n_groups = len(groups.names)
-        start = self._group_means(self.prior_precision.log(), index, n_groups)
+        start = self._group_means(index, n_groups)
         is_tuned = [optimize_noise, optimize_temperature]
         rest = torch.stack([self.sigma_noise.log(), self.temperature.log()])[
             torch.tensor(is_tuned, device=self._device)
@@ -239,11 +253,11 @@ class TunedPrior(Predictive):
         def value_and_gradient(point: Any) -> tuple[float, Any]:
             values = torch.as_tensor(point, dtype=torch.float64, device=self._device).requires_grad_(True)
             total, n_all, gradient = 0.0, 0, torch.zeros_like(values)
+            delta, sigma, tau = hyperparameters(values)
+            pushforward = self.H.pushforward([(self._scale(sigma, tau), delta)], Layout.DIAGONAL)
             for x, y in self._validation(val_loader):
                 for part in self._differentiable_parts(len(x)):
-                    delta, sigma, tau = hyperparameters(values)
-                    damping: Damping = (self._scale(sigma, tau), delta)
-                    f, (spread,) = self._moments(x[part], [damping], False, True, False)
+                    f, (spread,) = self._linearised().moments(self._inputs(x[part]), self.H, pushforward)
                     self.likelihood.check(f, y[part])
                     if isinstance(self.likelihood, RegressionLikelihood):
                         prediction: Any = self._variances_of_targets(f, spread, sigma)
@@ -253,8 +267,11 @@ class TunedPrior(Predictive):
                     if not n_targets:
                         continue
                     nll = predictive_nll(self.likelihood, prediction, y[part]).double() * n_targets
-                    gradient += torch.autograd.grad(nll, values)[0]
+                    gradient += torch.autograd.grad(nll, values, retain_graph=True)[0]
                     total, n_all = total + nll.item(), n_all + n_targets
+            if not n_all or not math.isfinite(total):
+                what = f"their negative log likelihood is {total}" if n_all else "none of their targets counts"
+                raise InvalidBatchError(f"the validation data choose no prior precision: {what}; look at val_loader.")
             return total / n_all, (gradient / n_all).cpu().numpy()
 
         limits = [math.log(bound) for bound in BOUNDS]
@@ -267,15 +284,19 @@ class TunedPrior(Predictive):
             bounds=[tuple(limits)] * len(point),
             options={"maxiter": n_steps, "ftol": 1e-12, "gtol": 1e-7},
         )
+        if not found.success:
+            warnings.warn(
+                f"the gradient method stopped after {found.nit} steps before its end ({found.message}).", stacklevel=4
+            )
         values = torch.as_tensor(found.x, dtype=torch.float64, device=self._device)
         self.prior_precision, self.sigma_noise, self.temperature = hyperparameters(values)
 
-    def _group_means(self, log_delta: Tensor, index: Tensor, n_groups: int) -> Float[Tensor, " G"]:
-        """Where to start from: the present log δ, averaged over each group."""
-        if log_delta.ndim == 0 or len(log_delta) != len(index):
-            return log_delta.mean().expand(n_groups)
-        sums = log_delta.new_zeros(n_groups).index_add_(0, index, log_delta)
-        return sums / torch.bincount(index, minlength=n_groups)
+    def _group_means(self, index: Tensor, n_groups: int) -> Float[Tensor, " G"]:
+        """Where to start from: the present log δ, averaged over the weights of each group."""
+        log_delta = self.prior_precision_diag.log()
+        group_of_weight = expand_per_weight(index, self.shapes)
+        sums = log_delta.new_zeros(n_groups).index_add_(0, group_of_weight, log_delta)
+        return sums / torch.bincount(group_of_weight, minlength=n_groups)
 
     def _differentiable_parts(self, n_examples: int) -> Iterator[slice]:
         """Examples whose Jacobians over all weights, which the gradient needs at a time, fit into the memory budget."""

@@ -286,7 +286,7 @@ def test_errors():
     with torch.no_grad():
         next(model.parameters()).add_(1.0)
     for predict in (la, lambda z: la(z, pred_type="nn"), la.functional_samples):
-        with pytest.raises(ValueError, match=r"not those of the fit \(they differ by up to 1\)"):
+        with pytest.raises(ValueError, match=r"not those of the fit \('0\.weight' differs by up to 1\)"):
             predict(x)
     la.load_mean()
     la(x)
