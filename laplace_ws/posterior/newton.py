@@ -22,6 +22,8 @@ TOLERANCE = 1e-9
 """Largest error of a logarithm at the optimum."""
 _MAX_STEPS = 200
 _MAX_HALVINGS = 40
+_NEAR = 1e-6
+_MOST_POLISHING = 3
 
 
 def log_ratio(
@@ -69,18 +71,22 @@ def joint_optimum(
 ) -> Float[Tensor, " G"]:
     """log δ of groups that interact, by Newton's method on all h at once; never a step down the log marginal likelihood.
 
-    Where Newton's step does not go up, MacKay's does, if it is short enough: h has the sign of the gradient.
+    Where Newton's step does not go up, MacKay's does, if it is short enough: h has the sign of the gradient. So near the optimum that the value
+    rises by less than its rounding, Newton's steps are taken as they are.
     """
-    t = start.clamp(low, high)
+    t, n_polished = start.clamp(low, high), 0
     for _ in range(_MAX_STEPS):
         gamma, decrease = effective(t.exp())
         h = log_ratio(gamma, square_sums, t)
         at_limit = ((t >= high) & (h > 0)) | ((t <= low) & (h < 0))
         h = torch.where(at_limit, 0.0, h.clamp(low - high, high - low))
-        if h.abs().max() <= TOLERANCE:
+        if h.abs().max() <= TOLERANCE or n_polished == _MOST_POLISHING:
             break
         jacobian = decrease / gamma.clamp_min(torch.finfo(gamma.dtype).tiny)[:, None]
         jacobian = torch.where(at_limit[:, None], 0.0, jacobian) + torch.eye(len(t), dtype=t.dtype, device=t.device)
+        if h.abs().max() <= _NEAR:
+            t, n_polished = (t + torch.linalg.solve(jacobian, h)).clamp(low, high), n_polished + 1
+            continue
         origin = t
         for step, n_halvings in ((torch.linalg.solve(jacobian, h), 3), (h, _MAX_HALVINGS)):
             t = uphill(lambda x: log_evidence(x.clamp(low, high)), origin, step, n_halvings).clamp(low, high)

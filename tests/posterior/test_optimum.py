@@ -211,3 +211,35 @@ def test_without_noise_the_noise_stays():
     delta, sigma = la.optimal_prior_and_noise("layerwise")
     assert sigma == 1
     torch.testing.assert_close(delta, la.optimal_prior_precision("layerwise"), rtol=0, atol=0)
+
+
+def test_a_search_does_not_go_on_where_values_differ_by_their_rounding():
+    """A perceptron whose last steps towards the joint optimum of priors and noise are lost in the rounding of the log determinant."""
+    torch.manual_seed(0)
+    parts = []
+    for low in (-3, 1):
+        part = low + 2 * torch.rand(75, 1, dtype=F64)
+        parts.append((part, torch.sin(2 * part) + 0.2 * torch.randn_like(part)))
+    x, y = (torch.cat(pair) for pair in zip(*parts, strict=True))
+    model = nn.Sequential(nn.Linear(1, 50), nn.Tanh(), nn.Linear(50, 1)).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=1e-3)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    la = Laplace(model, "regression", hessian_structure="full")
+    la.fit([(x, y)])
+    n_values = 0
+    log_det = la.H.log_det
+
+    def counted(*args):
+        nonlocal n_values
+        n_values += 1
+        return log_det(*args)
+
+    la.H.log_det = counted
+    la.optimize_prior_precision(prior_structure="layerwise", optimize_noise=True)
+    assert n_values < 500
+    evidence = Evidence(la, prior_groups(la.shapes, "layerwise"))
+    gamma, _ = evidence.effective(la.sigma_noise.log().item(), la.prior_precision[::2])
+    torch.testing.assert_close(gamma, la.prior_precision[::2] * evidence.square_sums, rtol=1e-7, atol=0)
