@@ -123,7 +123,7 @@ def main() -> None:
     table = collect(results)
     print(as_markdown(table))
     write_result(
-        config, "calibrate", {"data": results[0].data, "environment": results[0].environment, "methods": table}
+        config, config.train.name, {"data": results[0].data, "environment": results[0].environment, "methods": table}
     )
 
 

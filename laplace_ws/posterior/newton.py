@@ -71,8 +71,8 @@ def joint_optimum(
 ) -> Float[Tensor, " G"]:
     """log δ of groups that interact, by Newton's method on all h at once; never a step down the log marginal likelihood.
 
-    Where Newton's step does not go up, MacKay's does, if it is short enough: h has the sign of the gradient. So near the optimum that the value
-    rises by less than its rounding, Newton's steps are taken as they are.
+    Where Newton's step does not go up, MacKay's does, if it is short enough: h has the sign of the gradient. Where h is so small that the
+    value rises by less than its rounding, Newton's steps are taken as they are.
     """
     t, n_polished = start.clamp(low, high), 0
     for _ in range(_MAX_STEPS):

@@ -13,6 +13,7 @@ from torch import Tensor
 from laplace_ws.curvature.backend import check_devices, evaluation_mode
 from laplace_ws.curvature.checks import N_PROBED
 from laplace_ws.curvature.inputs import ModelInputs, as_inputs, call_model, own_copy, without_targets
+from laplace_ws.kfac.sharing import at_least_float32
 from laplace_ws.likelihoods import Categorical, RegressionLikelihood
 from laplace_ws.matrices import Damping, Layout
 from laplace_ws.posterior.fitting import FittedPosterior
@@ -111,9 +112,8 @@ class Predictive(FittedPosterior):
             n_samples: S.
             generator: source of randomness; default: torch's own.
         """
-        dtype = torch.promote_types(
-            self._dtype, torch.float32
-        )  # a deviation would drown in the rounding of half precision
+        # in half precision a deviation would drown in the rounding
+        dtype = torch.promote_types(self._dtype, torch.float32)
         noise = torch.randn(n_samples, self.n_params, dtype=dtype, device=self._device, generator=generator)
         return self.mean + self.H.inv_sqrt(noise, *self._damping)
 
@@ -249,10 +249,9 @@ class Predictive(FittedPosterior):
         if joint:
             mean = likelihood.predictive_mean(f)
             variances = spread.diagonal().reshape(f.shape)
+            # means are the first outputs, where there are others
             places = torch.arange(f.numel(), device=f.device).reshape(f.shape)
-            of_means = (
-                places if f.ndim == 1 else places[..., : mean.shape[-1]]
-            ).flatten()  # the first, if there are others
+            of_means = (places if f.ndim == 1 else places[..., : mean.shape[-1]]).flatten()
             spread, mean = spread[of_means][:, of_means], mean.flatten()
         else:
             variances = spread.diagonal(dim1=-2, dim2=-1).reshape(f.shape) if spread.ndim > f.ndim else spread
@@ -275,7 +274,7 @@ class Predictive(FittedPosterior):
         with evaluation_mode(self.model), torch.set_grad_enabled(backprop):
             for weights in self._drawn_weights(n_samples, generator):
                 with weights_in_place(self.model, self.subset.tensors(self.model, weights)):
-                    outputs.append(call_model(self.model, own_copy(x)))
+                    outputs.append(at_least_float32(call_model(self.model, own_copy(x))))
         return torch.stack(outputs)
 
     def _check_replaceable(self, x: ModelInputs) -> None:

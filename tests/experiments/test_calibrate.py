@@ -27,7 +27,7 @@ def test_every_seed_is_scored_and_collected(tmp_path, monkeypatch, capsys):
         sys, "argv", ["calibrate.py", "--config", str(path), "--train.out", str(tmp_path), "--out", str(tmp_path)]
     )
     calibrate.main()
-    found = json.loads((tmp_path / "calibrate.json").read_text())["rows"]
+    found = json.loads((tmp_path / "tiny.json").read_text())["rows"]
     methods = found["methods"]
     assert list(methods) == ["map", "temperature", "laplace_last_layer_kron_marglik"]
     assert found["data"]["n_corrupted"] == 20

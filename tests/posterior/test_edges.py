@@ -13,6 +13,7 @@ from laplace_ws import Gaussian, InvalidBatchError, Laplace, UnsupportedParamete
 from laplace_ws.files import FileFormatError
 from laplace_ws.posterior import prior_groups
 from laplace_ws.posterior.links import bridge
+from laplace_ws.posterior.validation import Unknowns
 
 F64 = torch.float64
 
@@ -354,12 +355,13 @@ def test_a_search_starts_from_the_present_values():
     starts = {}
     for structure in ("scalar", "parameter", "weight"):
         groups = prior_groups(la.shapes, structure)
-        starts[structure] = la._group_means(groups.index, len(groups.names)).exp()
+        starts[structure] = Unknowns(la, groups, False, False).present().exp()
     torch.testing.assert_close(starts["parameter"], of_tensors)
     torch.testing.assert_close(starts["weight"], of_tensors.repeat_interleave(sizes))
     torch.testing.assert_close(starts["scalar"].log(), (of_tensors.log() @ sizes.double() / sizes.sum())[None])
     la.prior_precision = starts["weight"]
-    torch.testing.assert_close(la._group_means(prior_groups(la.shapes, "parameter").index, 4).exp(), of_tensors)
+    found = Unknowns(la, prior_groups(la.shapes, "parameter"), False, True).present().exp()
+    torch.testing.assert_close(found, torch.cat([of_tensors, torch.ones(1, dtype=F64)]))
 
 
 def test_a_generator_is_refused_where_data_are_read_again():
@@ -428,7 +430,7 @@ def test_points_of_a_grid_see_the_same_draws_of_torchs_own_generator():
         from laplace_ws.posterior.links import LinkApprox
         from laplace_ws.posterior.predictive import PredType
         from laplace_ws.posterior.scores import make_score
-        from laplace_ws.posterior.tuning import PredictionOptions
+        from laplace_ws.posterior.validation import PredictionOptions
 
         torch.manual_seed(3)
         options = PredictionOptions(PredType.GLM, LinkApprox.MC, 7, None)

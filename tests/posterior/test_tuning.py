@@ -13,7 +13,7 @@ from laplace_ws.metrics import evaluate_classification
 from laplace_ws.posterior.links import LinkApprox
 from laplace_ws.posterior.predictive import PredType
 from laplace_ws.posterior.scores import make_score, predictive_nll
-from laplace_ws.posterior.tuning import PredictionOptions
+from laplace_ws.posterior.validation import PredictionOptions
 
 GRID = torch.logspace(-2, 3, 6, dtype=torch.float64)
 
@@ -216,3 +216,18 @@ def test_errors():
     binary.fit([(torch.randn(4, 2), torch.ones(4, 1))])
     with pytest.raises(ValueError, match="loss='ece' is for \"classification\", not for 'binary'"):
         binary.optimize_prior_precision("gridsearch", val_loader=data, loss="ece")
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_adam_goes_where_newton_is(structure):
+    """On the way up it never uses another pass over the data, and its steps start from the present values."""
+    la, _, _ = fitted(structure, "mlp-regression", sigma_noise=0.5, prior_precision=1.0)
+    la.optimize_prior_precision(prior_structure="scalar", optimize_noise=True)
+    expected = la.prior_precision.clone(), la.sigma_noise.clone()
+    la.prior_precision, la.sigma_noise = 1.0, 0.5
+    la.optimize_prior_precision(optimizer="adam", optimize_noise=True, n_steps=1, lr=0.1)
+    assert abs(math.log(la.prior_precision)) == pytest.approx(0.1, rel=1e-3)
+    la.optimize_prior_precision(optimizer="adam", optimize_noise=True, n_steps=2000, lr=0.02)
+    torch.testing.assert_close((la.prior_precision, la.sigma_noise), expected, rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd'"):
+        la.optimize_prior_precision(optimizer="sgd")
