@@ -295,7 +295,7 @@ def test_bad_files_are_refused_in_one_line(text, says, no_training, tmp_path, ca
 def test_unwritable_folder_is_refused_before_training(no_training, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert main(["train", "--out", str(tmp_path / "file"), "--data.n_train", "50"]) == 2
-    assert f"the run folder '{tmp_path / 'file' / 'run'}' cannot be written" in capsys.readouterr().err
+    assert f"the folder '{tmp_path / 'file' / 'run'}' cannot be written" in capsys.readouterr().err
 
 
 def test_divergence_names_the_network_and_keeps_what_there_is(config_file, tmp_path, capsys):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from laplace_ws.calibration.score import ScoredImages, load_scored_images, score
 from laplace_ws.calibration.trained import TrainedRun, checkpoint_path, load_trained
 from laplace_ws.data.corruptions import PARAMETERS
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
-from laplace_ws.experiment.folder import ExperimentError, write_whole
+from laplace_ws.experiment.folder import make_writable, write_whole
 from laplace_ws.experiment.run import explained, torch_settings
 from laplace_ws.marglik.checkpoint import CheckpointError
 
@@ -84,20 +83,13 @@ def check_config(config: CalibrateConfig) -> None:
 
 
 def output_folder(config: CalibrateConfig) -> Path:
-    """Make the folder of the results and write into it, so that what could fail at the end fails now.
+    """Make the folder of the results, see `make_writable`.
 
     Raises:
         ExperimentError: it cannot be written, or there is no checkpoint whose folder it would be.
     """
     folder = Path(config.out) if config.out else checkpoint_path(config.checkpoint).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"laplace_ws")
-    except OSError as error:
-        raise ExperimentError(
-            f"the folder '{folder}' cannot be written ({error.strerror}); set another with --out"
-        ) from error
+    make_writable(folder, "--out")
     return folder
 
 

@@ -41,6 +41,26 @@ class Task:
         return "checkpoint.pt" if self.prior_precision is None else f"checkpoint-{self.run}.pt"
 
 
+def make_writable(folder: Path, options: str) -> None:
+    """Make a folder and write into it, so that what could fail at the end fails now.
+
+    Args:
+        folder: where results will go.
+        options: what sets it, for the message.
+
+    Raises:
+        ExperimentError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"laplace_ws")
+    except OSError as error:
+        raise ExperimentError(
+            f"the folder '{folder}' cannot be written ({error.strerror}); set another with {options}"
+        ) from error
+
+
 def prepare_folder(folder: Path, config: RunConfig, tasks: Sequence[Task], resume: bool) -> None:
     """Make the run folder and write into it, so that what could fail at the end fails now.
 
@@ -49,14 +69,7 @@ def prepare_folder(folder: Path, config: RunConfig, tasks: Sequence[Task], resum
     settings = {key: value for key, value in asdict(config).items() if key not in NOT_PART_OF_THE_RESULT}
     sections = ("data", "model", "marglik", "baselines")
     settings = {key: value for key, value in flatten(settings, config_keys()).items() if key not in sections}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"laplace_ws")
-    except OSError as error:
-        raise ExperimentError(
-            f"the run folder '{folder}' cannot be written ({error.strerror}); set another with --out or --name"
-        ) from error
+    make_writable(folder, "--out or --name")
     checkpoints = [folder / task.checkpoint for task in tasks]
     begun = [path for path in checkpoints if path.exists()]
     if resume:
