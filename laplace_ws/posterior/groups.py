@@ -24,7 +24,8 @@ class PriorStructure(str, Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> PriorStructure:
-        raise ValueError(f"prior_structure={value!r} is not one of {[member.value for member in cls]}")
+        hint = ' ("weight": one for each weight)' if value in ("diag", "diagonal") else ""
+        raise ValueError(f"prior_structure={value!r} is not one of {[member.value for member in cls]}{hint}")
 
     def check(self, hessian_structure: str) -> None:
         """Refuse a structure of the prior that the structure of the Hessian cannot carry."""

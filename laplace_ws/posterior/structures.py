@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,14 @@ STRUCTURES: dict[str, type[BaseLaplace]] = {
 }
 
 _OWN_OPTIONS = {"kfac_approx": ("kron", "ekfac"), "factor_precision": ("kron", "ekfac"), "rank": ("lowrank",)}
+_BY_CURVATURE = "choose by curvature=, kfac_approx=, mc_samples= and backend="
+_IN_LAPLACE_TORCH = {
+    "enable_backprop": "pass backprop=True to the prediction",
+    "backend_kwargs": _BY_CURVATURE,
+    "asdl_fisher_kwargs": _BY_CURVATURE,
+    "feature_reduction": "reduce the features in the model",
+}
+"""Options that users of laplace-torch know, and what takes their place."""
 
 
 def Laplace(
@@ -51,7 +61,20 @@ def Laplace(
         raise ValueError(
             f"unknown hessian_structure {hessian_structure!r}: choose one of {', '.join(map(repr, STRUCTURES))}."
         )
+    check_options(STRUCTURES[hessian_structure], options)
     return STRUCTURES[hessian_structure](model, likelihood, subset_of_weights=subset_of_weights, **options)
+
+
+def check_options(structure: type[BaseLaplace], options: Iterable[str]) -> None:
+    """Raise `TypeError` for an option that a posterior does not have, with what might be meant."""
+    known = {name for cls in structure.__mro__ for name in inspect.signature(cls.__init__).parameters}
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, [*known, "hessian_structure"], n=1)
+            mend = _IN_LAPLACE_TORCH.get(option) or (
+                f"did you mean {near[0]!r}" if near else f"see {structure.__name__}"
+            )
+            raise TypeError(f"Laplace has no option {option!r}; {mend}.")
 
 
 def load_posterior(

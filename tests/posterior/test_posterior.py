@@ -184,3 +184,18 @@ def test_precision_of_the_factors_is_an_option_that_is_saved():
     assert 0 < (single - rounded).norm() / single.norm() < 2**-8
     with pytest.raises(ValueError, match="the saved posterior has factor_precision='bf16', this one 'float32'"):
         posteriors["float32"].load_state_dict(posteriors["bf16"].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("hesian_structure", "no option 'hesian_structure'; did you mean 'hessian_structure'"),
+        ("prior_precison", "did you mean 'prior_precision'"),
+        ("enable_backprop", "pass backprop=True to the prediction"),
+        ("backend_kwargs", "choose by curvature=, kfac_approx=, mc_samples= and backend="),
+        ("zzz", "no option 'zzz'; see KronLaplace"),
+    ],
+)
+def test_options_that_are_not_there(option, message):
+    with pytest.raises(TypeError, match=message):
+        Laplace(nn.Linear(2, 2), "classification", **{option: 1})
