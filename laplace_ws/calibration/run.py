@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 
 from laplace_ws._version import __version__
 from laplace_ws.calibration.config import CalibrateConfig
-from laplace_ws.calibration.methods import check_validation, make_methods, make_posterior
-from laplace_ws.calibration.result import CalibrationResult
+from laplace_ws.calibration.methods import Method, check_validation, make_methods, make_posterior
+from laplace_ws.calibration.result import CalibrationResult, MethodResult
 from laplace_ws.calibration.score import ScoredImages, load_scored_images, score
 from laplace_ws.calibration.trained import TrainedRun, checkpoint_path, load_trained
 from laplace_ws.data.corruptions import PARAMETERS
@@ -42,7 +43,7 @@ def run_calibration(config: CalibrateConfig) -> CalibrationResult:
         for structure in config.methods.laplace:
             make_posterior(config, trained, structure).check(trained.data.x_train[: config.data.batch_size])
         with torch_settings(config.threads, config.seed):
-            methods = tuple(score(method, images, config) for method in make_methods(config, trained))
+            methods = tuple(_scored(method, images, config, start) for method in make_methods(config, trained))
     return CalibrationResult(
         config=asdict(config),
         environment={
@@ -53,7 +54,7 @@ def run_calibration(config: CalibrateConfig) -> CalibrationResult:
             "device": str(trained.data.x_test.device),
         },
         trained={
-            "checkpoint": str(checkpoint_path(config.checkpoint)),
+            "checkpoint": str(trained.path),
             "epoch": trained.epoch,
             "config": asdict(trained.config),
         },
@@ -61,6 +62,13 @@ def run_calibration(config: CalibrateConfig) -> CalibrationResult:
         methods=methods,
         total_seconds=time.perf_counter() - start,
     )
+
+
+def _scored(method: Method, images: ScoredImages, config: CalibrateConfig, start: float) -> MethodResult:
+    """The scores of a method; says on stderr that it is done, as all of them take minutes."""
+    result = score(method, images, config)
+    print(f"{time.perf_counter() - start:6.0f} s  {method.label}", file=sys.stderr, flush=True)
+    return result
 
 
 def check_config(config: CalibrateConfig) -> None:

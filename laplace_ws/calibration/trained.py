@@ -26,6 +26,7 @@ class TrainedRun:
     """A network as its training run left it.
 
     Attributes:
+        path: of the checkpoint.
         config: of the run, with data and device of the calibration.
         model: with the weights that training kept.
         epoch: of these weights.
@@ -36,6 +37,7 @@ class TrainedRun:
         temperature: of the likelihood that it was trained under.
     """
 
+    path: Path
     config: RunConfig
     model: nn.Module
     epoch: int
@@ -74,6 +76,7 @@ def load_trained(config: CalibrateConfig) -> TrainedRun:
         ) from error
     x_validation, y_validation = _validation_images(run, data, d.n_validation)
     return TrainedRun(
+        path=path,
         config=run,
         model=model.eval(),
         epoch=kept.epoch,

@@ -97,7 +97,7 @@ class Categorical(Likelihood):
         if y.shape != f.shape[:-1]:
             raise InvalidBatchError(
                 f"the classification likelihood needs labels of shape {tuple(f.shape[:-1])} for outputs {tuple(f.shape)}, "
-                f"but they are {tuple(y.shape)}."
+                f"but they are {tuple(y.shape)}{' (one-hot? use y.argmax(-1))' if y.shape == f.shape else ''}."
             )
         if y.is_floating_point() or y.dtype == torch.bool:
             raise InvalidBatchError(f"class labels must be integers, but they are {y.dtype}; use y.long().")

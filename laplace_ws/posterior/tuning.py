@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -133,7 +134,15 @@ class TunedPrior(ValidatedPrior):
         scores = self._scores(batches, grid.tolist(), make_score(loss, self.likelihood), options)
         if not any(math.isfinite(score) for score in scores):
             raise ValueError("no point of the grid has a finite score; look at the loss and the validation data.")
-        self.prior_precision = grid[min(range(grid_size), key=lambda i: (not math.isfinite(scores[i]), scores[i]))]
+        # of equals the stiffer one, as the data then do not ask for more freedom
+        best = min(range(grid_size), key=lambda i: (not math.isfinite(scores[i]), scores[i], -i))
+        if grid_size > 1 and best in (0, grid_size - 1):
+            warnings.warn(
+                f"the best prior precision of the grid, {grid[best]:g}, lies at its edge; widen it by log_prior_prec_min and "
+                "log_prior_prec_max, or take it that the loss hardly depends on the prior.",
+                stacklevel=2,
+            )
+        self.prior_precision = grid[best]
         return self.prior_precision
 
     def optimal_prior_precision(self, prior_structure: str = "layerwise") -> Tensor:

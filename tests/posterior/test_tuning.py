@@ -231,3 +231,18 @@ def test_adam_goes_where_newton_is(structure):
     torch.testing.assert_close((la.prior_precision, la.sigma_noise), expected, rtol=1e-3, atol=0)
     with pytest.raises(ValueError, match="unknown optimizer 'sgd'"):
         la.optimize_prior_precision(optimizer="sgd")
+
+
+def test_a_choice_at_the_edge_of_the_grid_is_said_and_ties_are_stiff():
+    """The mean of a regression does not depend on the prior, so that its error says nothing about it."""
+    la, x, y = fitted("full", "mlp-regression")
+    with pytest.warns(UserWarning, match="the best prior precision of the grid, 100, lies at its edge"):
+        la.optimize_prior_precision(
+            "gridsearch",
+            val_loader=[(x, y)],
+            loss=lambda mean, y: (mean - y).square().mean(),
+            log_prior_prec_min=-2,
+            log_prior_prec_max=2,
+            grid_size=5,
+        )
+    assert la.prior_precision == 100
