@@ -56,7 +56,7 @@ def run_calibration(config: CalibrateConfig) -> CalibrationResult:
         trained={
             "checkpoint": str(trained.path),
             "epoch": trained.epoch,
-            "config": asdict(trained.config),
+            "config": trained.stored,
         },
         data=_describe(config, trained, images),
         methods=methods,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from laplace_ws.calibration.config import CalibrateConfig
 from laplace_ws.data import ImageData, balanced_indices, load_dataset
 from laplace_ws.experiment.config import RunConfig
-from laplace_ws.experiment.folder import CONFIG, ExperimentError, Task
+from laplace_ws.experiment.folder import CONFIG, ExperimentError, Json, Task
 from laplace_ws.experiment.run import device_of, load_data, make_model
 from laplace_ws.marglik.checkpoint import load_checkpoint
 from laplace_ws.matrices import by_parameter
@@ -27,6 +27,7 @@ class TrainedRun:
 
     Attributes:
         path: of the checkpoint.
+        stored: the run's own configuration, as it wrote it.
         config: of the run, with data and device of the calibration.
         model: with the weights that training kept.
         epoch: of these weights.
@@ -38,6 +39,7 @@ class TrainedRun:
     """
 
     path: Path
+    stored: Json
     config: RunConfig
     model: nn.Module
     epoch: int
@@ -58,7 +60,7 @@ def load_trained(config: CalibrateConfig) -> TrainedRun:
         ValueError: a subset is larger than what there is.
     """
     path = checkpoint_path(config.checkpoint)
-    run = read_run_config(path.with_name(CONFIG))
+    run, stored = _read_run_config(path.with_name(CONFIG))
     d = config.data
     # What the run tested on may have been held-out training images; here these are for validation alone.
     data_config = replace(
@@ -77,6 +79,7 @@ def load_trained(config: CalibrateConfig) -> TrainedRun:
     x_validation, y_validation = _validation_images(run, data, d.n_validation)
     return TrainedRun(
         path=path,
+        stored=stored,
         config=run,
         model=model.eval(),
         epoch=kept.epoch,
@@ -105,11 +108,16 @@ def checkpoint_path(given: str) -> Path:
 
 
 def read_run_config(path: Path) -> RunConfig:
-    """The configuration that `laplace-ws train` wrote into its run folder.
+    """The configuration that `laplace-ws train` wrote into its run folder; what is no part of the result has its default.
 
     Raises:
         ExperimentError: it is missing, damaged, or of another version.
     """
+    return _read_run_config(path)[0]
+
+
+def _read_run_config(path: Path) -> tuple[RunConfig, Json]:
+    """The configuration, and what the file says of it, by sections."""
     try:
         flat = json.loads(path.read_text(encoding="utf-8"))
         sections: dict[str, Any] = {}
@@ -119,7 +127,7 @@ def read_run_config(path: Path) -> RunConfig:
                 sections.setdefault(section, {})[name] = value
             else:
                 sections[section] = value
-        return _from_dict(RunConfig, sections)
+        return _from_dict(RunConfig, sections), sections
     except FileNotFoundError as error:
         raise ExperimentError(
             f"'{path}', which says how the network was made, is missing; give a checkpoint in its run folder"

@@ -297,3 +297,11 @@ def test_the_prior_of_the_training_is_that_of_its_summary(folder, config):
     whole.fit(TensorLoader(trained.data.x_train, trained.data.y_train, batch_size=20))
     assert whole.curvature.value == "ggn"
     assert whole.log_marginal_likelihood().isfinite()
+
+
+def test_the_training_is_described_as_its_run_wrote_it(folder, config, result):
+    """Not with the test images of the calibration, nor with defaults in place of what is no part of a run's result."""
+    stored = result.trained["config"]
+    assert "workers" not in stored
+    assert stored["data"]["n_test"] == 40
+    assert stored["model"]["hidden"] == [5]
