@@ -104,8 +104,19 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
     assert process.returncode == 130
     assert "interrupted; nothing was written" in err
     assert "Traceback" not in err
-    assert not Path(f"/proc/{worker}").exists()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and is_running(worker):
+        time.sleep(0.1)
+    assert not is_running(worker)
     assert list(scratch.iterdir()) == list((tmp_path / "out").iterdir()) == []
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie, which an orphan is until the system collects it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def children_of(pid: int) -> list[int]:
