@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from laplace_ws.files import FileFormatError, load_tensors, save_tensors
 
 FORMAT_VERSION = 1
 _SETTINGS_TO_NAME = 4
@@ -23,12 +23,7 @@ class CheckpointError(RuntimeError):
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors and primitives) so that `path` is always whole: the old file or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        torch.save({"format_version": FORMAT_VERSION, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    save_tensors(path, {"format_version": FORMAT_VERSION, **state})
 
 
 def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
@@ -38,12 +33,10 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
         CheckpointError: the file is damaged, or is no checkpoint of this format.
     """
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(
-            f"'{path}' cannot be read as a checkpoint ({error}); remove it to start afresh"
-        ) from error
-    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
+        state = load_tensors(path, "a checkpoint", map_location)
+    except FileFormatError as error:
+        raise CheckpointError(f"{str(error).rstrip('.')}; remove it to start afresh") from error
+    if state.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"'{path}' is not a checkpoint of format {FORMAT_VERSION}; remove it to start afresh")
     return state
 

@@ -76,9 +76,9 @@ class CurvatureMatrix(ABC):
         """The coordinates of one parameter tensor in which `pushforward` takes rows; None for its own, flattened."""
         return None
 
+    @abstractmethod
     def pushforward(self, dampings: Sequence[Damping], layout: Layout) -> Pushforward:
         """The sum of J Σ Jᵀ over the parameter tensors, with Σ = (s·H + diag(δ))⁻¹ for each (s, δ)."""
-        raise NotImplementedError
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -322,7 +322,7 @@ def _draw(
             return sample_outputs(f.flatten(), spread, n_samples, generator).reshape(n_samples, *f.shape)
         if spread.shape == f.shape:
             noise = torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
-            return f + spread.sqrt() * noise
+            return f + spread.clamp_min(0).sqrt() * noise  # a variance of zero may be rounded below it
         if f.ndim == 1:  # one output an example, without an axis of its own
             return sample_outputs(f[:, None], spread, n_samples, generator)[..., 0]
         return sample_outputs(f, spread, n_samples, generator)

@@ -9,11 +9,15 @@ from cases import double
 from posterior.shared import STRUCTURES, case_of, dense_moments, fitted
 from torch import nn
 
-from laplace_ws import Gaussian, InvalidBatchError, Laplace, UnsupportedParameterError, load_posterior
+from laplace_ws import Categorical, Gaussian, InvalidBatchError, Laplace, UnsupportedParameterError, load_posterior
+from laplace_ws.curvature import Curvature
 from laplace_ws.files import FileFormatError
+from laplace_ws.kfac import KfacApprox
 from laplace_ws.posterior import prior_groups
-from laplace_ws.posterior.links import bridge
-from laplace_ws.posterior.validation import Unknowns
+from laplace_ws.posterior.links import LinkApprox, bridge
+from laplace_ws.posterior.predictive import PredType
+from laplace_ws.posterior.scores import make_score
+from laplace_ws.posterior.validation import PredictionOptions, Unknowns
 
 F64 = torch.float64
 
@@ -148,8 +152,6 @@ def test_autocast_leaves_the_algebra_alone():
 
 
 def _link(link):
-    from laplace_ws.posterior.links import LinkApprox
-
     return LinkApprox(link), 50, torch.Generator().manual_seed(0)
 
 
@@ -252,9 +254,6 @@ def test_a_small_change_of_a_small_weight_is_noticed_beside_a_large_one():
 
 def test_every_option_of_the_fit_must_stay():
     la, x, y = fitted("kron", "mlp-regression")
-    from laplace_ws.curvature import Curvature
-    from laplace_ws.kfac import KfacApprox
-
     for attribute, value in (
         ("curvature", Curvature.EF),
         ("mc_samples", 2),
@@ -329,8 +328,6 @@ def test_numbers_out_of_range():
 
 
 def test_validation_data_that_choose_nothing():
-    from laplace_ws import Categorical
-
     model, x, y = case_of("mlp").make()
     la = Laplace(model, Categorical(ignore_index=-100))
     la.fit([(x, y)])
@@ -427,11 +424,6 @@ def test_points_of_a_grid_see_the_same_draws_of_torchs_own_generator():
     la, x, y = fitted("kron", "cnn")
     scores = []
     for grid in ((1.0, 1.0), (1.0,)):
-        from laplace_ws.posterior.links import LinkApprox
-        from laplace_ws.posterior.predictive import PredType
-        from laplace_ws.posterior.scores import make_score
-        from laplace_ws.posterior.validation import PredictionOptions
-
         torch.manual_seed(3)
         options = PredictionOptions(PredType.GLM, LinkApprox.MC, 7, None)
         scores += la._scores([(x, y)], grid, make_score("nll", la.likelihood), options)
