@@ -10,7 +10,7 @@ from laplace_ws.bench.contestants import CONTESTANTS
 from laplace_ws.curvature import Curvature
 from laplace_ws.kfac import FactorPrecision, KfacApprox
 from laplace_ws.models import Norm, WideResNet
-from laplace_ws.models.names import unknown_name
+from laplace_ws.registry import unknown_name
 
 APPROXIMATIONS = (KfacApprox.REDUCE.value, KfacApprox.EXPAND.value)
 CURVATURES = tuple(curvature.value for curvature in Curvature)

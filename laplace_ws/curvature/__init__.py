@@ -1,15 +1,9 @@
 """Curvature of a model's negative log likelihood: backends that run the model, and sums over the data."""
 
 from laplace_ws.curvature.backend import Backend, Linearisation
-from laplace_ws.curvature.compute import (
-    BACKENDS,
-    Curvature,
-    CurvatureSum,
-    jacobians,
-    kron_factors,
-    make_backend,
-    parse_curvature,
-)
+from laplace_ws.curvature.backends import BACKENDS, make_backend, register_backend
+from laplace_ws.curvature.columns import Curvature
+from laplace_ws.curvature.curvature_sum import CurvatureSum, jacobians, kron_factors
 from laplace_ws.curvature.lowrank import LowRankFit, low_rank_curvature
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.curvature.products import CurvatureProducts
@@ -27,5 +21,5 @@ __all__ = [
     "kron_factors",
     "low_rank_curvature",
     "make_backend",
-    "parse_curvature",
+    "register_backend",
 ]

@@ -24,10 +24,10 @@ from laplace_ws.curvature.backend import Backend, ColumnwiseLinearisation
 from laplace_ws.curvature.calls import UnreadableCallError
 from laplace_ws.curvature.checks import check_covered, check_unchanged, versions
 from laplace_ws.curvature.inputs import ModelInputs, call_model, examples_of
-from laplace_ws.curvature.modules import MODULE_CALLS, instead_of, module_call, module_uses
+from laplace_ws.curvature.module_readers import MODULE_CALLS, instead_of, module_call, module_uses
 from laplace_ws.errors import UnsupportedParameterError
-from laplace_ws.kfac.rows import Examples
-from laplace_ws.kfac.sharing import Use
+from laplace_ws.kfac.examples import Examples
+from laplace_ws.kfac.uses import Use
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # torch.jit.script in its preconditioners

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from laplace_ws.curvature.calls import Call, UnreadableCallError
 from laplace_ws.kfac.factors import total
-from laplace_ws.kfac.sharing import LinearUse, PackedLinearUse, Use
+from laplace_ws.kfac.uses import LinearUse, PackedLinearUse, Use
 
 Q, K, V = 0, 1, 2
 """Places of the three projections in a packed in-projection."""

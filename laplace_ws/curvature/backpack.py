@@ -37,11 +37,11 @@ from laplace_ws.curvature.backpack_trace import convert
 from laplace_ws.curvature.calls import Call, Operand, UnreadableCallError, read_call
 from laplace_ws.curvature.checks import check_covered
 from laplace_ws.curvature.inputs import ModelInputs, StructuredInputs, check_outputs, examples_of
-from laplace_ws.curvature.modules import instead_of, module_uses
+from laplace_ws.curvature.module_readers import instead_of, module_uses
 from laplace_ws.curvature.native import FREEZE_OR_WRITE
 from laplace_ws.errors import UnsupportedParameterError
-from laplace_ws.kfac.rows import Examples, row_examples
-from laplace_ws.kfac.sharing import Use
+from laplace_ws.kfac.examples import Examples, row_examples
+from laplace_ws.kfac.uses import Use
 
 COLUMN_BYTES = 2**28
 """Memory that the columns of one pullback may take, at the outputs of all modules together."""

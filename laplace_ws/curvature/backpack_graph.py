@@ -180,7 +180,7 @@ class Step:
         name: slot of its output.
         leaf: the module, a copy of its own for every call in the forward pass.
         slots: slots of its inputs.
-        row_examples: example of each row, where the model says so by `kfac.rows.row_examples`; a slot or a tensor.
+        row_examples: example of each row, where the model says so by `kfac.examples.row_examples`; a slot or a tensor.
         is_query: whether it asks for a shape or the like, and returns no tensor.
     """
 

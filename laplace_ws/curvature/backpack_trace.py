@@ -22,9 +22,9 @@ from torch.fx.node import map_aggregate, map_arg
 from laplace_ws.curvature.backpack_graph import Apply, Chain, Expression, Method, Slot, Step, look_up
 from laplace_ws.curvature.backpack_structure import copy_structure, model_hooks
 from laplace_ws.curvature.calls import READERS
-from laplace_ws.curvature.modules import module_call
+from laplace_ws.curvature.module_readers import module_call
 from laplace_ws.errors import UnsupportedParameterError
-from laplace_ws.kfac.rows import declared_row_examples, row_examples
+from laplace_ws.kfac.examples import declared_row_examples, row_examples
 
 _FIELDS = {"values", "indices"}  # of what max, sort and the like return
 _TENSOR_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag", *_FIELDS}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from laplace_ws.kfac import ConvUse, ElementwiseUse, EmbeddingUse, LinearUse, Use
 from laplace_ws.kfac.conv import ConvGeometry
-from laplace_ws.kfac.rows import Examples, Rows, declared_row_examples
+from laplace_ws.kfac.examples import Examples, Rows, declared_row_examples
 
 
 class UnreadableCallError(Exception):

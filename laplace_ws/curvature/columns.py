@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import Enum
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws.likelihoods import Likelihood
+from laplace_ws.registry import Choice
 
 
-class Curvature(str, Enum):
+class Curvature(Choice):
     """Which curvature of the negative log likelihood is taken.
 
     `GGN`: all columns of the generalised Gauss-Newton matrix, exact. `GGN_MC`: gradients at labels drawn from the model's own predictive,
@@ -24,16 +24,6 @@ class Curvature(str, Enum):
     GGN_MC = "ggn_mc"
     GGN_MC_RADEMACHER = "ggn_mc_rademacher"
     EF = "ef"
-
-
-def parse_curvature(value: str | Curvature) -> Curvature:
-    """Turn a string into a `Curvature`."""
-    try:
-        return Curvature(value)
-    except ValueError:
-        raise ValueError(
-            f"unknown curvature {value!r}: choose one of {', '.join(repr(m.value) for m in Curvature)}."
-        ) from None
 
 
 def loss_columns(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_ws.errors import InvalidBatchError
-from laplace_ws.kfac.rows import Examples, RaggedInputs
+from laplace_ws.kfac.examples import Examples, RaggedInputs
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from laplace_ws.curvature.columns import Curvature
-from laplace_ws.curvature.compute import Batches
+from laplace_ws.curvature.curvature_sum import Batches
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys
 from laplace_ws.curvature.products import CurvatureProducts
 from laplace_ws.likelihoods import Likelihood

@@ -29,8 +29,8 @@ from laplace_ws.curvature.calls import (
 from laplace_ws.curvature.checks import check_unchanged, versions
 from laplace_ws.curvature.inputs import ModelInputs, call_model, examples_of
 from laplace_ws.errors import UnsupportedParameterError
-from laplace_ws.kfac.rows import Examples
-from laplace_ws.kfac.sharing import Use
+from laplace_ws.kfac.examples import Examples
+from laplace_ws.kfac.uses import Use
 
 FREEZE_HINT = "freeze it (requires_grad_(False))"
 FREEZE_OR_WRITE = (

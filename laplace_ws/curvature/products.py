@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import check_devices, differentiable_twice, evaluation_mode, trainable_parameters
-from laplace_ws.curvature.columns import Curvature, loss_columns, parse_curvature
-from laplace_ws.curvature.compute import Batches, default_generator
+from laplace_ws.curvature.columns import Curvature, loss_columns
+from laplace_ws.curvature.curvature_sum import Batches, default_generator
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, call_model, own_copy, split_batch
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.likelihoods import Likelihood, make_likelihood
@@ -125,7 +125,7 @@ class CurvatureProducts:
         self.model = model
         self.likelihood = make_likelihood(likelihood)
         self.data = data
-        self.curvature = parse_curvature(curvature)
+        self.curvature = Curvature(curvature)
         self.mc_samples = mc_samples
         self.keys = keys
         self.parameters = trainable_parameters(model)

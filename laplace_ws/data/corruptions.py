@@ -12,15 +12,16 @@ pixels a side.
 
 from __future__ import annotations
 
-import enum
 import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws.registry import Choice
 
-class Corruption(str, enum.Enum):
+
+class Corruption(Choice):
     """A way to damage images."""
 
     NOISE = "noise"
@@ -54,7 +55,7 @@ def corrupt(
     """
     from torchvision.transforms.v2 import functional as transforms
 
-    corruption = _known(corruption)
+    corruption = Corruption(corruption)
     if strength not in STRENGTHS:
         raise ValueError(f"strength={strength} must be from {STRENGTHS[0]} to {STRENGTHS[-1]}")
     if pixels.numel() and not 0 <= pixels.min() <= pixels.max() <= 1:
@@ -70,15 +71,6 @@ def corrupt(
     with torch.random.fork_rng(devices=devices):  # torchvision's noise takes no generator
         torch.manual_seed(seed)
         return transforms.gaussian_noise(pixels, sigma=parameter)
-
-
-def _known(corruption: Corruption | str) -> Corruption:
-    try:
-        return Corruption(corruption)
-    except ValueError:
-        raise ValueError(
-            f"unknown corruption {corruption!r}: choose one of {', '.join(repr(c.value) for c in Corruption)}"
-        ) from None
 
 
 def _kernel_size(pixels: Float[Tensor, "N C H W"], sigma: float) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from laplace_ws.data import sources
 from laplace_ws.data.sources import RawSplit, Source
 from laplace_ws.data.transforms import balanced_indices, channel_statistics, normalise
+from laplace_ws.registry import unknown_name
 
 _SOURCES: dict[str, Source] = {
     "fashion-mnist-subset": sources.fashion_mnist_subset,
@@ -97,8 +97,7 @@ def load_dataset(
         ValueError: unknown name, a subset larger than its split, a folder of unequal images, or nothing to hold out.
     """
     if name not in _SOURCES:
-        near = difflib.get_close_matches(name, DATASET_NAMES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown data set '{name}'; did you mean '{near}'? Known: {', '.join(DATASET_NAMES)}")
+        raise unknown_name("data set", name, DATASET_NAMES)
     raw = _SOURCES[name](Path(root).absolute(), download)
     train, rest = _split(raw.train, n_train, "n_train", seed)
     if held_out and not len(rest.y):

@@ -1,19 +1,19 @@
 """K-FAC-expand and K-FAC-reduce as pure functions of inputs and output gradients."""
 
-from laplace_ws.kfac.accumulate import (
+from laplace_ws.kfac.accumulator import (
     Accumulator,
     DenseAccumulator,
     DiagAccumulator,
     example_gradients,
 )
-from laplace_ws.kfac.approximation import KfacApprox, KfacApproxSpec, approximation_by_parameter, parse_kfac_approx
+from laplace_ws.kfac.approximation import KfacApprox, KfacApproxSpec, approximation_by_parameter
 from laplace_ws.kfac.conv_use import ConvUse
+from laplace_ws.kfac.ekfac import EkfacAccumulator, rotated_gradients
 from laplace_ws.kfac.embedding_use import EmbeddingUse
+from laplace_ws.kfac.examples import Examples, RaggedInputs, Rows, row_examples
 from laplace_ws.kfac.factors import FactorPrecision
-from laplace_ws.kfac.kron_sums import KronAccumulator
-from laplace_ws.kfac.rotated import EkfacAccumulator, rotated_gradients
-from laplace_ws.kfac.rows import Examples, RaggedInputs, Rows, row_examples
-from laplace_ws.kfac.sharing import (
+from laplace_ws.kfac.kron_accumulator import KronAccumulator
+from laplace_ws.kfac.uses import (
     ElementwiseUse,
     LinearUse,
     MatrixUse,
@@ -42,7 +42,6 @@ __all__ = [
     "Use",
     "approximation_by_parameter",
     "example_gradients",
-    "parse_kfac_approx",
     "rotated_gradients",
     "row_examples",
 ]

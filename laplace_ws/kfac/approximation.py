@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from enum import Enum
 from fnmatch import fnmatchcase
 
+from laplace_ws.registry import Choice, nearest
 
-class KfacApprox(str, Enum):
+
+class KfacApprox(Choice):
     """K-FAC for weight-shared layers [Eschenhagen et al. 2023].
 
     `AUTO` picks by the paper's two settings: outputs `[N, C]` are the reduce setting (the sharing positions are averaged or summed
@@ -23,17 +23,6 @@ class KfacApprox(str, Enum):
 KfacApproxSpec = str | KfacApprox | Mapping[str, str | KfacApprox]
 
 
-def parse_kfac_approx(value: str | KfacApprox) -> KfacApprox:
-    """Turn a string into a `KfacApprox`."""
-    try:
-        return KfacApprox(value)
-    except ValueError:
-        names = ", ".join(repr(member.value) for member in KfacApprox)
-        raise ValueError(
-            f"unknown kfac_approx {value!r}: choose one of {names}, or map patterns of names to them."
-        ) from None
-
-
 def approximation_by_parameter(spec: KfacApproxSpec, names: Sequence[str]) -> dict[str, KfacApprox]:
     """Approximation of each parameter.
 
@@ -46,12 +35,12 @@ def approximation_by_parameter(spec: KfacApproxSpec, names: Sequence[str]) -> di
         ValueError: an unknown approximation, or a pattern that matches no parameter.
     """
     if not isinstance(spec, Mapping):
-        return dict.fromkeys(names, parse_kfac_approx(spec))
-    patterns = {pattern: parse_kfac_approx(value) for pattern, value in spec.items()}
+        return dict.fromkeys(names, KfacApprox(spec))
+    patterns = {pattern: KfacApprox(value) for pattern, value in spec.items()}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            near = get_close_matches(pattern, names, n=1, cutoff=0.0)
-            hint = f"; the nearest name is {near[0]!r}" if near else ""
+            near = nearest(pattern, names, cutoff=0.0)
+            hint = "" if near is None else f"; the nearest name is {near!r}"
             raise ValueError(f"kfac_approx pattern {pattern!r} matches no parameter that requires grad{hint}.")
     return {
         name: next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), KfacApprox.AUTO)

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws.kfac.conv import ConvGeometry, n_positions, patch_columns, patch_sum, patches
-from laplace_ws.kfac.correlation import Plan, cheapest_plan
+from laplace_ws.kfac.conv_gram import Plan, cheapest_plan
 from laplace_ws.kfac.factors import cross_gram
-from laplace_ws.kfac.sharing import MatrixUse, Use, at_least_float32, positions
+from laplace_ws.kfac.uses import MatrixUse, Use, at_least_float32, positions
 
 
 @dataclass(frozen=True, kw_only=True)

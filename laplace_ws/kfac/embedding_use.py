@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
-from laplace_ws.kfac.sharing import MatrixUse, at_least_float32, positions
+from laplace_ws.kfac.uses import MatrixUse, at_least_float32, positions
 
 
 @dataclass(frozen=True, kw_only=True)

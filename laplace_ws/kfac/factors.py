@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from enum import Enum
 from functools import reduce
 from operator import add
 from typing import Any
@@ -20,13 +19,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from laplace_ws.registry import Choice
+
 SHORTEST_PRODUCT = 256
 """Positions of an example below which products are taken over all examples at once."""
 ROWS_OF_A_BLOCK = 2048
 """Rows that `gram` adds up at once."""
 
 
-class FactorPrecision(str, Enum):
+class FactorPrecision(Choice):
     """In what precision the products that make up factors of float32 networks are taken; sums are always float32.
 
     `FLOAT32`: as torch is set. `TF32`: inputs with 10 bits of mantissa, on GPUs that have it; elsewhere float32. `BF16`: inputs with 7
@@ -36,10 +37,6 @@ class FactorPrecision(str, Enum):
     FLOAT32 = "float32"
     TF32 = "tf32"
     BF16 = "bf16"
-
-    @classmethod
-    def _missing_(cls, value: object) -> FactorPrecision:
-        raise ValueError(f"unknown factor_precision {value!r}: choose one of {', '.join(repr(m.value) for m in cls)}.")
 
 
 _precision: ContextVar[FactorPrecision] = ContextVar("precision of products", default=FactorPrecision.FLOAT32)

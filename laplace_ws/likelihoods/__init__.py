@@ -14,8 +14,10 @@ from laplace_ws.likelihoods.base import Likelihood, RegressionLikelihood
 from laplace_ws.likelihoods.bernoulli import Bernoulli
 from laplace_ws.likelihoods.categorical import Categorical
 from laplace_ws.likelihoods.gaussian import Gaussian, HeteroscedasticGaussian
+from laplace_ws.registry import Registry
 
 __all__ = [
+    "LIKELIHOODS",
     "Bernoulli",
     "Categorical",
     "Gaussian",
@@ -24,11 +26,21 @@ __all__ = [
     "RegressionLikelihood",
     "likelihood_from_state",
     "make_likelihood",
+    "register_likelihood",
 ]
 
-_LIKELIHOODS: dict[str, type[Likelihood]] = {
-    kind.name: kind for kind in (Categorical, Gaussian, HeteroscedasticGaussian, Bernoulli)
-}
+LIKELIHOODS: Registry[type[Likelihood]] = Registry(
+    "likelihood", {kind.name: kind for kind in (Categorical, Gaussian, HeteroscedasticGaussian, Bernoulli)}
+)
+
+
+def register_likelihood(kind: type[Likelihood]) -> None:
+    """Let `likelihood=kind.name` mean a likelihood of your own, and files of a posterior with it be read.
+
+    Args:
+        kind: its class, whose `options()` are arguments that make it anew.
+    """
+    LIKELIHOODS.register(kind.name, kind)
 
 
 def make_likelihood(likelihood: str | Likelihood) -> Likelihood:
@@ -45,10 +57,7 @@ def likelihood_from_state(state: Mapping[str, Any]) -> Likelihood:
     """The likelihood that gave a `Likelihood.state()`.
 
     Raises:
-        ValueError: it is none of the toolkit's own.
+        ValueError: it is none of the toolkit's own, nor registered.
     """
     options = dict(state)
-    name = options.pop("name")
-    if name not in _LIKELIHOODS:
-        raise ValueError(f"unknown likelihood {name!r}: choose one of {', '.join(map(repr, _LIKELIHOODS))}.")
-    return _LIKELIHOODS[name](**options)
+    return LIKELIHOODS[options.pop("name")](**options)

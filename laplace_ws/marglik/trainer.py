@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from laplace_ws.curvature.inputs import call_model
 from laplace_ws.errors import InvalidBatchError
-from laplace_ws.kfac.sharing import at_least_float32
+from laplace_ws.kfac.uses import at_least_float32
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.marglik.checkpoint import (
     check_settings,

@@ -10,8 +10,8 @@ from torch import nn
 
 from laplace_ws.models.lenet import LeNet
 from laplace_ws.models.mlp import MLP
-from laplace_ws.models.names import unknown_name
 from laplace_ws.models.wide_resnet import WideResNet
+from laplace_ws.registry import unknown_name
 
 Shape = Callable[[int, tuple[int, int], int], dict[str, Any]]
 """(channels, (height, width), classes) -> the arguments of a model that the data decide."""
@@ -61,5 +61,5 @@ def build_model(
     known = [option for option in inspect.signature(model).parameters if option not in decided]
     for option in options:
         if option not in known:
-            raise unknown_name(f"option of model '{name}'", option, known)
+            raise unknown_name(f"option of model '{name}'", option, known, cutoff=0.0)
     return model(**decided, **options)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from laplace_ws.models.names import unknown_name
+from laplace_ws.registry import unknown_name
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from math import gcd
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace_ws.models.names import unknown_name
 from laplace_ws.models.scalars import Bias, Scale
+from laplace_ws.registry import Choice
 
 _STEM_CHANNELS = 16
 _CONVS_PER_BRANCH = 2
 
 
-class Norm(str, Enum):
+class Norm(Choice):
     """What keeps the activations of a residual network in range."""
 
     FIXUP = "fixup"
@@ -28,10 +26,6 @@ class Norm(str, Enum):
     """Group normalisation in gcd(channels, 8) groups."""
     NONE = "none"
     """Nothing but Fixup's initialisation; convolutions have biases."""
-
-    @classmethod
-    def _missing_(cls, value: Any) -> Norm:
-        raise unknown_name("norm", value, (norm.value for norm in cls))
 
 
 class WideResNet(nn.Module):

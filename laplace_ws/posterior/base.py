@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from laplace_ws.curvature import Backend, make_backend, parse_curvature
+from laplace_ws.curvature import Backend, Curvature, make_backend
 from laplace_ws.curvature.backend import trainable_parameters
-from laplace_ws.curvature.compute import default_generator
+from laplace_ws.curvature.curvature_sum import default_generator
 from laplace_ws.curvature.inputs import BatchKeys
 from laplace_ws.files import save_tensors
 from laplace_ws.likelihoods import Likelihood, make_likelihood
@@ -110,7 +110,7 @@ class BaseLaplace(TunedPrior):
         first = next(iter(parameters.values()))
         self.model = model
         self.likelihood = make_likelihood(likelihood)
-        self.curvature = parse_curvature(curvature)
+        self.curvature = Curvature(curvature)
         self.backend = make_backend(backend)
         self.mc_samples = mc_samples
         self.generator = generator or default_generator(first.device)

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from laplace_ws.curvature import Backend, Curvature
 from laplace_ws.curvature.backend import check_devices
 from laplace_ws.curvature.checks import N_PROBED, LinearisationCheck
-from laplace_ws.curvature.compute import Batches
+from laplace_ws.curvature.curvature_sum import Batches
 from laplace_ws.curvature.inputs import BatchKeys, ModelInputs, StructuredInputs, split_batch
 from laplace_ws.errors import InvalidBatchError, NotFittedError
 from laplace_ws.matrices import CurvatureMatrix, Damping
+from laplace_ws.posterior.fingerprint import check_surroundings, fingerprint, surroundings
 from laplace_ws.posterior.hyperparameters import PosteriorHyperparameters
 from laplace_ws.posterior.subset import WeightSubset, check_last_layer
-from laplace_ws.posterior.surroundings import check_surroundings, fingerprint, surroundings
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from laplace_ws.curvature.backend import check_devices, evaluation_mode
 from laplace_ws.curvature.checks import N_PROBED
 from laplace_ws.curvature.inputs import ModelInputs, as_inputs, call_model, own_copy, without_targets
-from laplace_ws.kfac.sharing import at_least_float32
+from laplace_ws.kfac.uses import at_least_float32
 from laplace_ws.likelihoods import Categorical, RegressionLikelihood
 from laplace_ws.matrices import Damping, Layout
 from laplace_ws.posterior.fitting import FittedPosterior

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from laplace_ws.curvature.compute import Batches
+from laplace_ws.curvature.curvature_sum import Batches
 from laplace_ws.posterior.groups import PriorStructure, prior_groups
 from laplace_ws.posterior.links import LinkApprox
 from laplace_ws.posterior.optimum import optimal_prior_and_noise

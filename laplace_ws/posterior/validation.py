@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace_ws.curvature.compute import Batches
+from laplace_ws.curvature.curvature_sum import Batches
 from laplace_ws.curvature.inputs import ModelInputs, split_batch
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.likelihoods import Categorical, RegressionLikelihood

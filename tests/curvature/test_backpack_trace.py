@@ -13,7 +13,7 @@ from torch import nn
 from laplace_ws import Laplace, UnsupportedParameterError, kron_factors
 from laplace_ws.curvature import exact
 from laplace_ws.curvature.backpack import BackpackBackend
-from laplace_ws.kfac.rows import row_examples
+from laplace_ws.kfac.examples import row_examples
 
 
 class Wrapped(shared.Wrapped):

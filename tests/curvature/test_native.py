@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from laplace_ws import Laplace, UnsupportedParameterError, kron_factors
-from laplace_ws.curvature import BACKENDS, compute, exact
+from laplace_ws.curvature import BACKENDS, curvature_sum, exact
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_no_weight_gradient_and_one_forward(monkeypatch):
     model.register_forward_hook(lambda *_: calls.append("forward"))
     for p in model.parameters():
         p.register_hook(lambda g: calls.append("weight gradient"))
-    monkeypatch.setattr(compute.LinearisationCheck, "start", lambda *_: None)  # once a fit, on four examples
-    monkeypatch.setattr(compute.LinearisationCheck, "knows", lambda *_: True)
+    monkeypatch.setattr(curvature_sum.LinearisationCheck, "start", lambda *_: None)  # once a fit, on four examples
+    monkeypatch.setattr(curvature_sum.LinearisationCheck, "knows", lambda *_: True)
     kron_factors(model, "classification", [(x[:2], y[:2]), (x[2:], y[2:])])
     assert calls == ["forward"] * 2

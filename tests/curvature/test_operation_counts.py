@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace_ws import InvalidBatchError, Laplace
 from laplace_ws.bench.meter import peak_bytes
-from laplace_ws.curvature import BACKENDS, CurvatureSum, checks, make_backend, parse_curvature
+from laplace_ws.curvature import BACKENDS, Curvature, CurvatureSum, checks, make_backend
 from laplace_ws.curvature import backend as backend_module
 from laplace_ws.kfac import DiagAccumulator, KronAccumulator, approximation_by_parameter, conv_use
-from laplace_ws.kfac.correlation import make_plan
+from laplace_ws.kfac.conv_gram import make_plan
 from laplace_ws.likelihoods import Categorical
 from laplace_ws.models import MLP, WideResNet
 
@@ -56,7 +56,7 @@ def curvature_sum(model, curvature="ggn", approx="reduce", backend="native"):
         model,
         Categorical(),
         lambda p: KronAccumulator(p, approximation_by_parameter(approx, list(p))),
-        curvature=parse_curvature(curvature),
+        curvature=Curvature(curvature),
         backend=make_backend(backend),
     )
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from laplace_ws import Laplace
 from laplace_ws.curvature import exact
-from laplace_ws.kfac import MatrixUse, rotated
+from laplace_ws.kfac import MatrixUse, ekfac
 from laplace_ws.posterior import functional
 
 
@@ -107,7 +107,7 @@ def test_turning_factors_or_gradients_is_the_same(name, structure, monkeypatch):
         def turn_factors(basis, name, use, n_columns, is_forced=is_forced):
             return is_forced and isinstance(use, MatrixUse) and name == use.weight
 
-        monkeypatch.setattr(rotated, "_turn_factors", turn_factors)
+        monkeypatch.setattr(ekfac, "_turn_factors", turn_factors)
         moments.append(la.functional_moments(x)[1])
     torch.testing.assert_close(*moments, rtol=1e-11, atol=1e-13)
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace_ws.kfac import factors
-from laplace_ws.kfac.sharing import MatrixUse, Use, at_least_float32
+from laplace_ws.kfac.uses import MatrixUse, Use, at_least_float32
 from laplace_ws.matrices import CurvatureMatrix, Dense, Diag
 
 
@@ -44,10 +44,10 @@ class Accumulator(ABC):
         """Add columns of the present batch, back-propagated to the output of use `number`; no other columns come before each use has its
         part of these.
         """
-        pulled = Pulled(self._uses[number], g)
+        gradients = OutputGradients(self._uses[number], g)
         for name in self._uses[number].parameters:
             pieces = self._pieces[name]
-            pieces.append(self._piece(name, pulled))
+            pieces.append(self._piece(name, gradients))
             if len(pieces) == self._n_uses[name]:
                 self._add_sum(name, factors.total(self._pieces.pop(name)))
 
@@ -63,7 +63,7 @@ class Accumulator(ABC):
         return True
 
     @abstractmethod
-    def _piece(self, name: str, pulled: Pulled) -> Tensor:
+    def _piece(self, name: str, gradients: OutputGradients) -> Tensor:
         """What one use contributes to the curvature of a parameter, where contributions of its uses simply add up."""
 
     @abstractmethod
@@ -75,14 +75,14 @@ class Accumulator(ABC):
         """The curvature summed over all batches so far."""
 
 
-class Pulled:
+class OutputGradients:
     """Columns back-propagated to the output of one use, and what several parameters of the use need of them, computed once."""
 
     def __init__(self, use: Use, g: Float[Tensor, "K B ..."]):
         self.use = use
         self.g = g
 
-    def gradients(self, name: str) -> Float[Tensor, "K N ..."]:
+    def of_examples(self, name: str) -> Float[Tensor, "K N ..."]:
         """Gradients of each example with respect to a parameter."""
         return self.use.example_gradients(name, self.g)
 
@@ -120,10 +120,10 @@ class WeightAccumulator(Accumulator):
         self._selection = selection or {}
         self.shapes = self.shapes | {n: torch.Size([len(chosen)]) for n, chosen in self._selection.items()}
 
-    def _piece(self, name: str, pulled: Pulled) -> Float[Tensor, "K N D"]:
-        gradients = pulled.gradients(name)
-        gradients = gradients.reshape(*gradients.shape[:2], -1)
-        return gradients[..., self._selection[name]] if name in self._selection else gradients
+    def _piece(self, name: str, gradients: OutputGradients) -> Float[Tensor, "K N D"]:
+        of_examples = gradients.of_examples(name)
+        of_examples = of_examples.reshape(*of_examples.shape[:2], -1)
+        return of_examples[..., self._selection[name]] if name in self._selection else of_examples
 
 
 class DiagAccumulator(WeightAccumulator):

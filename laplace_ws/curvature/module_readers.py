@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laplace_ws.curvature.calls import Call, Operand, read_call
-from laplace_ws.kfac.rows import Examples
-from laplace_ws.kfac.sharing import Use
+from laplace_ws.kfac.examples import Examples
+from laplace_ws.kfac.uses import Use
 from laplace_ws.models.scalars import Bias, Scale
 
 ModuleCall = tuple[Callable[..., Any], tuple[Any, ...]]

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace_ws.kfac.accumulate import Accumulator, Pulled
+from laplace_ws.kfac.accumulator import Accumulator, OutputGradients
 from laplace_ws.kfac.embedding_use import EmbeddingUse
-from laplace_ws.kfac.sharing import MatrixUse, Use
+from laplace_ws.kfac.uses import MatrixUse, Use
 from laplace_ws.matrices import Ekfac, EkfacBlock
 from laplace_ws.matrices.eigenbasis import EigenBasis
 
@@ -54,8 +54,8 @@ class EkfacAccumulator(Accumulator):
         self.bases = bases
         self._values = {name: p.new_zeros(bases[name].sizes) for name, p in self.parameters.items()}
 
-    def _piece(self, name: str, pulled: Pulled) -> Tensor:
-        return rotated_gradients(self.bases[name], name, pulled.use, pulled.g)
+    def _piece(self, name: str, gradients: OutputGradients) -> Tensor:
+        return rotated_gradients(self.bases[name], name, gradients.use, gradients.g)
 
     def _add_sum(self, name: str, pieces: Tensor) -> None:
         self._values[name] += pieces.square().sum((0, 1))

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import factors
-from laplace_ws.kfac.accumulate import Accumulator, Pulled
+from laplace_ws.kfac.accumulator import Accumulator, OutputGradients
 from laplace_ws.kfac.approximation import KfacApprox
+from laplace_ws.kfac.conv_gram import PatchGram, Plan
 from laplace_ws.kfac.conv_use import ConvUse
-from laplace_ws.kfac.correlation import PatchGram, Plan
 from laplace_ws.kfac.embedding_use import EmbeddingUse
-from laplace_ws.kfac.sharing import MatrixUse, Use, at_least_float32
+from laplace_ws.kfac.uses import MatrixUse, Use, at_least_float32
 from laplace_ws.matrices import Kron, KronBlock
 from laplace_ws.matrices.kron import at_least_one
 
@@ -74,13 +74,13 @@ class KronAccumulator(Accumulator):
         role = self._sums[name].role
         return role.kind == "vector" or role.diagonal_B
 
-    def _piece(self, name: str, pulled: Pulled) -> Tensor:
+    def _piece(self, name: str, gradients: OutputGradients) -> Tensor:
         role = self._sums[name].role
         if self._needs_example_gradients(name):
-            gradients = pulled.gradients(name)
-            return gradients.reshape(*gradients.shape[:2], -1)
+            of_examples = gradients.of_examples(name)
+            return of_examples.reshape(*of_examples.shape[:2], -1)
         is_bias = role.kind == "bias"
-        return pulled.gram(is_bias) if role.approx is KfacApprox.EXPAND else pulled.sum(is_bias)
+        return gradients.gram(is_bias) if role.approx is KfacApprox.EXPAND else gradients.sum(is_bias)
 
     def _add_sum(self, name: str, pieces: Tensor) -> None:
         self._sums[name].add_columns(pieces)

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from laplace_ws.kfac.examples import Rows
 from laplace_ws.kfac.factors import gram, total
-from laplace_ws.kfac.rows import Rows
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ from laplace_ws.curvature.backend import (
     evaluation_mode,
     trainable_parameters,
 )
+from laplace_ws.curvature.backends import make_backend
 from laplace_ws.curvature.checks import LinearisationCheck, check_linearisation
-from laplace_ws.curvature.columns import Curvature, loss_columns, parse_curvature
+from laplace_ws.curvature.columns import Curvature, loss_columns
 from laplace_ws.curvature.inputs import BatchKeys, ModelInputs, as_inputs, own_copy, split_batch
-from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import (
     Accumulator,
@@ -40,33 +40,6 @@ Batches = Iterable[Any]
 """Batches of one of the forms that `inputs.split_batch` knows."""
 SMALLEST_PART = 8
 """Examples of the smallest part that a batch is taken in; smaller ones would cost time."""
-
-
-def _asdl() -> Backend:
-    from laplace_ws.curvature.asdl import AsdlBackend
-
-    return AsdlBackend()
-
-
-def _backpack() -> Backend:
-    from laplace_ws.curvature.backpack import BackpackBackend
-
-    return BackpackBackend()
-
-
-BACKENDS: dict[str, Callable[[], Backend]] = {"native": NativeBackend, "asdl": _asdl, "backpack": _backpack}
-"""Makers of the backends by name; a library is imported by the backend that is made of it, and not before."""
-
-
-def make_backend(backend: str | Backend) -> Backend:
-    """Turn a name into its backend; a `Backend` passes through."""
-    if isinstance(backend, Backend):
-        return backend
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}, or pass an instance of a `Backend`."
-        )
-    return BACKENDS[backend]()
 
 
 def default_generator(device: torch.device) -> torch.Generator:
@@ -295,7 +268,7 @@ def kron_factors(
         model,
         make_likelihood(likelihood),
         make_accumulator,
-        curvature=parse_curvature(curvature),
+        curvature=Curvature(curvature),
         backend=make_backend(backend),
         mc_samples=mc_samples,
         generator=generator,

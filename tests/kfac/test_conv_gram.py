@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from laplace_ws import kron_factors
-from laplace_ws.kfac import ConvUse, KfacApprox, KronAccumulator, Rows, conv_use, correlation
+from laplace_ws.kfac import ConvUse, KfacApprox, KronAccumulator, Rows, conv_gram, conv_use
 from laplace_ws.kfac.conv import ConvGeometry, patch_columns, patches
-from laplace_ws.kfac.correlation import MOST_TAPS, PatchGram, cheapest_plan, make_plan
+from laplace_ws.kfac.conv_gram import MOST_TAPS, PatchGram, cheapest_plan, make_plan
 from laplace_ws.kfac.factors import gram
-from laplace_ws.kfac.kron_sums import MOST_SIZES
+from laplace_ws.kfac.kron_accumulator import MOST_SIZES
 
 
 @st.composite
@@ -139,6 +139,6 @@ def test_pixels_that_no_tap_reads_do_not_matter(kernel, stride, dilation, size, 
 
 
 def test_plans_that_cannot_pay_are_not_made(monkeypatch):
-    monkeypatch.setattr(correlation, "make_plan", lambda *arguments: pytest.fail("a plan was made"))
+    monkeypatch.setattr(conv_gram, "make_plan", lambda *arguments: pytest.fail("a plan was made"))
     first_of_alexnet = ConvGeometry((11, 11), (4, 4), ((2, 2), (2, 2)), (1, 1))
     assert cheapest_plan(first_of_alexnet, (4, 3, 96, 96)) is None

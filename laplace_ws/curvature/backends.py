@@ -1,0 +1,42 @@
+"""The backends by name; another one is added by `register_backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from laplace_ws.curvature.backend import Backend
+from laplace_ws.curvature.native import NativeBackend
+from laplace_ws.registry import Registry
+
+
+def _asdl() -> Backend:
+    from laplace_ws.curvature.asdl import AsdlBackend
+
+    return AsdlBackend()
+
+
+def _backpack() -> Backend:
+    from laplace_ws.curvature.backpack import BackpackBackend
+
+    return BackpackBackend()
+
+
+BACKENDS: Registry[Callable[[], Backend]] = Registry(
+    "backend", {"native": NativeBackend, "asdl": _asdl, "backpack": _backpack}
+)
+"""Makers of the backends by name; a library is imported by the backend that is made of it, and not before."""
+
+
+def register_backend(name: str, make: Callable[[], Backend]) -> None:
+    """Let `backend=name` mean a backend of your own.
+
+    Args:
+        name: its name, which is also its `Backend.name` and what files of a posterior say.
+        make: makes it, as its class does.
+    """
+    BACKENDS.register(name, make)
+
+
+def make_backend(backend: str | Backend) -> Backend:
+    """Turn a name into its backend; a `Backend` passes through."""
+    return backend if isinstance(backend, Backend) else BACKENDS[backend]()

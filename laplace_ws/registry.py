@@ -1,0 +1,80 @@
+"""Things that are chosen by name: registries that others can add to, closed choices, and what is said of an unknown name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def nearest(name: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that is most like another; None where none is more alike than `cutoff`, from 0 to 1."""
+    found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str], *, cutoff: float = 0.6) -> ValueError:
+    """The error for a name that is not among the known ones: says which kind of thing was named, what may be meant, and what there is."""
+    known = list(known)
+    if not known:
+        return ValueError(f"unknown {kind} {name!r}; there is none to choose.")
+    near = nearest(name, known, cutoff)
+    lead = ": choose" if near is None else f"; did you mean {near!r}? Choose"
+    return ValueError(f"unknown {kind} {name!r}{lead} one of {', '.join(map(repr, known))}.")
+
+
+class Registry(Mapping[str, T]):
+    """Things of one kind by name; another one is added by one call of `register`.
+
+    Args:
+        kind: what they are, for messages.
+        members: those that are known from the start.
+    """
+
+    def __init__(self, kind: str, members: Mapping[str, T] | None = None):
+        self.kind = kind
+        self._members = dict(members or {})
+
+    def register(self, name: str, member: T) -> None:
+        """Add a member.
+
+        Raises:
+            ValueError: another one has the name.
+        """
+        if self._members.get(name, member) is not member:
+            raise ValueError(f"there is another {self.kind} {name!r}; choose another name.")
+        self._members[name] = member
+
+    def __getitem__(self, name: str) -> T:
+        """The member of a name; raises `ValueError` with the names that there are."""
+        if name not in self._members:
+            raise unknown_name(self.kind, name, self._members)
+        return self._members[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._members
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __repr__(self) -> str:
+        return f"Registry({self.kind}: {', '.join(self._members)})"
+
+
+class Choice(str, Enum):
+    """An option that takes one of a few strings; another string raises `ValueError` with those that there are.
+
+    In messages it goes by the name of its class in the way of options, `PredType` as "pred_type".
+    """
+
+    @classmethod
+    def _missing_(cls, value: object) -> Choice:
+        kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+        raise unknown_name(kind, value, [member.value for member in cls])
