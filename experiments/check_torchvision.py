@@ -2,7 +2,7 @@
 
     python experiments/check_torchvision.py [model …]
 
-Runs what a fit runs first: uses and gradients of a few examples, held against autograd. Prints one line a model; needs no data.
+Runs what a fit runs first: uses and gradients of a few examples, held against autograd. Prints one line per model; needs no data.
 """
 
 from __future__ import annotations

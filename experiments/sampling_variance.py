@@ -1,4 +1,4 @@
-"""Spread of the sampled GGN, one random column an example: labels drawn from the model, beside random signs of the exact columns.
+"""Spread of the sampled GGN, one random column per example: labels drawn from the model, beside random signs of the exact columns.
 
     python experiments/sampling_variance.py --config configs/sampling_variance.yaml
 

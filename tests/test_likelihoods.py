@@ -116,7 +116,7 @@ def test_projection_without_a_formula_of_its_own_is_that_of_the_columns():
         kind.projected_column(Categorical(), f, torch.Generator().manual_seed(0)) for kind in (Categorical, Likelihood)
     )
     assert own.shape == general.shape == f.shape
-    # one loss term an example: the sign of every column is drawn alike, for all examples at once or column by column
+    # one loss term per example: the sign of every column is drawn alike, for all examples at once or column by column
     many = f[:1, 0].expand(20_000, -1)
     moments = [kind.projected_column(Categorical(), many, None) for kind in (Categorical, Likelihood)]
     own, general = (draws.T @ draws / len(draws) for draws in moments)
@@ -359,5 +359,5 @@ def test_unknown_names():
     with pytest.raises(ValueError, match="sigma_noise must be positive"):
         Gaussian(0.0)
     for scales in ([], [1.0, 0.0], [float("nan")], torch.tensor([1.0, -1.0])):
-        with pytest.raises(ValueError, match="output_scales must be positive numbers, one an output"):
+        with pytest.raises(ValueError, match="output_scales must be positive numbers, one per output"):
             Gaussian(1.0, scales)

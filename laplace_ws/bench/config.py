@@ -1,4 +1,4 @@
-"""What a benchmark of curvature measures: one dataclass a section of the YAML file."""
+"""What a benchmark of curvature measures: one dataclass per section of the YAML file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a calibration run is made of: one dataclass a section of the YAML file."""
+"""What a calibration run is made of: one dataclass per section of the YAML file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CalibrationDataConfig:
         n_ood: size of a class-balanced subset of these images; all of them if not given.
         corruptions: ways to damage the test images, each at five strengths (see `laplace_ws.data.corruptions`).
         n_corrupted: size of a class-balanced subset of the test images that are damaged; all of them if not given.
-        batch_size: images a batch, in fits and predictions.
+        batch_size: images per batch, in fits and predictions.
     """
 
     root: str | None = None

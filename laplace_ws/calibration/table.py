@@ -55,7 +55,7 @@ def shown_columns(methods: Sequence[MethodResult]) -> list[Column]:
 
 
 def as_text(methods: Sequence[MethodResult]) -> str:
-    """One line a method under two lines of titles and units, in columns as wide as they need be."""
+    """One line per method under two lines of titles and units, in columns as wide as they need be."""
     columns = shown_columns(methods)
     rows = [
         ["", *(column.title for column in columns)],

@@ -34,7 +34,7 @@ class TrainedRun:
         data: the run's training images, and the test images.
         x_validation: training images that the network was not trained on, normalised; empty where there are none.
         y_validation: their classes.
-        prior_precision: the prior precision that it was trained under, by parameter: a number, or one a weight.
+        prior_precision: the prior precision that it was trained under, by parameter: a number, or one per weight.
         temperature: of the likelihood that it was trained under.
     """
 

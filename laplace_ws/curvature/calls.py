@@ -35,7 +35,7 @@ class Operand:
         transposed: whether that is the transpose of the parameter.
         index: where it is a selection (a slice, a view, rows looked up), the place of each entry in the flattened parameter.
         looked_up: whether it is rows of an embedding, looked up without a batch axis, as position embeddings are.
-        provisional: the use that looking them up is, if they turn out to be one an example after all.
+        provisional: the use that looking them up is, if they turn out to be one per example after all.
     """
 
     name: str

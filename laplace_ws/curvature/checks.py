@@ -60,7 +60,7 @@ class LinearisationCheck:
 
 
 def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:
-    """What tells one way of using the parameters from another: calls, and rows an example where none are declared.
+    """What tells one way of using the parameters from another: calls, and rows per example where none are declared.
 
     One example alone does not show how rows belong to examples.
     """

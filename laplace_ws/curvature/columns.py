@@ -42,7 +42,7 @@ def loss_columns(
         curvature: which columns.
         f: outputs.
         y: targets.
-        mc_samples: random columns M an example, for `GGN_MC` and `GGN_MC_RADEMACHER`.
+        mc_samples: random columns M per example, for `GGN_MC` and `GGN_MC_RADEMACHER`.
         generator: source of the labels or signs.
     """
     mask = likelihood.term_mask(f, y)

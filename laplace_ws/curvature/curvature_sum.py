@@ -60,7 +60,7 @@ class CurvatureSum:
         make_accumulator: which matrix to sum, given the parameters that require grad.
         curvature: which columns are back-propagated.
         backend: who runs the model.
-        mc_samples: random columns M an example, for `ggn_mc` and `ggn_mc_rademacher`.
+        mc_samples: random columns M per example, for `ggn_mc` and `ggn_mc_rademacher`.
         generator: source of the labels or signs.
         dict_key_x: of batches that are mappings, the entry that tells the number of examples and the device.
         dict_key_y: of batches that are mappings, the targets.
@@ -245,7 +245,7 @@ def kron_factors(
         curvature: "ggn" (exact columns), "ggn_mc" (sampled labels), "ggn_mc_rademacher" (random signs) or "ef" (empirical Fisher).
         kfac_approx: "auto", "expand", "reduce", or a mapping from patterns of parameter names to them.
         backend: "native", "asdl", "backpack", or a `Backend`: who runs the model; the numbers are the same.
-        mc_samples: random columns an example, for "ggn_mc" and "ggn_mc_rademacher".
+        mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
         generator: source of the labels or signs; by default one of our own, which `torch.manual_seed` makes reproducible.
         factor_precision: of the products that make up the factors: "float32", "tf32" or "bf16", see `FactorPrecision`.
         dict_key_x: of batches that are mappings, the entry that tells the number of examples and the device.

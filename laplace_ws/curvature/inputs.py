@@ -208,7 +208,7 @@ def check_outputs(f: object, n_examples: int) -> Tensor:
     """The outputs in what a model returned.
 
     Raises:
-        InvalidBatchError: they are no floating point tensor with one row an example.
+        InvalidBatchError: they are no floating point tensor with one row per example.
     """
     logits = f["logits"] if isinstance(f, Mapping) and "logits" in f else getattr(f, "logits", f)
     if not isinstance(logits, Tensor) or not logits.is_floating_point():

@@ -74,7 +74,7 @@ def low_rank_curvature(
         data: batches that can be iterated again and again, the same examples each time, see `CurvatureProducts`.
         rank: how many eigenpairs at most. There are no more than weights, and those whose eigenvalue is not told from zero are left out.
         curvature: "ggn", "ggn_mc", "ggn_mc_rademacher" or "ef".
-        mc_samples: random columns an example, for "ggn_mc" and "ggn_mc_rademacher".
+        mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
         generator: source of the labels or signs; by default one of our own, which `torch.manual_seed` makes reproducible.
         keys: of batches that are mappings.
         progress_bar: show the products that are done, on a terminal.

@@ -92,7 +92,7 @@ class CurvatureProducts:
         likelihood: "classification", "regression", "binary" or a `Likelihood`.
         data: batches that can be iterated again and again, the same examples each time; in any order, unless the columns are random.
         curvature: "ggn", "ggn_mc", "ggn_mc_rademacher" or "ef".
-        mc_samples: random columns an example, for "ggn_mc" and "ggn_mc_rademacher".
+        mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
         generator: source of the labels or signs; by default one of our own, which `torch.manual_seed` makes reproducible.
         keys: of batches that are mappings.
 

@@ -24,7 +24,7 @@ class TensorLoader:
     Args:
         x: Inputs.
         y: Targets, on the device of `x`.
-        batch_size: Examples a batch; the last batch may be smaller.
+        batch_size: Examples per batch; the last batch may be smaller.
         shuffle: Whether every epoch has a new random order.
         drop_last: Whether to leave out a smaller last batch.
         augment: Called as `augment(x_batch, generator)` on every batch, for instance `random_crop_flip`.
@@ -71,7 +71,7 @@ class TensorLoader:
         return len(self.dataset)
 
     def __len__(self) -> int:
-        """Number of batches an epoch."""
+        """Number of batches per epoch."""
         full, rest = divmod(self.n_data, self.batch_size)
         return full if self.drop_last or rest == 0 else full + 1
 

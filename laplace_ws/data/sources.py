@@ -143,7 +143,7 @@ def image_folder(root: Path, download: bool) -> RawImages:
             parts.append(ImageFolder(str(folder), loader=_rgb_bytes))
         except FileNotFoundError as error:
             raise DatasetNotFoundError(
-                f"Dataset 'image-folder' was not found in '{folder}', which needs one folder of images a class; "
+                f"Dataset 'image-folder' was not found in '{folder}', which needs one folder of images per class; "
                 "unpack the images there or set root (--data.root) to the folder that holds train and test."
             ) from error
     if parts[0].classes != parts[1].classes:

@@ -1,4 +1,4 @@
-"""What a run of the command line is made of: one dataclass a section of the YAML file."""
+"""What a run of the command line is made of: one dataclass per section of the YAML file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DataConfig:
         n_train: size of a class-balanced subset of the training images; all of them if not given.
         n_test: the same for the test images.
         held_out: whether to test on the training images that n_train leaves out, as long as settings are being chosen.
-        batch_size: images a batch.
+        batch_size: images per batch.
         augment: whether to crop and flip the training images at random.
     """
 

@@ -103,7 +103,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def summary_table(summary: Json) -> str:
-    """The main figures as text, one line a network."""
+    """The main figures as text, one line per network."""
     rows = [("", "log marglik", "test NLL", "test acc.", "test ECE", "time", "curvature")]
     rows.append(("", "[nats]", "[nats]", "[%]", "[%]", "[s]", "[s]"))
     models = {"tuned": summary["tuned"], **{f"fixed {delta}": m for delta, m in summary["fixed"].items()}}

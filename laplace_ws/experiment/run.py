@@ -47,7 +47,7 @@ _stop: Event | None = None
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training one network gave: its entry of summary.json, and one record an epoch."""
+    """What training one network gave: its entry of summary.json, and one record per epoch."""
 
     model: Json
     history: list[Record]
@@ -194,7 +194,7 @@ def make_model(config: RunConfig, data: ImageData) -> nn.Module:
 
 
 def train_all(config: RunConfig, tasks: Sequence[Task], folder: Path, data: ImageData, resume: bool) -> list[Outcome]:
-    """Train one network a task, in order or side by side; the numbers are the same."""
+    """Train one network per task, in order or side by side; the numbers are the same."""
     if config.workers == 1 or len(tasks) == 1:
         return [train_one(config, task, folder, resume, True, data) for task in tasks]
     context = multiprocessing.get_context("spawn")

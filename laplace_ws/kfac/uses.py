@@ -4,7 +4,7 @@ A *use* is one call in the forward pass that reads parameters: `linear(x, W, b)`
 hands out what every curvature is made of: inputs a and output gradients g by example and sharing position (matrix uses), and the
 gradients of each example with respect to the parameters (all uses).
 
-The leading axis of a use's tensors holds rows, which belong to examples as `Rows` says: one row an example, or several (images of a
+The leading axis of a use's tensors holds rows, which belong to examples as `Rows` says: one row per example, or several (images of a
 video, nodes of a graph), which are further sharing positions.
 """
 
@@ -85,7 +85,7 @@ class MatrixUse(Use):
     @property
     @abstractmethod
     def n_positions(self) -> int | Int[Tensor, "*G N"]:
-        """R, the sharing positions of an example; one number an example, or a group and example, where they differ."""
+        """R, the sharing positions of an example; one number per example, or per group and example, where they differ."""
 
     @abstractmethod
     def inputs(self) -> Float[Tensor, "*G N R I"]:
@@ -265,7 +265,7 @@ class ElementwiseUse(Use):
     Attributes:
         name: name of p.
         shape: shape of p.
-        broadcast_shape: shape of p as it meets the output, one entry an output axis, the batch axis left out.
+        broadcast_shape: shape of p as it meets the output, one entry per output axis, the batch axis left out.
         factor: ∂y/∂p element by element, broadcastable to the output `[B, ...]`.
         index: where y holds a selection of p's entries in place of p, their places in the flattened p.
     """

@@ -67,7 +67,7 @@ class Likelihood(ABC):
         """E[y | f]: class probabilities, or the regression mean."""
 
     def term_mask(self, f: Float[Tensor, "N ..."], y: Tensor) -> Tensor | None:
-        """Which loss terms count, one entry a target, in a shape that broadcasts to f; None where all do."""
+        """Which loss terms count, one entry per target, in a shape that broadcasts to f; None where all do."""
         return None
 
     def n_targets(self, f: Float[Tensor, "N ..."], y: Tensor) -> int:

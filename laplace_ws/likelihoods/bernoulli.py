@@ -1,4 +1,4 @@
-"""Binary targets: one label, several, or one a pixel."""
+"""Binary targets: one label, several, or one per pixel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from laplace_ws.likelihoods.base import Likelihood, check_same_shape, unit_colum
 class Bernoulli(Likelihood):
     """Independent binary targets y ∈ {0, 1} with logits f of the same shape.
 
-    One label `[N, 1]`, several `[N, C]` (multi-label), or one a pixel `[N, 1, H, W]` (segmentation).
+    One label `[N, 1]`, several `[N, C]` (multi-label), or one per pixel `[N, 1, H, W]` (segmentation).
     """
 
     name = "binary"

@@ -1,4 +1,4 @@
-"""Gaussian noise: of one standard deviation, of one an output, or of one that the model gives itself."""
+"""Gaussian noise: of one standard deviation, of one per output, or of one that the model gives itself."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Gaussian(RegressionLikelihood):
         if output_scales is not None:
             self.output_scales = tuple(float(scale) for scale in output_scales)
             if not self.output_scales or not all(0 < scale < math.inf for scale in self.output_scales):
-                raise ValueError(f"output_scales must be positive numbers, one an output, got {self.output_scales}.")
+                raise ValueError(f"output_scales must be positive numbers, one per output, got {self.output_scales}.")
 
     def check(self, f: Tensor, y: Tensor) -> None:
         """See `Likelihood.check`."""
@@ -57,7 +57,7 @@ class Gaussian(RegressionLikelihood):
         if self.output_scales is not None and len(self.output_scales) != n_outputs:
             raise InvalidBatchError(
                 f"the regression likelihood has {len(self.output_scales)} output_scales, but the last axis of the outputs "
-                f"{tuple(f.shape)} has {n_outputs}; give one scale an output."
+                f"{tuple(f.shape)} has {n_outputs}; give one scale per output."
             )
 
     def nll_sum(self, f: Tensor, y: Tensor) -> Tensor:

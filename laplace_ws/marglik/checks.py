@@ -21,7 +21,7 @@ class DataFacts:
 
     Attributes:
         n_data: number of examples N, also of those that `drop_last` leaves out where the loader knows them; as given, if it is.
-        n_batches: batches an epoch.
+        n_batches: batches per epoch.
         x_first: inputs of one batch.
     """
 

@@ -17,7 +17,7 @@ def neg_log_joint_mean(
 ) -> Tensor:
     """The MAP objective N⁻¹(L/τ + ½ Σ_p δ_p‖θ_p‖²), given the mean negative log likelihood L/N of some examples.
 
-    Each of `prior_precisions` is a scalar, or one value a weight. Training adds the second term's gradient by
+    Each of `prior_precisions` is a scalar, or one value per weight. Training adds the second term's gradient by
     `PriorGradient`; this is the form to differentiate and to compare with.
     """
     square_sum = sum((delta * p.square()).sum() for p, delta in zip(parameters, prior_precisions, strict=True))
@@ -29,7 +29,7 @@ class PriorGradient:
 
     Args:
         parameters: the tensors θ_p that are trained.
-        prior_precision: δ, one value a tensor or one a weight.
+        prior_precision: δ, one value per tensor or one per weight.
         scale: factor on the regulariser.
         n_data: number of examples N.
     """

@@ -45,7 +45,7 @@ def run_settings(
             "hyper_optimizer": hyper.hyper_optimizer.value,
             "lr_hyp": hyper.lr,
             "tuned": hyper.tuned_names,
-            # One name a weight would be long; the number of groups tells "weight" from "parameter".
+            # One name per weight would be long; the number of groups tells "weight" from "parameter".
             "prior_groups": list(dict.fromkeys(hyper.groups.names)),
             "n_prior_precisions": len(hyper.groups.names),
             "starts": hyper.starts,

@@ -42,7 +42,7 @@ class MarglikResult:
         model: the model that was passed, now at its best.
         margliks: log marginal likelihood in nats at each tuning; higher is better.
         losses: the MAP objective of each epoch, in nats per example.
-        history: one record an epoch, as `on_epoch` left them.
+        history: one record per epoch, as `on_epoch` left them.
         prior_precision: of every parameter by name, at the best; a geometric mean where every weight has its own.
         prior_group: which group each parameter shares its prior precision with.
         best_epoch: the epoch whose weights and hyperparameters were kept: the one with the highest log marginal likelihood,
@@ -141,7 +141,7 @@ def marglik_training(
             δ ← γ/‖θ‖², σ² ← SSE/(n − γ). `tune_temperature` needs "adam".
         lr_hyp: step size of Adam on the logarithms; unused by the others.
         prior_structure: "scalar", "layerwise" (a bias shares its layer's; the scales and biases of
-            normalisations and Fixup share one, which starts at 1), "parameter" (one a tensor), or
+            normalisations and Fixup share one, which starts at 1), "parameter" (one per tensor), or
             "weight" (for "diag" and "full").
         prior_prec_init: start of the prior precisions; 0.01·N where not given, because tuning finds its way better from
             a stiff start than from a loose one. Where something is tuned, at most N/(lr·τ·σ²), the limit of stable

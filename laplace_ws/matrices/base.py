@@ -18,7 +18,7 @@ class CurvatureMatrix(ABC):
     """A positive semi-definite matrix H over the parameters of a model, in nats, and the algebra of s·H + diag(δ).
 
     A vector over the parameters is flat, `[P]`: the parameters in the order of `shapes`, each row-major. The damping δ is a scalar, one
-    number a parameter tensor (`[len(shapes)]`), or, where the structure allows it, one a weight (`[P]`).
+    number per parameter tensor (`[len(shapes)]`), or, where the structure allows it, one per weight (`[P]`).
 
     Attributes:
         shapes: shape of each parameter, by name.
@@ -98,7 +98,7 @@ class CurvatureMatrix(ABC):
 
 
 def expand_per_weight(delta: Tensor, shapes: Mapping[str, torch.Size]) -> Float[Tensor, " P"]:
-    """Damping of every weight, given a scalar, one number a parameter tensor, or one a weight."""
+    """Damping of every weight, given a scalar, one number per parameter tensor, or one per weight."""
     n_params = sum(shape.numel() for shape in shapes.values())
     if delta.ndim == 0:
         return delta.expand(n_params)
@@ -108,13 +108,13 @@ def expand_per_weight(delta: Tensor, shapes: Mapping[str, torch.Size]) -> Float[
     if delta.shape == (n_params,):
         return delta
     raise ValueError(
-        f"the precision must be a scalar, {len(shapes)} numbers (one a parameter tensor) or {n_params} (one a weight), "
+        f"the precision must be a scalar, {len(shapes)} numbers (one per parameter tensor) or {n_params} (one per weight), "
         f"got shape {tuple(delta.shape)}."
     )
 
 
 def by_parameter(delta: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The damping of each parameter tensor by name: a scalar, or `[D]`, one a weight."""
+    """The damping of each parameter tensor by name: a scalar, or `[D]`, one per weight."""
     if delta.ndim == 0 or delta.shape == (len(shapes),):
         return dict(zip(shapes, delta.expand(len(shapes)), strict=True))
     parts = expand_per_weight(delta, shapes).split([shape.numel() for shape in shapes.values()])

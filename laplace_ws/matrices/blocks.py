@@ -1,4 +1,4 @@
-"""Curvature with one block a parameter tensor, each diagonal in the eigenvectors of a Kronecker product."""
+"""Curvature with one block per parameter tensor, each diagonal in the eigenvectors of a Kronecker product."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class BlockMatrix(CurvatureMatrix, Mapping[str, B], Generic[B]):
     def _with_delta(self, delta: Tensor) -> Iterator[tuple[B, Tensor]]:
         if delta.ndim > 0 and delta.shape != (len(self),):
             raise ValueError(
-                f"a Kronecker-factored posterior takes a scalar precision or one a parameter tensor ({len(self)}), got shape "
-                f'{tuple(delta.shape)}; use hessian_structure="diag" or "full" for one a weight.'
+                f"a Kronecker-factored posterior takes a scalar precision or one per parameter tensor ({len(self)}), got shape "
+                f'{tuple(delta.shape)}; use hessian_structure="diag" or "full" for one per weight.'
             )
         return zip(self.blocks.values(), delta.double().expand(len(self)), strict=True)

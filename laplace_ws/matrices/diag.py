@@ -15,7 +15,7 @@ from laplace_ws.matrices.pushforward import Damping, Layout, SeparablePushforwar
 
 
 class Diag(CurvatureMatrix):
-    """diag(h), one number a weight.
+    """diag(h), one number per weight.
 
     Args:
         shapes: shape of each parameter, by name.

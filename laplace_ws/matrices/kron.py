@@ -21,7 +21,7 @@ from laplace_ws.matrices.eigenbasis import EigenBasis
 class KronBlock(Block):
     """The block of one parameter: B ⊗ A over `weight.flatten(1)`, or B alone over a vector.
 
-    Layers with channel groups, and attention's packed projections, hold one pair of factors a group, stacked along a leading axis; their
+    Layers with channel groups, and attention's packed projections, hold one pair of factors per group, stacked along a leading axis; their
     block is the direct sum of the groups'. Where the first axis of the weight holds the inputs (embeddings, `x @ W`), the block is A ⊗ B.
 
     Attributes:

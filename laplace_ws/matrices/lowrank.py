@@ -27,7 +27,7 @@ class LowRank(CurvatureMatrix):
 
     Args:
         shapes: shape of each parameter, by name.
-        vectors: U, each row a weight.
+        vectors: U, one row per weight.
         values: l, none negative.
 
     Raises:
@@ -73,7 +73,7 @@ class LowRank(CurvatureMatrix):
         return (self.vectors * self.values.to(self.vectors.dtype)) @ self.vectors.mT
 
     def log_det(self, scale: Tensor, delta: Tensor) -> Tensor:
-        """See `CurvatureMatrix.log_det`: log det Δ + log det C; a δ of less than one number a weight needs no sum over the weights."""
+        """See `CurvatureMatrix.log_det`: log det Δ + log det C; a δ of less than one number per weight needs no sum over the weights."""
         log_det_delta = expand_per_weight(delta, self.shapes).double().log().sum()
         if delta.ndim == 0:
             return log_det_delta + (self.values.double() * scale.double() / delta.double()).log1p().sum()
@@ -154,7 +154,7 @@ class LowRank(CurvatureMatrix):
 
     @cached_property
     def _grams(self) -> Float[Tensor, "T k k"]:
-        """Σ u uᵀ over the weights of each parameter tensor: with these a δ of one number a tensor needs no sum over the weights."""
+        """Σ u uᵀ over the weights of each parameter tensor: with these a δ of one number per tensor needs no sum over the weights."""
         sizes = [shape.numel() for shape in self.shapes.values()]
         return torch.stack([_gram(rows) for rows in self.vectors.split(sizes)])
 

@@ -178,7 +178,7 @@ class LowRankPushforward(Pushforward):
     Args:
         vectors: U of each parameter tensor by name, `[D, k]`.
         roots: T `[k, k]` for each damping, float64.
-        deltas: δ of each parameter tensor by name (a scalar, or one a weight), for each damping.
+        deltas: δ of each parameter tensor by name (a scalar, or one per weight), for each damping.
         dampings: see `Pushforward`.
         layout: see `Pushforward`.
     """

@@ -41,15 +41,15 @@ class BaseLaplace(TunedPrior):
         last_layer_name: the module that is the last layer; by default the last one that holds parameters, which a fit checks.
         subnetwork_indices: for "subnetwork", places in the flat vector of all weights that require grad, see `posterior.subnetwork`;
             for "diag" and "full".
-        prior_precision: Δ: a number, one a parameter tensor (`[len(parameter_names)]`), or one a weight (`[n_params]`; not with "kron"
+        prior_precision: Δ: a number, one per parameter tensor (`[len(parameter_names)]`), or one per weight (`[n_params]`; not with "kron"
             and "ekfac").
-        prior_mean: μ: a number, or one a weight.
+        prior_mean: μ: a number, or one per weight.
         sigma_noise: standard deviation σ of the observation noise (regression); default: the likelihood's own.
         temperature: τ; the likelihood enters to the power 1/τ. A tempered class likelihood is not normalised, so values of the log marginal
             likelihood compare only at equal τ.
         curvature: "ggn", "ggn_mc" (sampled labels), "ggn_mc_rademacher" (random signs) or "ef" (empirical Fisher).
         backend: "native", "asdl", "backpack", or a `Backend`: who runs the model; the numbers are the same.
-        mc_samples: random columns an example, for "ggn_mc" and "ggn_mc_rademacher".
+        mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
         generator: source of the labels or signs; by default one of our own, which `torch.manual_seed` makes reproducible.
         dict_key_x: of batches that are mappings, the entry that tells the number of examples and the device.
         dict_key_y: of batches that are mappings, the targets.

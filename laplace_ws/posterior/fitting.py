@@ -66,7 +66,7 @@ class FittedPosterior(PosteriorHyperparameters):
         subset: the weights that are covered.
         backend: who runs the network.
         curvature: of the negative log likelihood.
-        mc_samples: random columns an example.
+        mc_samples: random columns per example.
         generator: their source.
         keys: of batches that are mappings.
     """

@@ -54,7 +54,7 @@ class LinearisedModel:
     ) -> tuple[Float[Tensor, "N ..."], list[Tensor]]:
         """Outputs f and, for each damping of the pushforward, the covariance J (s·H + Δ)⁻¹ Jᵀ in its layout; both of at least float32.
 
-        Outputs `[N, T, C]` have, by example, one covariance a term, `[N, T, C, C]`; variances alone have the shape of f. Time is linear in
+        Outputs `[N, T, C]` have, by example, one covariance per term, `[N, T, C, C]`; variances alone have the shape of f. Time is linear in
         examples and outputs: a backward pass for each output. `Layout.JOINT`, whose result is quadratic, takes all examples at once.
         """
         layout = pushforward.layout

@@ -49,7 +49,7 @@ class PriorGroups:
     index: Tensor
 
     def spread(self, values: Float[Tensor, " G"]) -> Tensor:
-        """One value a group, given to every parameter tensor or weight as `BaseLaplace` takes them; a scalar where all share one."""
+        """One value per group, given to every parameter tensor or weight as `BaseLaplace` takes them; a scalar where all share one."""
         return values[0] if len(values) == 1 else values[self.index.to(values.device)]
 
     def by_parameter(self, parameter_names: Sequence[str]) -> dict[str, str]:

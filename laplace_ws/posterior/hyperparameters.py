@@ -38,7 +38,7 @@ class PosteriorHyperparameters(ABC):
 
     @property
     def prior_precision(self) -> Tensor:
-        """Δ, float64: a scalar, one a parameter tensor, or one a weight."""
+        """Δ, float64: a scalar, one per parameter tensor, or one per weight."""
         return self._prior_precision
 
     @prior_precision.setter
@@ -47,7 +47,7 @@ class PosteriorHyperparameters(ABC):
 
     @property
     def prior_mean(self) -> Tensor:
-        """μ, a scalar or one a weight."""
+        """μ, a scalar or one per weight."""
         return self._prior_mean
 
     @prior_mean.setter
@@ -107,7 +107,7 @@ class PosteriorHyperparameters(ABC):
         if tuple(value.shape) not in shapes:
             raise ValueError(
                 f"prior_precision for {self.hessian_structure!r} must be of one of the shapes {[list(s) for s in shapes]} "
-                f"(one for all, one a parameter tensor{', one a weight' if self.per_weight_prior else ''}), got {list(value.shape)}."
+                f"(one for all, one per parameter tensor{', one per weight' if self.per_weight_prior else ''}), got {list(value.shape)}."
             )
         if not (value > 0).all():
             raise ValueError(f"prior_precision must be positive, but its smallest entry is {value.min().item():g}.")
@@ -123,7 +123,7 @@ class PosteriorHyperparameters(ABC):
         return expand_per_weight(self._prior_precision, self.shapes)
 
     def squared_deviation(self, *, per_weight: bool = False) -> Float[Tensor, " K"]:
-        """(θ*−μ)² in float64: its sum over each parameter tensor, or one a weight."""
+        """(θ*−μ)² in float64: its sum over each parameter tensor, or one per weight."""
         if per_weight:
             return (self.mean.double() - self._prior_mean).square()
         sizes = [shape.numel() for shape in self.shapes.values()]

@@ -323,6 +323,6 @@ def _draw(
         if spread.shape == f.shape:
             noise = torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
             return f + spread.clamp_min(0).sqrt() * noise  # a variance of zero may be rounded below it
-        if f.ndim == 1:  # one output an example, without an axis of its own
+        if f.ndim == 1:  # one output per example, without an axis of its own
             return sample_outputs(f[:, None], spread, n_samples, generator)[..., 0]
         return sample_outputs(f, spread, n_samples, generator)

@@ -100,7 +100,7 @@ class ValidatedPrior(Predictive):
         return [score(_joined(of_point), y) for of_point in predictions]
 
     def _by_term(self, prediction: Any, *, is_label: bool = False) -> Any:
-        """Predictions or targets of sequences and images with one row a term, so that those of different sizes can be joined."""
+        """Predictions or targets of sequences and images with one row per term, so that those of different sizes can be joined."""
         if isinstance(prediction, tuple):
             return tuple(self._by_term(part) for part in prediction)
         n_axes = 1 if is_label and isinstance(self.likelihood, Categorical) else 2

@@ -50,7 +50,7 @@ def render_calibration(result: CalibrationResult) -> str:
 
 
 def method_table(methods: Sequence[MethodResult]) -> str:
-    """One row a method, the best value of a column in bold; columns that no method has are left out."""
+    """One row per method, the best value of a column in bold; columns that no method has are left out."""
     columns = shown_columns(methods)
     titles = [("method", ""), *((column.title, column.unit) for column in columns)]
     head = "".join(

@@ -220,7 +220,7 @@ def _model(path: Path, values: Any, run: str) -> ModelSummary:
 
 
 def by_group(precision: Mapping[str, float], groups: Mapping[str, str]) -> dict[str, float]:
-    """One entry a group of parameters that share a prior precision, in the order of their first parameters."""
+    """One entry per group of parameters that share a prior precision, in the order of their first parameters."""
     grouped: dict[str, float] = {}
     for name, value in precision.items():
         grouped.setdefault(groups.get(name, name), value)

@@ -45,7 +45,7 @@ def evidence_picture(selection: Selection) -> Picture:
     )
     return Picture(
         "Log marginal likelihood against test NLL",
-        f"Log marginal likelihood and test NLL, in nats an example, by model: {words}.",
+        f"Log marginal likelihood and test NLL, in nats per example, by model: {words}.",
         svg,
         "Better models are to the right and below.",
     )

@@ -58,7 +58,7 @@ def verdict(selection: Selection) -> str:
 
 
 def ranking_table(selection: Selection) -> str:
-    """One row a model, the highest log marginal likelihood first; the best value of a column in bold."""
+    """One row per model, the highest log marginal likelihood first; the best value of a column in bold."""
     columns = (
         ("model", ""),
         ("architecture", ""),

@@ -50,7 +50,7 @@ COLUMNS = (
 
 
 def model_table(record: RunRecord) -> str:
-    """One row a model, the tuned one first; columns that no model has are left out."""
+    """One row per model, the tuned one first; columns that no model has are left out."""
     columns = [column for column in COLUMNS if any(column.value(model) is not None for model in record.models)]
     titles = [("model", ""), ("prior precision", "δ"), ("weight decay", "δ/N"), *((c.title, c.unit) for c in columns)]
     head = "".join(

@@ -28,7 +28,7 @@ class Entry:
         architecture: kind of model and its options, in words.
         n_weights: trainable parameters.
         log_marginal_likelihood: of the training data, in nats.
-        test_nll: mean over the test examples, in nats an example.
+        test_nll: mean over the test examples, in nats per example.
         test_accuracy: from 0 to 1.
         train_seconds: of training, curvature included.
         folder: of the run.
@@ -149,7 +149,7 @@ def correlate(entries: Sequence[Entry]) -> Correlation:
 
 
 def selection_table(selection: Selection) -> str:
-    """The ranking as text, one line a model."""
+    """The ranking as text, one line per model."""
     rows = [("", "", "log marglik", "per example", "test NLL", "test acc.", "weights", "time")]
     rows.append(("", "", "[nats]", "[nats]", "[nats]", "[%]", "", "[s]"))
     for place, entry in enumerate(selection.ranking, start=1):

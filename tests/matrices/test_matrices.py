@@ -99,7 +99,7 @@ def test_kron_sum_is_of_data_sets_not_of_products():
 def test_structures_do_not_mix():
     with pytest.raises(ValueError, match="differ in structure or in parameters"):
         dense() + diag()
-    with pytest.raises(ValueError, match="scalar precision or one a parameter tensor"):
+    with pytest.raises(ValueError, match="scalar precision or one per parameter tensor"):
         kron().log_det(torch.tensor(1.0), torch.ones(37))
     with pytest.raises(ValueError, match=r"must be a scalar, 2 numbers .* or 9"):
         diag().log_det(torch.tensor(1.0), torch.ones(4))
