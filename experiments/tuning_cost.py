@@ -19,7 +19,7 @@ import torch
 from study import read_config, write_result
 from torch import Tensor
 
-from laplace_ws import KronLaplace
+from laplace_ws import Laplace
 from laplace_ws.marglik import Hyperparameters
 from laplace_ws.models import WideResNet
 from laplace_ws.posterior import prior_groups
@@ -65,7 +65,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def fitted(config: TuningConfig) -> tuple[KronLaplace, float]:
+def fitted(config: TuningConfig) -> tuple[Laplace, float]:
     """A posterior and the time of its fit; no weight is zero, so that no curvature is."""
     torch.manual_seed(config.seed)
     model = WideResNet(config.depth, config.width, 3, config.n_classes, norm="none")
@@ -75,12 +75,12 @@ def fitted(config: TuningConfig) -> tuple[KronLaplace, float]:
     x = torch.randn(config.n_images, 3, config.image_size, config.image_size)
     y = torch.randint(0, config.n_classes, (config.n_images,))
     data = list(zip(x.split(config.batch_size), y.split(config.batch_size), strict=True))
-    la = KronLaplace(model, "classification", curvature=config.curvature, kfac_approx=config.kfac_approx)
+    la = Laplace(model, "classification", curvature=config.curvature, kfac_approx=config.kfac_approx)
     la.fit(data[:1])
     return la, seconds(lambda: la.fit(data))
 
 
-def gradient(la: KronLaplace, prior_precision: Tensor) -> Tensor:
+def gradient(la: Laplace, prior_precision: Tensor) -> Tensor:
     """∂ log p(D) / ∂ log δ, by parameter."""
     log_delta = prior_precision.log().requires_grad_()
     (g,) = torch.autograd.grad(la.log_marginal_likelihood(log_delta.exp()), log_delta)

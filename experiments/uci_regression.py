@@ -25,7 +25,7 @@ from torch import Tensor
 from laplace_ws import marglik_training
 from laplace_ws.data import TensorLoader, UciSplit, load_uci
 from laplace_ws.models import MLP
-from laplace_ws.posterior import BaseLaplace
+from laplace_ws.posterior import Laplace
 
 FIGURES = ("map_log_likelihood", "laplace_log_likelihood", "rmse")
 
@@ -119,7 +119,7 @@ def one_split(config: UciConfig, table: str, split: int) -> dict[str, float]:
     return {"n": len(data.y_train) + len(data.y_test), **scores(la, data)}
 
 
-def scores(la: BaseLaplace, data: UciSplit) -> dict[str, float]:
+def scores(la: Laplace, data: UciSplit) -> dict[str, float]:
     """Test log-likelihood per example in nats, RMSE and noise, all in the targets' own units."""
     mean, covariance = la(data.x_test, observation_noise=True)
     mean, variance = mean.double(), covariance[..., 0].double()

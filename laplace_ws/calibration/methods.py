@@ -18,7 +18,7 @@ from laplace_ws.calibration.trained import TrainedRun
 from laplace_ws.data import TensorLoader
 from laplace_ws.experiment.evaluate import outputs
 from laplace_ws.experiment.folder import ExperimentError, Json
-from laplace_ws.posterior import BaseLaplace, Laplace
+from laplace_ws.posterior import Laplace
 
 MAP, TEMPERATURE = "map", "temperature"
 _KRONECKER = ("kron", "ekfac")
@@ -99,7 +99,7 @@ def laplace_methods(config: CalibrateConfig, trained: TrainedRun, structure: Str
         )
 
 
-def laplace_predict(la: BaseLaplace, config: CalibrateConfig) -> Predict:
+def laplace_predict(la: Laplace, config: CalibrateConfig) -> Predict:
     """The posterior predictive, batch by batch; the same draws at every call, where it draws any."""
     m = config.methods
 
@@ -114,7 +114,7 @@ def laplace_predict(la: BaseLaplace, config: CalibrateConfig) -> Predict:
     return predict
 
 
-def laplace_facts(la: BaseLaplace, fit_seconds: float) -> Json:
+def laplace_facts(la: Laplace, fit_seconds: float) -> Json:
     """Log marginal likelihood in nats, the spread of the prior precisions, and the seconds of the fit and the choice."""
     precision = la.prior_precision
     return {
@@ -128,7 +128,7 @@ def laplace_facts(la: BaseLaplace, fit_seconds: float) -> Json:
     }
 
 
-def make_posterior(config: CalibrateConfig, trained: TrainedRun, structure: StructureName) -> BaseLaplace:
+def make_posterior(config: CalibrateConfig, trained: TrainedRun, structure: StructureName) -> Laplace:
     """An unfitted posterior of a structure."""
     m = config.methods
     last_layer = structure.startswith("last_layer_")
@@ -147,7 +147,7 @@ def make_posterior(config: CalibrateConfig, trained: TrainedRun, structure: Stru
     )
 
 
-def choose_prior(la: BaseLaplace, prior: str, config: CalibrateConfig, trained: TrainedRun) -> None:
+def choose_prior(la: Laplace, prior: str, config: CalibrateConfig, trained: TrainedRun) -> None:
     """Set the prior precision, see `MethodsConfig.priors`."""
     m = config.methods
     la.temperature = trained.temperature if prior == "training" else 1.0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_ws.curvature.inputs import ModelInputs
-from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
+from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import Use
 
 Receiver = Callable[[int, Float[Tensor, "K B ..."]], None]
@@ -142,16 +142,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 f"torch.nn.utils.parametrize.remove_parametrizations(module, {weight!r}), or freeze it (requires_grad_(False))."
             )
     return parameters
-
-
-def check_devices(model: nn.Module, *parts: ModelInputs) -> None:
-    """Raise `InvalidBatchError` if parts of a batch, inputs or targets, are not where the model is."""
-    device = next(model.parameters()).device
-    for part in parts:
-        if part.device != device:
-            raise InvalidBatchError(
-                f"the batch is on {part.device} and the model on {device}; move one of them, for example batch.to({str(device)!r})."
-            )
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,19 +28,36 @@ class LinearisationCheck:
     """Holds what a backend says of a model against autograd: on a few examples of the first batch, and again whenever the model uses its
     parameters otherwise than in any batch before.
 
-    What it does not see are rows of a layer that belong to examples otherwise from one batch to the next while their number stays.
+    What was found is kept from pass to pass, and forgotten when modules, their settings or the parameters are others. What it does not see
+    are rows of a layer that belong to examples otherwise from one batch to the next while their number stays.
+
+    Args:
+        backend: who runs the model.
+        model: the network.
 
     Attributes:
-        column_bytes_an_example: what a column takes at the outputs of all uses, by the measure of the last check.
+        column_bytes_per_example: what a column takes at the outputs of all uses, by the measure of the last check.
     """
 
-    def __init__(self, backend: Backend, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
-        self._backend, self._model, self._parameters = backend, model, parameters
+    def __init__(self, backend: Backend, model: nn.Module):
+        self.backend, self.model = backend, model
+        self.column_bytes_per_example = 0.0
+        self._parameters: Mapping[str, nn.Parameter] = {}
+        self._anatomy: _Anatomy | None = None
         self._signatures: set[tuple[Any, ...]] = set()
-        self.column_bytes_an_example = 0.0
 
-    def start(self, x: ModelInputs) -> None:
-        """Check a few examples of the first batch, before any work is done on it."""
+    def start(self, x: ModelInputs, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Check a few examples of the first batch of a pass, before any work is done on it, unless the network is known.
+
+        Args:
+            x: the batch.
+            parameters: those that are covered, by name.
+        """
+        self._parameters = parameters
+        anatomy = _Anatomy.of(self.model, parameters)
+        if self._anatomy is None or self._anatomy.facts != anatomy.facts:
+            self._anatomy = anatomy
+            self._signatures.clear()
         if not self._signatures:
             self.run(x[:N_PROBED])
 
@@ -48,15 +66,49 @@ class LinearisationCheck:
         return _signature(uses) in self._signatures
 
     def run(self, x: ModelInputs) -> None:
-        """Check a batch."""
-        uses, _, column_bytes = check_linearisation(self._backend, self._model, x, self._parameters)
+        """Check a batch, see `check_linearisation`."""
+        uses, _, column_bytes = check_linearisation(self.backend, self.model, x, self._parameters)
         self._signatures.add(_signature(uses))
-        self.column_bytes_an_example = column_bytes / len(x)
+        self.column_bytes_per_example = column_bytes / len(x)
 
     def n_parts(self, n_examples: int, device: torch.device) -> int:
         """In how many parts to take a batch, so that a column of each takes little memory, by the measure of the last check."""
         little = max(memory_for_columns(device), SMALL_COLUMN_BYTES)
-        return max(1, math.ceil(n_examples * self.column_bytes_an_example / little))
+        return max(1, math.ceil(n_examples * self.column_bytes_per_example / little))
+
+
+@dataclass(frozen=True)
+class _Anatomy:
+    """What a network is made of, as far as it decides how parameters are used.
+
+    Attributes:
+        facts: identity and plain settings of every module, identity and kind of every covered parameter.
+        held: what the identities are of, held so that nothing new can have them.
+    """
+
+    facts: tuple[Any, ...]
+    held: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> _Anatomy:
+        modules = tuple(model.modules())
+        facts = (
+            *((id(m), id(type(m)), id(vars(m).get("forward")), len(m._forward_hooks), *_settings(m)) for m in modules),
+            *((name, id(p), p.shape, p.dtype, p.device) for name, p in parameters.items()),
+        )
+        forwards = tuple(vars(m).get("forward") for m in modules)
+        return cls(facts, (modules, forwards, tuple(parameters.values())))
+
+
+_PLAIN = (int, float, str, type(None))
+
+
+def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Plain attributes of a module, such as the stride of a convolution."""
+    for name, value in vars(module).items():
+        parts = value if isinstance(value, tuple) else (value,)
+        if name != "training" and all(isinstance(part, _PLAIN) for part in parts):
+            yield name, value
 
 
 def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:
@@ -85,10 +137,7 @@ def check_linearisation(
     backend.forget()
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
         f = call_model(model, own_copy(x))  # before the backend, which might hide what it does
-        if not f.isfinite().all():
-            raise InvalidBatchError(
-                f"{type(model).__name__} gives outputs that are not finite; look for NaN in its weights or inputs."
-            )
+        check_finite(model, f)
         if not f.requires_grad:
             raise UnsupportedParameterError(
                 f"the outputs of {type(model).__name__} do not depend on any parameter that requires grad; is there a detach() or a "
@@ -111,6 +160,14 @@ def check_linearisation(
             for gradients in ([g_use[0] for g_use in g], [g_use[-1] for g_use in g], by_use):
                 check_gradients(linearisation.uses, gradients, f, v, parameters)
             return linearisation.uses, linearisation.outputs, linearisation.column_bytes
+
+
+def check_finite(model: nn.Module, f: Tensor) -> None:
+    """Raise `InvalidBatchError` if outputs are not finite."""
+    if not f.isfinite().all():
+        raise InvalidBatchError(
+            f"{type(model).__name__} gives outputs that are not finite; look for NaN in its weights or inputs."
+        )
 
 
 def _check_same_outputs(model: nn.Module, f: Tensor, outputs: Tensor) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice, pairwise
 from typing import Any
 
@@ -15,15 +14,16 @@ from torch import Tensor, nn
 from laplace_ws.curvature.backend import (
     Backend,
     Linearisation,
-    check_devices,
     columns_in_memory,
     evaluation_mode,
     trainable_parameters,
 )
 from laplace_ws.curvature.backends import make_backend
-from laplace_ws.curvature.checks import LinearisationCheck, check_linearisation
+from laplace_ws.curvature.batches import Batches, Data, Pairs
+from laplace_ws.curvature.checks import LinearisationCheck, check_finite, check_linearisation
 from laplace_ws.curvature.columns import Curvature, loss_columns
-from laplace_ws.curvature.inputs import BatchKeys, ModelInputs, as_inputs, own_copy, split_batch
+from laplace_ws.curvature.inputs import BatchKeys, ModelInputs, as_inputs, check_devices, own_copy
+from laplace_ws.curvature.totals import DataTotals
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import (
     Accumulator,
@@ -36,8 +36,6 @@ from laplace_ws.kfac import (
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.matrices import Kron
 
-Batches = Iterable[Any]
-"""Batches of one of the forms that `inputs.split_batch` knows."""
 SMALLEST_PART = 8
 """Examples of the smallest part that a batch is taken in; smaller ones would cost time."""
 
@@ -62,14 +60,10 @@ class CurvatureSum:
         backend: who runs the model.
         mc_samples: random columns M per example, for `ggn_mc` and `ggn_mc_rademacher`.
         generator: source of the labels or signs.
-        dict_key_x: of batches that are mappings, the entry that tells the number of examples and the device.
-        dict_key_y: of batches that are mappings, the targets.
+        check: of this backend and model, with what it knows from passes before; default: a new one.
 
     Attributes:
-        nll_sum: summed negative log likelihood, in nats, float64.
-        n_examples: examples seen.
-        n_targets: scalar targets or loss terms seen, without those that the likelihood ignores.
-        output_shape: shape of the model's output for one example.
+        totals: sums of all else.
     """
 
     def __init__(
@@ -82,8 +76,7 @@ class CurvatureSum:
         backend: Backend,
         mc_samples: int = 1,
         generator: torch.Generator | None = None,
-        dict_key_x: str = BatchKeys.x,
-        dict_key_y: str = BatchKeys.y,
+        check: LinearisationCheck | None = None,
     ):
         if mc_samples < 1:
             raise ValueError(f"mc_samples must be at least 1, got {mc_samples}.")
@@ -94,38 +87,26 @@ class CurvatureSum:
         self.curvature = curvature
         self.backend = backend
         self.mc_samples = mc_samples
-        self.keys = BatchKeys(dict_key_x, dict_key_y)
         self.generator = generator or default_generator(next(iter(self.parameters.values())).device)
-        self.nll_sum = 0.0
-        self.n_examples = 0
-        self.n_targets = 0
-        self.output_shape: tuple[int, ...] | None = None
-        self._check = LinearisationCheck(backend, model, self.parameters)
+        self.totals = DataTotals()
+        self._check = check or LinearisationCheck(backend, model)
 
-    def add_all(self, data: Batches) -> None:
-        """Add every batch of an iterable.
+    def add_all(self, pairs: Pairs) -> None:
+        """Add all batches.
 
         Raises:
             InvalidBatchError: no batch, or one that does not fit the model or the likelihood.
             UnsupportedParameterError: a parameter cannot be covered.
         """
-        for number, batch in enumerate(data):
-            self.add(*split_batch(batch, number, self.keys))
-        if not self.n_examples:
-            raise InvalidBatchError(
-                "the data hold no example; give an iterable of batches (x, y) that is not empty or used up."
-            )
-        if not self.n_targets:
-            raise InvalidBatchError(
-                f"no target of the {self.n_examples} examples counts for {self.likelihood!r}; give data of which some are labelled."
-            )
+        for x, y in pairs:
+            self.add(x, y)
+        self.totals.check_not_empty(self.likelihood)
 
-    def add(self, x: Any, y: Tensor) -> None:
-        """Add one batch: the input of the model, or `ModelInputs`, and targets."""
-        x = as_inputs(x, keys=self.keys)
-        check_devices(self.model, x, y)
+    def add(self, x: ModelInputs, y: Tensor) -> None:
+        """Add one batch: the inputs of the model and the targets."""
         with evaluation_mode(self.model):
-            self._check.start(x)
+            if not self.totals.n_examples:
+                self._check.start(x, self.parameters)
             for part in self._parts(x, y):
                 self._add_checked(x[part], y[part])
 
@@ -157,17 +138,15 @@ class CurvatureSum:
                 return False
             f = linearisation.outputs
             self.likelihood.check(f, y)
-            nll = self.likelihood.nll_sum(f.double(), y).item()
-            if not math.isfinite(nll):
-                raise InvalidBatchError(
-                    f"the negative log likelihood of a batch is {nll}; look for NaN in its inputs or targets."
-                )
+            of_batch = DataTotals()
+            try:
+                of_batch.add(self.likelihood, f, y)
+            except InvalidBatchError:
+                check_finite(self.model, f)
+                raise
             with torch.autocast(x.device.type, enabled=False):
                 self._add_curvature(linearisation, y)
-        self.nll_sum += nll
-        self.n_examples += len(x)
-        self.n_targets += self.likelihood.n_targets(f, y)
-        self.output_shape = tuple(f.shape[1:])
+        self.totals += of_batch
         return True
 
     def _add_curvature(self, linearisation: Linearisation, y: Tensor) -> None:
@@ -206,7 +185,7 @@ def jacobians(
     """
     x = as_inputs(x)
     parameters = trainable_parameters(model)
-    check_devices(model, x)
+    check_devices(next(model.parameters()).device, x)
     backend = make_backend(backend)
     with evaluation_mode(model):
         check_linearisation(backend, model, x, parameters)
@@ -225,7 +204,7 @@ def jacobians(
 def kron_factors(
     model: nn.Module,
     likelihood: str | Likelihood,
-    data: Batches,
+    data: Data,
     *,
     curvature: str | Curvature = "ggn",
     kfac_approx: KfacApproxSpec = "auto",
@@ -272,8 +251,6 @@ def kron_factors(
         backend=make_backend(backend),
         mc_samples=mc_samples,
         generator=generator,
-        dict_key_x=dict_key_x,
-        dict_key_y=dict_key_y,
     )
-    total.add_all(data)
+    total.add_all(Batches.of(data, model, BatchKeys(dict_key_x, dict_key_y)))
     return total.accumulator.result()  # type: ignore[return-value]

@@ -163,6 +163,15 @@ def _holds_examples(x: object) -> TypeGuard[Tensor | RaggedInputs]:
     return x.ndim > 0 if isinstance(x, Tensor) else _is_ragged(x)
 
 
+def check_devices(device: torch.device, *parts: ModelInputs) -> None:
+    """Raise `InvalidBatchError` if parts of a batch, inputs or targets, are not on the model's device."""
+    for part in parts:
+        if part.device != device:
+            raise InvalidBatchError(
+                f"the batch is on {part.device} and the model on {device}; move one of them, for example batch.to({str(device)!r})."
+            )
+
+
 # ------------------------------------------------------------------ inputs in use
 
 

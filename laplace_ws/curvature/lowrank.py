@@ -14,10 +14,11 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from laplace_ws.curvature.batches import Data
 from laplace_ws.curvature.columns import Curvature
-from laplace_ws.curvature.curvature_sum import Batches
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys
 from laplace_ws.curvature.products import CurvatureProducts
+from laplace_ws.curvature.totals import DataTotals
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.matrices import LowRank
 
@@ -35,25 +36,19 @@ class LowRankFit:
 
     Attributes:
         H: the leading eigenpairs, the largest first.
-        nll_sum: summed negative log likelihood, in nats.
-        n_examples: examples in the data.
-        n_targets: targets that count.
-        output_shape: shape of the model's output for one example.
+        totals: sums of all else.
         n_products: passes over the data that it took.
     """
 
     H: LowRank
-    nll_sum: float
-    n_examples: int
-    n_targets: int
-    output_shape: tuple[int, ...]
+    totals: DataTotals
     n_products: int
 
 
 def low_rank_curvature(
     model: nn.Module,
     likelihood: str | Likelihood,
-    data: Batches,
+    data: Data,
     *,
     rank: int,
     curvature: str | Curvature = "ggn",
@@ -99,7 +94,7 @@ def low_rank_curvature(
     totals = products.totals
     assert totals is not None  # there was a product
     H = LowRank(products.shapes, vectors, values)
-    return LowRankFit(H, totals.nll_sum, totals.n_examples, totals.n_targets, totals.output_shape, products.n_products)
+    return LowRankFit(H, totals, products.n_products)
 
 
 def _leading_eigenpairs(

@@ -2,67 +2,46 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace_ws.curvature.backend import check_devices, differentiable_twice, evaluation_mode, trainable_parameters
+from laplace_ws.curvature.backend import differentiable_twice, evaluation_mode, trainable_parameters
+from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.columns import Curvature, loss_columns
-from laplace_ws.curvature.curvature_sum import Batches, default_generator
-from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, call_model, own_copy, split_batch
+from laplace_ws.curvature.curvature_sum import default_generator
+from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, call_model, own_copy
+from laplace_ws.curvature.totals import DataTotals
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 
 
 @dataclass
-class PassTotals:
-    """What one pass over the data adds up to.
+class PassTotals(DataTotals):
+    """What one pass over the data adds up to, and what tells it from a pass over other data.
 
     Attributes:
-        nll_sum: summed negative log likelihood, in nats.
-        n_examples: examples seen.
-        n_targets: targets that count.
-        output_shape: shape of the model's output for one example.
         nll_size: Σ |negative log likelihood| of the batches, by which the rounding of `nll_sum` is judged.
         order: a sum of the outputs that tells one order of the examples from another.
         order_size: Σ |·| of what `order` sums.
         eps: precision of the outputs, and of what they are computed in.
     """
 
-    nll_sum: float = 0.0
-    n_examples: int = 0
-    n_targets: int = 0
-    output_shape: tuple[int, ...] = ()
     nll_size: float = 0.0
     order: float = 0.0
     order_size: float = 0.0
     eps: float = 0.0
 
-    def add(self, likelihood: Likelihood, f: Float[Tensor, "N ..."], y: Tensor, eps: float) -> None:
-        """Add one batch, of outputs that are precise to eps.
-
-        Raises:
-            InvalidBatchError: outputs and targets do not fit the likelihood, or its value is not finite.
-        """
-        likelihood.check(f, y)
-        nll = likelihood.nll_sum(f.double(), y).item()
-        if not math.isfinite(nll):
-            raise InvalidBatchError(
-                f"the negative log likelihood of a batch is {nll}; look for NaN in its inputs, its targets or the weights."
-            )
+    def add_precise(self, likelihood: Likelihood, f: Float[Tensor, "N ..."], y: Tensor, eps: float) -> None:
+        """Add one batch, of outputs that are precise to eps, see `DataTotals.add`."""
         of_examples = f.double().reshape(len(f), -1)
         places = torch.arange(self.n_examples, self.n_examples + len(f), device=f.device).double()
-        self.nll_sum += nll
-        self.nll_size += abs(nll)
+        self.nll_size += abs(self.add(likelihood, f, y))
         self.order += (places @ of_examples).sum().item()
         self.order_size += (places @ of_examples.abs()).sum().item()
-        self.n_examples += len(f)
-        self.n_targets += likelihood.n_targets(f, y)
-        self.output_shape = tuple(f.shape[1:])
         self.eps = max(self.eps, eps)
 
     def has_same_examples(self, other: PassTotals) -> bool:
@@ -108,7 +87,7 @@ class CurvatureProducts:
         self,
         model: nn.Module,
         likelihood: str | Likelihood,
-        data: Batches,
+        data: Data,
         *,
         curvature: str | Curvature = "ggn",
         mc_samples: int = 1,
@@ -117,17 +96,17 @@ class CurvatureProducts:
     ):
         if mc_samples < 1:
             raise ValueError(f"mc_samples must be at least 1, got {mc_samples}.")
-        if isinstance(data, Iterator):
+        batches = Batches.of(data, model, keys)
+        if batches.is_one_pass:
             raise InvalidBatchError(
-                f"the data are read once for every product, but a {type(data).__name__} is used up after the first; give a DataLoader or a "
-                "list of batches."
+                f"the data are read once for every product, but a {type(batches.loader).__name__} is used up after the first; give a "
+                "DataLoader or a list of batches."
             )
         self.model = model
         self.likelihood = make_likelihood(likelihood)
-        self.data = data
+        self.batches = batches
         self.curvature = Curvature(curvature)
         self.mc_samples = mc_samples
-        self.keys = keys
         self.parameters = trainable_parameters(model)
         parameters = list(self.parameters.values())
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
@@ -154,13 +133,12 @@ class CurvatureProducts:
         self._generator.set_state(self._first_draw)
         total = torch.zeros(vectors.shape, dtype=torch.float64, device=self.device)
         totals = PassTotals()
-        for number, batch in enumerate(self.data):
-            x, y = split_batch(batch, number, self.keys)
-            check_devices(self.model, x, y)
+        for x, y in self.batches:
             with evaluation_mode(self.model), differentiable_twice(self.model):
                 f = call_model(self.model, own_copy(x))
                 eps = _precision(f, self.parameters.values())
-                totals.add(self.likelihood, f.detach(), y, eps)
+                self.likelihood.check(f, y)
+                totals.add_precise(self.likelihood, f.detach(), y, eps)
                 with torch.autocast(x.device.type, enabled=False):
                     total += self._product_of_batch(f, y, vectors, eps)
         self._check_totals(totals)
@@ -236,12 +214,7 @@ class CurvatureProducts:
 
     def _check_totals(self, totals: PassTotals) -> None:
         """Keep the totals of the first pass, and raise if those of a later one differ by more than rounding."""
-        if not totals.n_examples:
-            raise InvalidBatchError("the data hold no example; give an iterable of batches (x, y) that is not empty.")
-        if not totals.n_targets:
-            raise InvalidBatchError(
-                f"no target of the {totals.n_examples} examples counts for {self.likelihood!r}; give data of which some are labelled."
-            )
+        totals.check_not_empty(self.likelihood)
         if self.totals is None:
             self.totals = totals
             return

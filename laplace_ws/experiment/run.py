@@ -39,7 +39,7 @@ from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 from laplace_ws.marglik.trainer import Record
 from laplace_ws.marglik.training import STIFF_START, kfac_option, marglik_training
 from laplace_ws.models import build_model
-from laplace_ws.posterior import Laplace, PriorGroups, PriorStructure
+from laplace_ws.posterior import STRUCTURES, Laplace, PriorGroups, PriorStructure
 
 FORMAT_VERSION = 1
 _stop: Event | None = None
@@ -120,7 +120,7 @@ def check_config(config: RunConfig, tasks: Sequence[Task]) -> None:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU; use device=auto or device=cpu")
     marglik = config.marglik
-    PriorStructure(marglik.prior_structure).check(marglik.hessian_structure)
+    PriorStructure(marglik.prior_structure).checked(STRUCTURES[marglik.hessian_structure])
     make_schedule(config)
 
 

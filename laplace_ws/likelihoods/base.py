@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -20,12 +21,20 @@ class Likelihood(ABC):
         name: the name by which `make_likelihood` knows it.
         has_noise: whether it has an observation noise σ.
         is_regression: whether predictions are means and variances of y, see `RegressionLikelihood`; else they are probabilities.
+        target_ndim: axes of the targets that belong to one loss term: 1 for a vector as the outputs are, 0 for one label of all outputs of
+            the term.
+        links: names of the approximations by which class probabilities follow from Gaussian outputs, see `posterior.links.LinkApprox`; none
+            where predictions have a closed form.
+        scores: names of the scores of predictions that `score` knows.
         sigma_noise: σ in the units of the targets; 1 where there is no noise.
     """
 
     name: str
     has_noise: bool = False
     is_regression: bool = False
+    target_ndim: int = 1
+    links: tuple[str, ...] = ("probit", "mc")
+    scores: tuple[str, ...] = ("nll",)
     sigma_noise: float = 1.0
 
     @abstractmethod
@@ -66,6 +75,28 @@ class Likelihood(ABC):
     def predictive_mean(self, f: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
         """E[y | f]: class probabilities, or the regression mean."""
 
+    def predictive_nll(self, prediction: Any, y: Tensor) -> Float[Tensor, ""]:
+        """Mean negative log probability of targets in nats, differentiable in the prediction.
+
+        Args:
+            prediction: probabilities; for regression mean and variances of the targets, of one shape.
+            y: targets.
+
+        Raises:
+            ValueError: this likelihood does not know it.
+        """
+        raise ValueError(f'loss="nll" is not known for {self.name!r}; pass a function of predictions and targets.')
+
+    def score(self, name: str, prediction: Any, y: Tensor) -> float:
+        """A score of predictions on validation data, lower is better.
+
+        Args:
+            name: one of `scores`.
+            prediction: see `predictive_nll`.
+            y: targets.
+        """
+        return self.predictive_nll(prediction, y).item()
+
     def term_mask(self, f: Float[Tensor, "N ..."], y: Tensor) -> Tensor | None:
         """Which loss terms count, one entry per target, in a shape that broadcasts to f; None where all do."""
         return None
@@ -104,6 +135,12 @@ class RegressionLikelihood(Likelihood):
     """A likelihood of real targets, whose predictions are means and variances."""
 
     is_regression = True
+    links = ()
+
+    def predictive_nll(self, prediction: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        """See `Likelihood.predictive_nll`; of a Gaussian with the predicted moments."""
+        mean, variances = prediction
+        return 0.5 * ((y - mean).square() / variances + variances.log() + math.log(2 * math.pi)).mean()
 
     @abstractmethod
     def moments(self, f_mean: Float[Tensor, "N ... C"], f_var: Tensor) -> tuple[Float[Tensor, "N ... D"], Tensor]:

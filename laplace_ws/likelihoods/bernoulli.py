@@ -49,3 +49,7 @@ class Bernoulli(Likelihood):
     def predictive_mean(self, f: Tensor) -> Tensor:
         """Probabilities of y = 1."""
         return f.sigmoid()
+
+    def predictive_nll(self, prediction: Tensor, y: Tensor) -> Tensor:
+        """See `Likelihood.predictive_nll`."""
+        return F.binary_cross_entropy(prediction, y.to(prediction.dtype))

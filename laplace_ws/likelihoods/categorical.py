@@ -13,6 +13,7 @@ from torch import Tensor
 
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.likelihoods.base import Likelihood, at_least_float32, random_signs
+from laplace_ws.metrics import evaluate_classification
 
 _USUAL_IGNORE_INDEX = -100
 """What torch's cross entropy and tokenisers mark positions without a label by."""
@@ -78,6 +79,9 @@ class Categorical(Likelihood):
     """
 
     name = "classification"
+    target_ndim = 0
+    links = ("probit", "mc", "bridge", "bridge_norm")
+    scores = ("nll", "ece", "brier")
 
     def __init__(self, ignore_index: int | None = None):
         self.ignore_index = ignore_index
@@ -123,8 +127,8 @@ class Categorical(Likelihood):
 
     def nll_sum(self, f: Tensor, y: Tensor) -> Tensor:
         """See `Likelihood.nll_sum`."""
-        ignored = _USUAL_IGNORE_INDEX if self.ignore_index is None else self.ignore_index
-        return F.cross_entropy(f.reshape(-1, f.shape[-1]), y.reshape(-1).long(), reduction="sum", ignore_index=ignored)
+        f, y = f.reshape(-1, f.shape[-1]), y.reshape(-1).long()
+        return F.cross_entropy(f, y, reduction="sum", ignore_index=self._ignored)
 
     def hessian_columns(self, f: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
         """C − 1 columns for each of the T terms in turn, see `_Ranks`: Σ_c s_c s_cᵀ = diag(p) − ppᵀ.
@@ -167,6 +171,22 @@ class Categorical(Likelihood):
     def predictive_mean(self, f: Tensor) -> Tensor:
         """Class probabilities."""
         return f.softmax(-1)
+
+    def predictive_nll(self, prediction: Tensor, y: Tensor) -> Tensor:
+        """See `Likelihood.predictive_nll`."""
+        log_p = prediction.clamp_min(torch.finfo(prediction.dtype).tiny).log().flatten(0, -2)
+        return F.nll_loss(log_p, y.flatten().long(), ignore_index=self._ignored)
+
+    def score(self, name: str, prediction: Tensor, y: Tensor) -> float:
+        """See `Likelihood.score`."""
+        if name == "nll":
+            return super().score(name, prediction, y)
+        counts = y != self._ignored
+        return evaluate_classification(prediction[counts], y[counts], kind="probs")[name]
+
+    @property
+    def _ignored(self) -> int:
+        return _USUAL_IGNORE_INDEX if self.ignore_index is None else self.ignore_index
 
     def options(self) -> dict[str, Any]:
         """See `Likelihood.options`."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_ws.curvature.backend import check_devices, evaluation_mode
-from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, call_model, split_batch
+from laplace_ws.curvature.backend import evaluation_mode
+from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, call_model, check_devices, split_batch
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.likelihoods import Likelihood
 
@@ -53,7 +53,7 @@ def check_data(
     row = torch.empty(0)
     for batch in loader:
         x, y = split_batch(batch, n_batches, keys)
-        check_devices(model, x, y)
+        check_devices(next(model.parameters()).device, x, y)
         if n_batches == 0:
             x_first, row = x, first_output(model, x, y, likelihood)
         if y.shape[1:] == row.shape[1 : y.ndim]:

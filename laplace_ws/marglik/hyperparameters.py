@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_ws.posterior.base import BaseLaplace
+from laplace_ws.posterior import Laplace
+from laplace_ws.posterior.evidence import BOUNDS, Box, Evidence
 from laplace_ws.posterior.groups import ELEMENTWISE, PriorGroups
-from laplace_ws.posterior.optimum import BOUNDS, Box, Evidence
 
 ELEMENTWISE_START = 1.0
 """Where `ELEMENTWISE` starts: a stiff prior at zero would shrink the scales, whose natural size is one, and with them the signal."""
@@ -127,14 +127,14 @@ class Hyperparameters(nn.Module):
             parts = log_precision.split([parameter.numel() for _, parameter in named_parameters])
         return {name: part.mean().exp().item() for (name, _), part in zip(named_parameters, parts, strict=True)}
 
-    def assign_to(self, la: BaseLaplace) -> None:
+    def assign_to(self, la: Laplace) -> None:
         """Give `la` the present values, detached."""
         la.prior_precision = self.prior_precision().detach()
         la.temperature = self.temperature().detach()
         if la.likelihood.has_noise:
             la.sigma_noise = self.sigma_noise().detach()
 
-    def ascend(self, la: BaseLaplace, n_steps: int, *, max_log_step: float = 1.0, stiffness: float = math.inf) -> None:
+    def ascend(self, la: Laplace, n_steps: int, *, max_log_step: float = 1.0, stiffness: float = math.inf) -> None:
         """Take `n_steps` up the log marginal likelihood of `la` as it was last fitted.
 
         The mode and the curvature belong to the old values, so no logarithm ends further than `max_log_step` from
@@ -162,7 +162,7 @@ class Hyperparameters(nn.Module):
         self.assign_to(la)
 
     def _ascend_by_adam(
-        self, la: BaseLaplace, n_steps: int, start: list[Tensor], max_log_step: float, stiffness: float
+        self, la: Laplace, n_steps: int, start: list[Tensor], max_log_step: float, stiffness: float
     ) -> None:
         assert self.optimizer is not None
         for _ in range(n_steps):
@@ -177,9 +177,9 @@ class Hyperparameters(nn.Module):
             self._confine(start, max_log_step, stiffness)
 
     @torch.no_grad()
-    def _ascend_in_closed_form(self, la: BaseLaplace, n_steps: int, max_log_step: float, stiffness: float) -> None:
+    def _ascend_in_closed_form(self, la: Laplace, n_steps: int, max_log_step: float, stiffness: float) -> None:
         self.assign_to(la)
-        evidence, box = Evidence(la, self.groups), self._box(max_log_step, stiffness)
+        evidence, box = Evidence(la.fitted, la.prior, self.groups), self._box(max_log_step, stiffness)
         point = self.log_prior_precision.detach().clone(), self.log_sigma_noise.item()
         if self.hyper_optimizer is HyperOptimizer.NEWTON:
             point = evidence.optimum(*point, box)

@@ -14,14 +14,14 @@ from laplace_ws.marglik.plain import described
 from laplace_ws.marglik.schedule import Schedule
 
 if TYPE_CHECKING:
-    from laplace_ws.posterior import BaseLaplace
+    from laplace_ws.posterior import Laplace
 
 
 def run_settings(
     *,
     schedule: Schedule,
     facts: DataFacts,
-    la: BaseLaplace,
+    la: Laplace,
     final_curvature: str,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
@@ -35,7 +35,7 @@ def run_settings(
             "n_data": facts.n_data,
             "n_batches": facts.n_batches,
             "n_params": la.n_params,
-            **la._options(),
+            **la.options,
             "backend": la.backend.name,
             "final_curvature": final_curvature,
             "optimizer": type(optimizer).__name__,

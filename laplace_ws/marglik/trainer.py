@@ -34,7 +34,7 @@ from laplace_ws.marglik.plain import plain_record
 from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 
 if TYPE_CHECKING:
-    from laplace_ws.posterior import BaseLaplace
+    from laplace_ws.posterior import Laplace
 
 Record = dict[str, Any]
 _STEPS_BETWEEN_LOSS_CHECKS = 20
@@ -68,7 +68,7 @@ class Trainer:
     likelihood: Likelihood
     named_parameters: list[tuple[str, nn.Parameter]]
     hyper: Hyperparameters
-    la: BaseLaplace
+    la: Laplace
     optimizer: torch.optim.Optimizer
     scheduler: Any
     schedule: Schedule

@@ -23,7 +23,7 @@ from laplace_ws.marglik.passes import Batches, same_order_after
 from laplace_ws.marglik.schedule import Schedule
 from laplace_ws.marglik.settings import run_settings
 from laplace_ws.marglik.trainer import Progress, Record, Trainer
-from laplace_ws.posterior import BaseLaplace, Laplace, PriorStructure, prior_groups
+from laplace_ws.posterior import STRUCTURES, Laplace, PriorStructure, prior_groups
 
 STIFF_START = 0.01
 """Prior precision at the start, in units of the number of examples."""
@@ -52,7 +52,7 @@ class MarglikResult:
         curvature_seconds: the part of it that went into fits and steps on the hyperparameters.
     """
 
-    la: BaseLaplace
+    la: Laplace
     model: nn.Module
     margliks: list[float]
     losses: list[float]
@@ -175,7 +175,7 @@ def marglik_training(
     """
     schedule = Schedule(n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, fit_fraction, max_log_step)
     structure = PriorStructure(prior_structure)
-    structure.check(hessian_structure)
+    structure.checked(STRUCTURES[hessian_structure])
     likelihood = make_likelihood(likelihood)
     keys = BatchKeys(dict_key_x, dict_key_y)
     named_parameters = list(trainable_parameters(model).items())
@@ -269,7 +269,7 @@ def kfac_option(hessian_structure: str, kfac_approx: str | Mapping[str, str]) ->
     return {}
 
 
-def make_result(la: BaseLaplace, trainer: Trainer, progress: Progress, refit_seconds: float) -> MarglikResult:
+def make_result(la: Laplace, trainer: Trainer, progress: Progress, refit_seconds: float) -> MarglikResult:
     """Gather what the run gives back."""
     return MarglikResult(
         la=la,

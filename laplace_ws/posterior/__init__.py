@@ -1,29 +1,40 @@
-"""Laplace posteriors by structure, and `Laplace`, which makes the one that is asked for."""
+"""Laplace posteriors: `Laplace`, and the parts that it is made of."""
 
-from laplace_ws.posterior.base import BaseLaplace
-from laplace_ws.posterior.diag import DiagLaplace
-from laplace_ws.posterior.ekfac import EkfacLaplace
-from laplace_ws.posterior.full import FullLaplace
+from laplace_ws.posterior import structures  # noqa: F401 - registers them
+from laplace_ws.posterior.evidence import log_marginal_likelihood
+from laplace_ws.posterior.fit import Fit
 from laplace_ws.posterior.groups import PriorGroups, PriorStructure, prior_groups
-from laplace_ws.posterior.kron import KronLaplace
-from laplace_ws.posterior.lowrank import LowRankLaplace
+from laplace_ws.posterior.laplace import (
+    DiagLaplace,
+    EkfacLaplace,
+    FullLaplace,
+    KronLaplace,
+    Laplace,
+    LowRankLaplace,
+    load_posterior,
+)
 from laplace_ws.posterior.precision import PosteriorPrecision
-from laplace_ws.posterior.structures import STRUCTURES, Laplace, load_posterior
+from laplace_ws.posterior.prior import Prior
+from laplace_ws.posterior.structure import STRUCTURES, Structure, register_structure
 from laplace_ws.posterior.subset import WeightSubset
 
 __all__ = [
     "STRUCTURES",
-    "BaseLaplace",
     "DiagLaplace",
     "EkfacLaplace",
+    "Fit",
     "FullLaplace",
     "KronLaplace",
     "Laplace",
     "LowRankLaplace",
     "PosteriorPrecision",
+    "Prior",
     "PriorGroups",
     "PriorStructure",
+    "Structure",
     "WeightSubset",
     "load_posterior",
+    "log_marginal_likelihood",
     "prior_groups",
+    "register_structure",
 ]

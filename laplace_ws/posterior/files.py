@@ -3,53 +3,75 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from laplace_ws.curvature.totals import DataTotals
 from laplace_ws.files import FileFormatError
+from laplace_ws.posterior.fingerprint import Fingerprint
+from laplace_ws.posterior.fit import Fit, all_options
+from laplace_ws.posterior.network import Network
+from laplace_ws.posterior.prior import Prior
+from laplace_ws.posterior.structure import Problem, Structure
 from laplace_ws.posterior.subset import WeightSubset
-
-if TYPE_CHECKING:
-    from laplace_ws.posterior.base import BaseLaplace
 
 FORMAT = "laplace_ws posterior"
 FORMAT_VERSION = 2
-_HYPERPARAMETERS = ("prior_precision", "prior_mean", "sigma_noise", "temperature")
 
 
-def posterior_state(la: BaseLaplace) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Restored:
+    """What a saved posterior gives to one like it.
+
+    Attributes:
+        fit: curvature and sums over the data.
+        prior: hyperparameters.
+        class_names: names of the classes or outputs, where they were given.
+    """
+
+    fit: Fit
+    prior: Prior
+    class_names: tuple[str, ...] | None
+
+
+def posterior_state(
+    fit: Fit, prior: Prior, network: Network, *, memory_budget: int, class_names: Sequence[str] | None
+) -> dict[str, Any]:
     """Everything that makes a fitted posterior, but its model and its generator: format, options, parameters of the model with their
     shapes, class names, mean, curvature, sums over the data and hyperparameters.
     """
-    sums = la._fitted
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "device": str(la.mean.device),
-        "options": la._options(),
+        "device": str(fit.mean.device),
+        "options": dict(fit.options),
         "subset": {
-            "parameters": {name: tuple(shape) for name, shape in la.subset.parameter_shapes.items()},
-            "selection": dict(la.subset.selection),
+            "parameters": {name: tuple(shape) for name, shape in network.subset.parameter_shapes.items()},
+            "selection": dict(network.subset.selection),
         },
-        "model_parameters": _model_parameters(la.model),
-        "backend": la.backend.name,
-        "dict_key_x": la.keys.x,
-        "dict_key_y": la.keys.y,
-        "memory_budget": la.memory_budget,
-        "class_names": None if la.class_names is None else list(la.class_names),
-        "n_arguments": la._n_arguments,
-        "surroundings": {"names": la._surroundings[0], "fingerprint": la._surroundings[1]},
-        "mean": la.mean,
-        "H": sums.H.state_dict(),
-        "nll_sum": sums.nll_sum,
-        "n_data": sums.n_examples,
-        "n_targets": sums.n_targets,
-        "output_shape": list(sums.output_shape),
-        **{name: getattr(la, name) for name in _HYPERPARAMETERS},
+        "model_parameters": _model_parameters(network.model),
+        "backend": network.backend.name,
+        "dict_key_x": network.keys.x,
+        "dict_key_y": network.keys.y,
+        "memory_budget": memory_budget,
+        "class_names": None if class_names is None else list(class_names),
+        "n_arguments": fit.n_arguments,
+        "surroundings": {"names": fit.fingerprint.names, "fingerprint": fit.fingerprint.sums},
+        "mean": fit.mean,
+        "H": fit.H.state_dict(),
+        "nll_sum": fit.totals.nll_sum,
+        "n_data": fit.totals.n_examples,
+        "n_targets": fit.totals.n_targets,
+        "output_shape": list(fit.output_shape),
+        "prior_precision": prior.precision,
+        "prior_mean": prior.mean,
+        "sigma_noise": prior.sigma_noise,
+        "temperature": prior.temperature,
     }
 
 
@@ -77,8 +99,14 @@ def damage_explained() -> Iterator[None]:
         ) from error
 
 
-def restore_posterior(la: BaseLaplace, state: Mapping[str, Any]) -> None:
-    """Give a posterior the fit and the hyperparameters of a saved one.
+def restored(state: Mapping[str, Any], structure: Structure, problem: Problem, prior: Prior) -> Restored:
+    """Fit and hyperparameters of a saved posterior, for one of the same structure and problem.
+
+    Args:
+        state: what `posterior_state` gave.
+        structure: of the posterior.
+        problem: its model, likelihood and options.
+        prior: its present hyperparameters.
 
     Raises:
         FileFormatError: it is no posterior of this format, or a damaged one.
@@ -86,41 +114,36 @@ def restore_posterior(la: BaseLaplace, state: Mapping[str, Any]) -> None:
     """
     check_format(state)
     with damage_explained():
-        _restore(la, state)
-
-
-def _restore(la: BaseLaplace, state: Mapping[str, Any]) -> None:
-    from laplace_ws.posterior.fitting import FitSums
-
-    check_model(la.model, state)
-    covered = {name: tuple(shape) for name, shape in la.subset.parameter_shapes.items()}
-    _check_parameters(covered, state["subset"]["parameters"], "this posterior")
-    selection = state["subset"]["selection"]
-    if list(selection) != list(la.subset.selection) or any(
-        not torch.equal(places.cpu(), la.subset.selection[name].cpu()) for name, places in selection.items()
-    ):
-        raise ValueError(
-            "the saved posterior covers other weights of the subnetwork; make this one with the same indices."
+        check_model(problem.network.model, state)
+        options, subset = all_options(structure, problem), problem.network.subset
+        _check_covered(subset, state["subset"])
+        _check_options(options, state["options"])
+        device = prior.precision.device
+        if torch.device(state["device"]).type != device.type:
+            warnings.warn(f"the posterior was saved on {state['device']} and is loaded on {device}.", stacklevel=3)
+        n_params = problem.network.n_params
+        if state["mean"].shape != (n_params,):
+            raise FileFormatError(
+                f"the mean of the saved posterior has {len(state['mean'])} weights in place of {n_params}."
+            )
+        fit = Fit(
+            H=structure.matrix.from_state_dict(problem.network.shapes, _on_device(state["H"], device)),
+            totals=DataTotals(state["nll_sum"], state["n_data"], state["n_targets"], tuple(state["output_shape"])),
+            mean=state["mean"].to(problem.network.flat_weights()),
+            likelihood=problem.unit_likelihood,
+            curvature=problem.curvature,
+            options=options,
+            n_arguments=state["n_arguments"],
+            fingerprint=Fingerprint(state["surroundings"]["names"], state["surroundings"]["fingerprint"].cpu()),
         )
-    _check_options(la, state["options"])
-    device = la.mean.device
-    if torch.device(state["device"]).type != device.type:
-        warnings.warn(f"the posterior was saved on {state['device']} and is loaded on {device}.", stacklevel=3)
-    H = type(la)._matrix.from_state_dict(la.shapes, _on_device(state["H"], device))
-    if state["mean"].shape != la.mean.shape:
-        raise FileFormatError(
-            f"the mean of the saved posterior has {len(state['mean'])} weights in place of {la.n_params}."
+        prior = prior.changed(
+            precision=state["prior_precision"],
+            mean=state["prior_mean"],
+            sigma_noise=state["sigma_noise"],
+            temperature=state["temperature"],
         )
-    for name in _HYPERPARAMETERS:
-        setattr(la, name, state[name])
-    la._sums = FitSums(H, state["nll_sum"], state["n_data"], state["n_targets"], tuple(state["output_shape"]))
-    la.mean = state["mean"].to(la.mean)
-    la._fitted_options = la._options()
-    la._n_arguments = state["n_arguments"]
-    la._surroundings = state["surroundings"]["names"], state["surroundings"]["fingerprint"].cpu()
-    if la.class_names is None and state["class_names"] is not None:
-        la.class_names = tuple(state["class_names"])
-    la._new_check()
+        names = state["class_names"]
+        return Restored(fit, prior, None if names is None else tuple(names))
 
 
 def check_model(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -138,8 +161,20 @@ def _model_parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def _check_options(la: BaseLaplace, saved: Mapping[str, Any]) -> None:
-    for option, value in la._options().items():
+def _check_covered(subset: WeightSubset, saved: Mapping[str, Any]) -> None:
+    covered = {name: tuple(shape) for name, shape in subset.parameter_shapes.items()}
+    _check_parameters(covered, saved["parameters"], "this posterior")
+    selection = saved["selection"]
+    if list(selection) != list(subset.selection) or any(
+        not torch.equal(places.cpu(), subset.selection[name].cpu()) for name, places in selection.items()
+    ):
+        raise ValueError(
+            "the saved posterior covers other weights of the subnetwork; make this one with the same indices."
+        )
+
+
+def _check_options(options: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    for option, value in options.items():
         if saved.get(option) != value:
             raise ValueError(
                 f"the saved posterior has {option}={saved.get(option)!r}, this one {value!r}; make this one to match, or read the file by "

@@ -1,9 +1,11 @@
-"""What a posterior rests on beside the weights that it covers: frozen parameters and buffers, known again by sums over them."""
+"""Whether a model is still that of a fit: the covered weights by the mean, all else by sums over each tensor."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,9 +15,96 @@ from laplace_ws.posterior.subset import WeightSubset
 
 _TOLERANCE = 1e-5
 """Relative change of a tensor that its rounding on another device may make."""
+_LOOKED_AT = 8
+"""Entries of each tensor that are looked at every time."""
 
 
-def surroundings(model: nn.Module, subset: WeightSubset) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Fingerprint:
+    """Of the parameters and buffers that a posterior does not cover, or not whole, what they are known again by.
+
+    Attributes:
+        names: of the tensors.
+        sums: sum and norm of each, in float64 on the CPU.
+    """
+
+    names: list[str]
+    sums: Float[Tensor, "K 2"]
+
+    @classmethod
+    def of(cls, model: nn.Module, subset: WeightSubset) -> Fingerprint:
+        """That of a model as it is."""
+        tensors = _not_covered(model, subset)
+        return cls(list(tensors), _sums(tensors))
+
+    def check(self, model: nn.Module, subset: WeightSubset) -> None:
+        """Raise `ValueError` unless the model is that of the fingerprint."""
+        tensors = _not_covered(model, subset)
+        for name in [*self.names, *tensors]:
+            if (name in tensors) != (name in self.names):
+                raise ValueError(f"{name!r} is frozen or covered otherwise than in the fit; fit anew.")
+        for name, found, (total, norm) in zip(self.names, _sums(tensors), self.sums, strict=True):
+            scale = max(norm.item(), found[1].item())
+            is_same_norm = abs(found[1] - norm) <= _TOLERANCE * scale
+            is_same_sum = abs(found[0] - total) <= _TOLERANCE * scale * math.sqrt(tensors[name].numel())
+            if not (is_same_norm and is_same_sum):
+                raise ValueError(
+                    f"{name!r}, which the posterior does not cover, is not as it was in the fit; load the state that the model had then, "
+                    "or fit anew."
+                )
+
+
+def check_covered_weights(
+    found: Float[Tensor, " P"], mean: Float[Tensor, " P"], shapes: Mapping[str, torch.Size]
+) -> None:
+    """Raise `ValueError` unless the covered weights of a model are those of a fit, to the rounding of float32."""
+    sizes = [shape.numel() for shape in shapes.values()]
+    for name, weights, expected in zip(shapes, found.to(mean).split(sizes), mean.split(sizes), strict=True):
+        difference = (weights - expected).abs().max().item()
+        if not difference <= 1e-6 * expected.abs().max().item():
+            raise ValueError(
+                f"the model's weights are not those of the fit ({name!r} differs by up to {difference:.3g}); put them back by load_mean(), "
+                "or fit anew."
+            )
+
+
+@dataclass(frozen=True)
+class StateVersion:
+    """What tells, without reading all of it, that a model's parameters and buffers may have changed.
+
+    Attributes:
+        writes: of each tensor, which one it is and how often it was written.
+        entries: a few entries of each tensor: writes through `.data` are not counted by torch.
+        held: the tensors, so that none of their identities can be another's.
+    """
+
+    writes: tuple[tuple[Any, ...], ...]
+    entries: Tensor
+    held: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> StateVersion:
+        """That of a model as it is."""
+        tensors = (*model.parameters(), *model.buffers())
+        writes = tuple((id(t), None if t.is_inference() else t._version, t.shape) for t in tensors)
+        with torch.no_grad():
+            parts = [_few(t.detach()).double() for t in tensors if t.numel()]
+            entries = torch.cat(parts) if parts else torch.zeros(0)
+        return cls(writes, entries, tensors)
+
+    def equals(self, other: StateVersion) -> bool:
+        """Whether nothing seems to have been written since; NaN counts as a change."""
+        return self.writes == other.writes and torch.equal(self.entries, other.entries)
+
+
+def _few(tensor: Tensor) -> Float[Tensor, " k"]:
+    """Some entries of a tensor, from its beginning to its end."""
+    n, k = tensor.numel(), min(tensor.numel(), _LOOKED_AT)
+    places = [n * i // k for i in range(k)]
+    return tensor.take(torch.tensor(places, device=tensor.device))
+
+
+def _not_covered(model: nn.Module, subset: WeightSubset) -> dict[str, Tensor]:
     """The tensors of a model's state that a posterior does not cover, or not whole."""
     parameters = subset.parameters(model)
     whole = {id(p) for name, p in parameters.items() if name not in subset.selection}
@@ -28,35 +117,11 @@ def surroundings(model: nn.Module, subset: WeightSubset) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fingerprint(tensors: Mapping[str, Tensor]) -> Float[Tensor, "K 2"]:
-    """Sum and norm of each tensor, in float64 on the CPU."""
+def _sums(tensors: Mapping[str, Tensor]) -> Float[Tensor, "K 2"]:
     if not tensors:
         return torch.zeros(0, 2, dtype=torch.float64)
-    sums = [torch.stack([t.sum(dtype=torch.float64), _norm(t)]) for t in tensors.values()]
+    sums = [
+        torch.stack([t.sum(dtype=torch.float64), torch.linalg.vector_norm(t, dtype=torch.float64)])
+        for t in tensors.values()
+    ]
     return torch.stack(sums).cpu()
-
-
-def check_surroundings(tensors: Mapping[str, Tensor], names: list[str], expected: Float[Tensor, "K 2"]) -> None:
-    """Raise `ValueError` unless tensors are those of a fingerprint.
-
-    Args:
-        tensors: by name.
-        names: of those of the fingerprint.
-        expected: the fingerprint.
-    """
-    for name in [*names, *tensors]:
-        if (name in tensors) != (name in names):
-            raise ValueError(f"{name!r} is frozen or covered otherwise than in the fit; fit anew.")
-    for name, found, (total, norm) in zip(names, fingerprint(tensors), expected, strict=True):
-        scale = max(norm.item(), found[1].item())
-        is_same_norm = abs(found[1] - norm) <= _TOLERANCE * scale
-        is_same_sum = abs(found[0] - total) <= _TOLERANCE * scale * math.sqrt(tensors[name].numel())
-        if not (is_same_norm and is_same_sum):
-            raise ValueError(
-                f"{name!r}, which the posterior does not cover, is not as it was in the fit; load the state that the model had then, or "
-                "fit anew."
-            )
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64)

@@ -11,14 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace_ws.curvature.backend import Backend, Linearisation, differentiable_twice, evaluation_mode
-from laplace_ws.curvature.checks import LinearisationCheck
+from laplace_ws.curvature.backend import Linearisation, differentiable_twice, evaluation_mode
 from laplace_ws.curvature.inputs import ModelInputs, own_copy
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.kfac import EmbeddingUse, MatrixUse, Use, rotated_gradients
 from laplace_ws.kfac.factors import total
 from laplace_ws.matrices import CurvatureMatrix, Layout, Pushforward
-from laplace_ws.posterior.subset import WeightSubset
+from laplace_ws.posterior.network import Network
 
 DIAGONAL_COLUMNS = 16
 """Outputs that are looked at together where variances alone are wanted."""
@@ -31,20 +30,14 @@ class LinearisedModel:
     """A model, the weights in which it is linearised, and how.
 
     Attributes:
-        model: the network.
-        subset: the weights.
-        backend: who runs it.
-        check: holds the backend against autograd, once for each way of using the weights.
+        network: the model and its covered weights.
         output_shape: of one example.
         memory_budget: bytes that Jacobians and gradients may take at a time. One example with the outputs of a covariance is the least that
             is worked on; with `Layout.JOINT` it is all examples, and with `differentiable` the graph comes on top.
         differentiable: whether the moments can be differentiated in the inputs.
     """
 
-    model: nn.Module
-    subset: WeightSubset
-    backend: Backend
-    check: LinearisationCheck
+    network: Network
     output_shape: tuple[int, ...]
     memory_budget: int
     differentiable: bool = False
@@ -54,13 +47,13 @@ class LinearisedModel:
     ) -> tuple[Float[Tensor, "N ..."], list[Tensor]]:
         """Outputs f and, for each damping of the pushforward, the covariance J (s·H + Δ)⁻¹ Jᵀ in its layout; both of at least float32.
 
-        Outputs `[N, T, C]` have, by example, one covariance per term, `[N, T, C, C]`; variances alone have the shape of f. Time is linear in
-        examples and outputs: a backward pass for each output. `Layout.JOINT`, whose result is quadratic, takes all examples at once.
+        Outputs `[N, T, C]` have, by example, one covariance per term, `[N, T, C, C]`; variances alone have the shape of f. Time is linear
+        in examples and outputs: a backward pass for each output. `Layout.JOINT`, whose result is quadratic, takes all examples at once.
         """
         layout = pushforward.layout
         outputs, covariances = [], []
-        with evaluation_mode(self.model), self.subset.active(self.model):
-            self.check.start(x)
+        with evaluation_mode(self.network.model), self.network.active():
+            self.network.check.start(x, self.network.parameters())
             n_at_once = len(x) if layout is Layout.JOINT else self._examples_at_once(layout)
             for start in range(0, len(x), n_at_once):
                 f, by_damping = self._part(x[start : start + n_at_once], H, pushforward)
@@ -75,19 +68,18 @@ class LinearisedModel:
         n_columns = self.output_shape[-1] if self.output_shape else 1
         if layout is Layout.DIAGONAL:
             n_columns = min(DIAGONAL_COLUMNS, math.prod(self.output_shape))
-        largest = max(shape.numel() for shape in self.subset.parameter_shapes.values())
-        size = max(4, *(p.element_size() for p in self.subset.parameters(self.model).values()))
+        largest = max(shape.numel() for shape in self.network.subset.parameter_shapes.values())
+        size = max(4, *(p.element_size() for p in self.network.parameters().values()))
         of_rows = size * _ROW_COPIES * n_columns * largest
-        of_activations = (n_columns + _ACTIVATION_COPIES) * self.check.column_bytes_an_example
+        of_activations = (n_columns + _ACTIVATION_COPIES) * self.network.check.column_bytes_per_example
         return max(1, int(self.memory_budget // (of_rows + of_activations)))
 
     def _part(self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward) -> tuple[Tensor, list[Tensor]]:
         """The moments of some examples."""
         for is_checked in (False, True):
-            parameters = self.subset.parameters(self.model)
-            with self._linearise(x, parameters) as linearisation:
-                if not is_checked and not self.check.knows(linearisation.uses):
-                    self.check.run(x)
+            with self._linearise(x, self.network.parameters()) as linearisation:
+                if not is_checked and not self.network.check.knows(linearisation.uses):
+                    self.network.check.run(x)
                     continue
                 f = linearisation.outputs
                 with torch.autocast(f.device.type, enabled=False):
@@ -100,17 +92,18 @@ class LinearisedModel:
 
     @contextmanager
     def _linearise(self, x: ModelInputs, parameters: Mapping[str, nn.Parameter]) -> Iterator[Linearisation]:
+        model, backend = self.network.model, self.network.backend
         if not self.differentiable:
-            with self.backend.linearise(self.model, own_copy(x), parameters) as linearisation:
+            with backend.linearise(model, own_copy(x), parameters) as linearisation:
                 yield linearisation
             return
-        if not isinstance(self.backend, NativeBackend):
+        if not isinstance(backend, NativeBackend):
             raise ValueError(
-                f'backprop=True needs backend="native", which keeps the graph to the inputs; {self.backend.name} does not.'
+                f'backprop=True needs backend="native", which keeps the graph to the inputs; {backend.name} does not.'
             )
         with (
-            differentiable_twice(self.model),
-            self.backend.linearise(self.model, own_copy(x), parameters, differentiable=True) as linearisation,
+            differentiable_twice(model),
+            backend.linearise(model, own_copy(x), parameters, differentiable=True) as linearisation,
         ):
             yield linearisation
 
@@ -120,16 +113,16 @@ class LinearisedModel:
         """J Σ Jᵀ over some outputs."""
         pulled = [linearisation.pullback(part) for part in columns.split(linearisation.columns_at_once)]
         g = [torch.cat(of_use) for of_use in zip(*pulled, strict=True)]
-        for name in self.subset.parameter_shapes:
+        for name in self.network.subset.parameter_shapes:
             own = [(use, g_use) for use, g_use in zip(linearisation.uses, g, strict=True) if name in use.parameters]
             self._add(name, own, H, pushforward)
         return pushforward.result()
 
     def _add(self, name: str, uses: Sequence[tuple[Use, Tensor]], H: CurvatureMatrix, pushforward: Pushforward) -> None:
         """Add the part of one parameter, given its uses and the columns at their outputs."""
-        basis = H.basis(name)
+        basis, selection = H.basis(name), self.network.subset.selection
         use, g = uses[0]
-        if len(uses) == 1 and name not in self.subset.selection and _is_outer(name, use, is_turned=basis is not None):
+        if len(uses) == 1 and name not in selection and _is_outer(name, use, is_turned=basis is not None):
             assert isinstance(use, MatrixUse)
             outputs, inputs = use.output_gradients(g)[:, :, 0].transpose(0, 1), use.inputs()[:, 0]
             if basis is not None:
@@ -141,8 +134,8 @@ class LinearisedModel:
         else:
             rows = total(use.example_gradients(name, g) for use, g in uses)
         rows = rows.reshape(*rows.shape[:2], -1)
-        if name in self.subset.selection:
-            rows = rows[..., self.subset.selection[name]]
+        if name in selection:
+            rows = rows[..., selection[name]]
         pushforward.add(name, rows.transpose(0, 1))
 
 

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws.posterior.structure import STRUCTURES, Structure
+
 ELEMENTWISE = "scales and biases"
 """Name of the group of elementwise scales and biases."""
 
@@ -27,13 +29,15 @@ class PriorStructure(str, Enum):
         hint = ' ("weight": one for each weight)' if value in ("diag", "diagonal") else ""
         raise ValueError(f"prior_structure={value!r} is not one of {[member.value for member in cls]}{hint}")
 
-    def check(self, hessian_structure: str) -> None:
-        """Refuse a structure of the prior that the structure of the Hessian cannot carry."""
-        if self is PriorStructure.WEIGHT and hessian_structure not in ("diag", "full", "lowrank"):
+    def checked(self, structure: type[Structure] | Structure) -> PriorStructure:
+        """This one, unless the structure of the curvature cannot carry it."""
+        if self is PriorStructure.WEIGHT and not structure.prior_per_weight:
+            able = [f'"{name}"' for name, other in STRUCTURES.items() if other.prior_per_weight]
             raise ValueError(
-                f'prior_structure="weight" needs hessian_structure "diag", "full" or "lowrank", not "{hessian_structure}"; '
+                f'prior_structure="weight" needs hessian_structure {", ".join(able[:-1])} or {able[-1]}, not "{structure.name}"; '
                 'use "parameter" or "layerwise"'
             )
+        return self
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class PriorGroups:
     index: Tensor
 
     def spread(self, values: Float[Tensor, " G"]) -> Tensor:
-        """One value per group, given to every parameter tensor or weight as `BaseLaplace` takes them; a scalar where all share one."""
+        """One value per group, given to every parameter tensor or weight as a posterior takes them; a scalar where all share one."""
         return values[0] if len(values) == 1 else values[self.index.to(values.device)]
 
     def by_parameter(self, parameter_names: Sequence[str]) -> dict[str, str]:

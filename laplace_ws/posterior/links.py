@@ -6,16 +6,16 @@ f is `[..., C]`, its covariance `[..., C, C]`, its variances `[..., C]`.
 from __future__ import annotations
 
 import math
-from enum import Enum
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws.matrices.eigen import eigh
+from laplace_ws.registry import Choice
 
 
-class LinkApprox(str, Enum):
+class LinkApprox(Choice):
     """How E[p(y | f)] is approximated under a Gaussian f.
 
     `PROBIT`: outputs scaled by 1/√(1 + π v/8) [Spiegelhalter & Lauritzen 1990, MacKay 1992]. `MC`: a mean over samples of f. `BRIDGE`: the
@@ -27,10 +27,6 @@ class LinkApprox(str, Enum):
     MC = "mc"
     BRIDGE = "bridge"
     BRIDGE_NORM = "bridge_norm"
-
-    @classmethod
-    def _missing_(cls, value: object) -> LinkApprox:
-        raise ValueError(f"unknown link_approx {value!r}: choose one of {', '.join(repr(m.value) for m in cls)}.")
 
 
 def probit_scaled(f: Float[Tensor, "*S C"], variances: Float[Tensor, "*S C"]) -> Float[Tensor, "*S C"]:

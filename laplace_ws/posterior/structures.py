@@ -1,126 +1,193 @@
-"""`Laplace`, which makes the posterior that is asked for, and `load_posterior`, which makes the one that was saved."""
+"""The structures of the toolkit: Kronecker factors, with or without corrected eigenvalues, diagonal, full, and low rank."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from laplace_ws.curvature import Backend
-from laplace_ws.files import load_tensors
-from laplace_ws.likelihoods import Likelihood, likelihood_from_state
-from laplace_ws.posterior.base import BaseLaplace
-from laplace_ws.posterior.diag import DiagLaplace
-from laplace_ws.posterior.ekfac import EkfacLaplace
-from laplace_ws.posterior.files import check_format, check_model, damage_explained, saved_subset
-from laplace_ws.posterior.full import FullLaplace
-from laplace_ws.posterior.kron import KronLaplace
-from laplace_ws.posterior.lowrank import LowRankLaplace
-
-STRUCTURES: dict[str, type[BaseLaplace]] = {
-    cls.hessian_structure: cls for cls in (KronLaplace, EkfacLaplace, DiagLaplace, FullLaplace, LowRankLaplace)
-}
-
-_OWN_OPTIONS = {"kfac_approx": ("kron", "ekfac"), "factor_precision": ("kron", "ekfac"), "rank": ("lowrank",)}
-_BY_CURVATURE = "choose by curvature=, kfac_approx=, mc_samples= and backend="
-_IN_LAPLACE_TORCH = {
-    "enable_backprop": "pass backprop=True to the prediction",
-    "backend_kwargs": _BY_CURVATURE,
-    "asdl_fisher_kwargs": _BY_CURVATURE,
-    "feature_reduction": "reduce the features in the model",
-}
-"""Options that users of laplace-torch know, and what takes their place."""
+from laplace_ws.curvature.backend import evaluation_mode
+from laplace_ws.curvature.batches import Batches
+from laplace_ws.curvature.checks import N_PROBED
+from laplace_ws.curvature.inputs import ModelInputs, call_model, own_copy
+from laplace_ws.curvature.lowrank import low_rank_curvature
+from laplace_ws.kfac import (
+    DenseAccumulator,
+    DiagAccumulator,
+    EkfacAccumulator,
+    FactorPrecision,
+    KfacApprox,
+    KfacApproxSpec,
+    KronAccumulator,
+    approximation_by_parameter,
+)
+from laplace_ws.matrices import CurvatureMatrix, Dense, Diag, Ekfac, Kron, LowRank
+from laplace_ws.posterior.precision import PosteriorPrecision
+from laplace_ws.posterior.structure import DataCurvature, Problem, Structure, register_structure
 
 
-def Laplace(
-    model: nn.Module,
-    likelihood: str | Likelihood,
-    subset_of_weights: str | Sequence[str] = "all",
-    hessian_structure: str = "kron",
-    **options: Any,
-) -> BaseLaplace:
-    """Make a Laplace posterior.
+@dataclass(frozen=True)
+class FactorOptions:
+    """Which Kronecker factors, and how precise.
 
-    Args:
-        model: a trained network.
-        likelihood: "classification", "regression", "heteroscedastic_regression", "binary" or a `Likelihood`.
-        subset_of_weights: "all", "last_layer", "subnetwork", or patterns of names of parameters or modules.
-        hessian_structure: "kron", "ekfac", "diag", "full" or "lowrank".
-        **options: see `BaseLaplace` and the class of the structure.
+    Attributes:
+        kfac_approx: "auto", "expand", "reduce", or a mapping from patterns of parameter names to them.
+        factor_precision: of the products that make up the factors: "float32", "tf32" or "bf16", see `FactorPrecision`.
     """
-    for option, structures in _OWN_OPTIONS.items():
-        if option in options and hessian_structure in STRUCTURES and hessian_structure not in structures:
-            raise ValueError(
-                f"{option} is for hessian_structure={' and '.join(map(repr, structures))}, not {hessian_structure!r}; leave it out."
-            )
-    if hessian_structure not in STRUCTURES:
-        raise ValueError(
-            f"unknown hessian_structure {hessian_structure!r}: choose one of {', '.join(map(repr, STRUCTURES))}."
-        )
-    check_options(STRUCTURES[hessian_structure], options)
-    return STRUCTURES[hessian_structure](model, likelihood, subset_of_weights=subset_of_weights, **options)
+
+    kfac_approx: KfacApproxSpec = "auto"
+    factor_precision: str | FactorPrecision = FactorPrecision.FLOAT32
+
+    def bound(self, parameter_names: Sequence[str]) -> Any:
+        """See `Structure.bound`: an approximation for each parameter."""
+        approximations = approximation_by_parameter(self.kfac_approx, parameter_names)
+        return replace(self, kfac_approx=approximations, factor_precision=FactorPrecision(self.factor_precision))
+
+    def options(self) -> dict[str, Any]:
+        """See `Structure.options`."""
+        approximations = {name: KfacApprox(approx).value for name, approx in self._by_parameter.items()}
+        return {"kfac_approx": approximations, "factor_precision": FactorPrecision(self.factor_precision).value}
+
+    def accumulator(self, parameters: Mapping[str, nn.Parameter]) -> KronAccumulator:
+        """The sums of the factors of a bound structure."""
+        return KronAccumulator(parameters, self._by_parameter, self.factor_precision)
+
+    @property
+    def _by_parameter(self) -> Mapping[str, KfacApprox]:
+        assert isinstance(self.kfac_approx, Mapping), "bound(parameter_names) comes first"
+        return self.kfac_approx  # type: ignore[return-value]
 
 
-def check_options(structure: type[BaseLaplace], options: Iterable[str]) -> None:
-    """Raise `TypeError` for an option that a posterior does not have, with what might be meant."""
-    known = {name for cls in structure.__mro__ for name in inspect.signature(cls.__init__).parameters}
-    for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(option, [*known, "hessian_structure"], n=1)
-            mend = _IN_LAPLACE_TORCH.get(option) or (
-                f"did you mean {near[0]!r}" if near else f"see {structure.__name__}"
-            )
-            raise TypeError(f"Laplace has no option {option!r}; {mend}.")
+@register_structure
+@dataclass(frozen=True)
+class KronStructure(FactorOptions, Structure):
+    """For each parameter a Kronecker product."""
+
+    name = "kron"
+    matrix = Kron
+    prior_per_weight = False
+
+    def curvature(self, problem: Problem, batches: Batches, before: CurvatureMatrix | None) -> DataCurvature:
+        """See `Structure.curvature`."""
+        return problem.accumulate(batches, self.accumulator)
+
+    def check(self, problem: Problem, x: ModelInputs) -> None:
+        """See `Structure.check`."""
+        problem.check(x, self.accumulator)
 
 
-def load_posterior(
-    path: str | Path,
-    model: nn.Module,
-    *,
-    likelihood: Likelihood | None = None,
-    backend: str | Backend | None = None,
-) -> BaseLaplace:
-    """The posterior that `BaseLaplace.save` wrote, with its options, beside a model like its own.
+@register_structure
+@dataclass(frozen=True)
+class EkfacStructure(FactorOptions, Structure):
+    """Diagonal in the eigenvectors of Kronecker factors [George et al. 2018].
 
-    Args:
-        path: the file.
-        model: a network with the same parameters; its weights are left alone (`load_mean` puts those of the fit in their place).
-        likelihood: where it is a class of your own.
-        backend: who runs the model; default: as saved.
-
-    Raises:
-        FileFormatError: the file is damaged, no posterior, or one of another format.
-        ValueError: the model has other parameters.
+    The eigenvalues are not the products of the factors' but the second moments of the gradients in these coordinates: of all matrices with
+    these eigenvectors the closest to the curvature. A fit passes over the data twice, for the eigenvectors and for the eigenvalues; data
+    that are added to a fit keep its eigenvectors.
     """
-    state = load_tensors(path, "a posterior")
-    check_format(state, f"'{path}'")
-    with damage_explained():
-        check_model(model, state)
-        options = dict(state["options"])
-        structure = STRUCTURES[options.pop("hessian_structure")]
-        saved_likelihood = options.pop("likelihood")
-        la = structure(
-            model,
-            likelihood or _likelihood(saved_likelihood),
-            subset_of_weights=saved_subset(state, next(model.parameters()).device),
-            backend=backend or state["backend"],
-            dict_key_x=state["dict_key_x"],
-            dict_key_y=state["dict_key_y"],
-            memory_budget=state["memory_budget"],
-            **options,
+
+    name = "ekfac"
+    matrix = Ekfac
+    prior_per_weight = False
+    reads_data_again = True
+
+    def curvature(self, problem: Problem, batches: Batches, before: CurvatureMatrix | None) -> DataCurvature:
+        """See `Structure.curvature`."""
+        factors = problem.accumulate(batches, self.accumulator).H if before is None else before
+        assert isinstance(factors, (Kron, Ekfac))
+        bases = {name: block.basis for name, block in factors.items()}
+        return problem.accumulate(batches, lambda parameters: EkfacAccumulator(parameters, bases))
+
+    def check(self, problem: Problem, x: ModelInputs) -> None:
+        """See `Structure.check`."""
+        problem.check(x, self.accumulator)
+
+
+@register_structure
+@dataclass(frozen=True)
+class DiagStructure(Structure):
+    """Weights that are independent."""
+
+    name = "diag"
+    matrix = Diag
+    covers_single_weights = True
+
+    def curvature(self, problem: Problem, batches: Batches, before: CurvatureMatrix | None) -> DataCurvature:
+        """See `Structure.curvature`."""
+        return problem.accumulate(batches, lambda p: DiagAccumulator(p, problem.network.subset.selection))
+
+    def check(self, problem: Problem, x: ModelInputs) -> None:
+        """See `Structure.check`."""
+        problem.check(x, DiagAccumulator)
+
+    def posterior_precision(self, precision: PosteriorPrecision) -> Float[Tensor, " P"]:
+        """The diagonal of H/τ + Δ, float64."""
+        assert isinstance(precision.H, Diag)
+        return precision.H.damped(precision.scale, precision.delta)
+
+
+@register_structure
+@dataclass(frozen=True)
+class FullStructure(Structure):
+    """All covariances, for small models."""
+
+    name = "full"
+    matrix = Dense
+    covers_single_weights = True
+
+    def curvature(self, problem: Problem, batches: Batches, before: CurvatureMatrix | None) -> DataCurvature:
+        """See `Structure.curvature`."""
+        return problem.accumulate(batches, lambda p: DenseAccumulator(p, problem.network.subset.selection))
+
+    def check(self, problem: Problem, x: ModelInputs) -> None:
+        """See `Structure.check`."""
+        problem.check(x, lambda p: DenseAccumulator(p, problem.network.subset.selection))
+
+    def posterior_precision(self, precision: PosteriorPrecision) -> Float[Tensor, "P P"]:
+        """H/τ + Δ, float64."""
+        assert isinstance(precision.H, Dense)
+        return precision.H.damped(precision.scale, precision.delta)
+
+
+@register_structure
+@dataclass(frozen=True)
+class LowRankStructure(Structure):
+    """The directions in which the data say most, across layers; in all others the posterior is the prior.
+
+    A fit finds the leading eigenpairs by Lanczos' method without a backend, so it covers any network that can be differentiated twice. It
+    takes two to four passes over the data for each pair, 22 at least. Predictions with `pred_type="nn"` cover as many networks; those with
+    "glm" need a backend that knows the uses of the parameters.
+
+    Attributes:
+        rank: how many eigenpairs at most.
+    """
+
+    name = "lowrank"
+    matrix = LowRank
+    reads_data_again = True
+    rank: int = 20
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}.")
+
+    def curvature(self, problem: Problem, batches: Batches, before: CurvatureMatrix | None) -> DataCurvature:
+        """See `Structure.curvature`."""
+        found = low_rank_curvature(
+            problem.network.model,
+            problem.unit_likelihood,
+            batches,
+            rank=self.rank,
+            curvature=problem.curvature,
+            mc_samples=problem.mc_samples,
+            generator=problem.generator,
         )
-    la.load_state_dict(state)
-    return la
+        return DataCurvature(found.H, found.totals)
 
-
-def _likelihood(state: Mapping[str, Any]) -> Likelihood:
-    try:
-        return likelihood_from_state(state)
-    except ValueError as error:
-        raise ValueError(
-            f"the saved posterior has a likelihood of your own, {state['name']!r}; pass one like it as likelihood=."
-        ) from error
+    def check(self, problem: Problem, x: ModelInputs) -> None:
+        """See `Structure.check`: it asks less of a model than the others."""
+        with evaluation_mode(problem.network.model):
+            call_model(problem.network.model, own_copy(x[:N_PROBED]))

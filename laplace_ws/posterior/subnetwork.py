@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import trainable_parameters
-from laplace_ws.posterior.diag import DiagLaplace
+from laplace_ws.posterior.laplace import Laplace
 from laplace_ws.posterior.subset import make_subset
 
 
@@ -27,11 +27,11 @@ def largest_magnitude(model: nn.Module, n_weights: int) -> Int[Tensor, " D"]:
     return _top(weights.abs(), n_weights)
 
 
-def largest_variance(la: DiagLaplace, n_weights: int) -> Int[Tensor, " D"]:
+def largest_variance(la: Laplace, n_weights: int) -> Int[Tensor, " D"]:
     """The weights of largest variance under a diagonal posterior of all weights [Daxberger et al. 2021, "Subnetwork inference"].
 
     Args:
-        la: a fitted `DiagLaplace` over all weights of the model.
+        la: a fitted posterior with `hessian_structure="diag"` over all weights of the model.
         n_weights: D.
     """
     if la.n_params != sum(p.numel() for p in trainable_parameters(la.model).values()):

@@ -46,9 +46,9 @@ def test_ignored_labels_have_no_curvature(backend):
     alone = exact.ggn(model, "classification", x[counts], y[counts])  # a token of this network is an example of its own
     torch.testing.assert_close(full.accumulator.result().to_dense(), alone, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(exact.ggn(model, IGNORING, x, y), alone)
-    assert (full.n_examples, full.n_targets) == (10, counts.sum())
+    assert (full.totals.n_examples, full.totals.n_targets) == (10, counts.sum())
     nll = Categorical().nll_sum(model(x)[counts], y[counts]).item()
-    assert full.nll_sum == pytest.approx(nll, rel=1e-12)
+    assert full.totals.nll_sum == pytest.approx(nll, rel=1e-12)
     diag = summed(model, IGNORING, [(x, y)], DiagAccumulator, **options).accumulator.result()
     torch.testing.assert_close(diag.values, alone.diagonal(), rtol=1e-10, atol=1e-12)
     assert not torch.allclose(alone, exact.ggn(model, "classification", x, y.clamp(min=0)))
@@ -102,8 +102,8 @@ def test_a_batch_without_labels_adds_nothing(curvature):
     # the labelled batch first, as both draw from one generator
     with_it, without = run([(x, y), (x + 1, nothing)]), run([(x, y)])
     assert torch.equal(with_it.accumulator.result().to_dense(), without.accumulator.result().to_dense())
-    assert (with_it.nll_sum, with_it.n_targets) == (without.nll_sum, without.n_targets)
-    assert (with_it.n_examples, without.n_examples) == (20, 10)
+    assert (with_it.totals.nll_sum, with_it.totals.n_targets) == (without.totals.nll_sum, without.totals.n_targets)
+    assert (with_it.totals.n_examples, without.totals.n_examples) == (20, 10)
 
 
 def test_any_split_of_the_data_gives_the_same_factors():
@@ -180,7 +180,7 @@ def test_images_to_images(name, backend):
     truth, slices = exact.ggn(model, likelihood, x, y), exact.parameter_slices(model)
     total = summed(model, likelihood, [(x, y)], backend=make_backend(backend))
     torch.testing.assert_close(total.accumulator.result().to_dense(), truth, rtol=1e-10, atol=1e-12)
-    assert total.n_targets == y.numel()
+    assert total.totals.n_targets == y.numel()
     kron = kron_factors(model, likelihood, [(x, y)], kfac_approx="expand", backend=backend)
     auto = kron_factors(model, likelihood, [(x, y)], backend=backend)
     assert torch.equal(auto.to_dense(), kron.to_dense())  # outputs of several terms are the expand setting
@@ -255,4 +255,4 @@ def test_half_precision_models_agree_with_single_precision_ones(name, dtype):
     for kind in (DiagAccumulator, DenseAccumulator):
         found, expected = (summed(model, likelihood, data, kind) for model in (half, single))
         close(found.accumulator.result().to_dense(), expected.accumulator.result().to_dense())
-        assert found.nll_sum == pytest.approx(expected.nll_sum, rel=4 * u)
+        assert found.totals.nll_sum == pytest.approx(expected.totals.nll_sum, rel=4 * u)

@@ -27,7 +27,7 @@ from laplace_ws.marglik import (
     TrainingDiverged,
     marglik_training,
 )
-from laplace_ws.posterior import KronLaplace
+from laplace_ws.posterior import Laplace as KronLaplace
 
 
 def test_divergence_names_the_epoch_and_keeps_the_last_good_state(tmp_path):

@@ -31,7 +31,7 @@ from laplace_ws.marglik import (
     marglik_training,
 )
 from laplace_ws.marglik.trainer import n_correct
-from laplace_ws.posterior import KronLaplace
+from laplace_ws.posterior import Laplace as KronLaplace
 
 # ------------------------------------------------------------------ what it reaches
 

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from laplace_ws import Laplace
 from laplace_ws.curvature import exact
-from laplace_ws.posterior import BaseLaplace
+from laplace_ws.curvature.batches import Batches
+from laplace_ws.posterior.predict import Predictor
+from laplace_ws.posterior.validate import grid_scores
 
 STRUCTURES = ["kron", "ekfac", "diag", "full", "lowrank"]
 
@@ -17,7 +19,7 @@ def case_of(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
-def fitted(structure: str, case: Case | str = "mlp", **options) -> tuple[BaseLaplace, Tensor, Tensor]:
+def fitted(structure: str, case: Case | str = "mlp", **options) -> tuple[Laplace, Tensor, Tensor]:
     case = case_of(case) if isinstance(case, str) else case
     model, x, y = case.make()
     la = Laplace(model, case.likelihood, hessian_structure=structure, **options)
@@ -25,15 +27,21 @@ def fitted(structure: str, case: Case | str = "mlp", **options) -> tuple[BaseLap
     return la, x, y
 
 
-def dense_covariance(la: BaseLaplace) -> Tensor:
+def dense_covariance(la: Laplace) -> Tensor:
     """(H/τ + Δ)⁻¹ over all covered weights."""
-    scale, _ = la._damping
+    scale, _ = la.fitted.damping(la.prior)
     return torch.linalg.inv(la.H.to_dense() * scale + torch.diag(la.prior_precision_diag))
 
 
-def dense_moments(la: BaseLaplace, x: Tensor) -> tuple[Tensor, Tensor]:
+def dense_moments(la: Laplace, x: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs `[N, D]` and their covariance `[N, D, N, D]`, from the whole Jacobian of all weights that require grad."""
     J = exact.jacobian(la.model, x)
     with torch.no_grad():
         f = la.model.eval()(x)
     return f.reshape(len(x), -1), torch.einsum("ndp,pq,meq->ndme", J, dense_covariance(la), J)
+
+
+def scores_of_grid(la: Laplace, data, grid, score, options) -> list[float]:
+    """The scores by which `optimize_prior_precision("gridsearch")` chooses."""
+    predictor = Predictor(la.network, la.fitted, la.prior, la.memory_budget)
+    return grid_scores(predictor, Batches.of(data, la.model), grid, score, options)

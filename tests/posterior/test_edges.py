@@ -2,11 +2,12 @@
 
 import math
 from collections import UserDict
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import double
-from posterior.shared import STRUCTURES, case_of, dense_moments, fitted
+from posterior.shared import STRUCTURES, case_of, dense_moments, fitted, scores_of_grid
 from torch import nn
 
 from laplace_ws import Categorical, Gaussian, InvalidBatchError, Laplace, UnsupportedParameterError, load_posterior
@@ -15,9 +16,9 @@ from laplace_ws.files import FileFormatError
 from laplace_ws.kfac import KfacApprox
 from laplace_ws.posterior import prior_groups
 from laplace_ws.posterior.links import LinkApprox, bridge
-from laplace_ws.posterior.predictive import PredType
+from laplace_ws.posterior.predict import PredictionOptions, PredType, probabilities
 from laplace_ws.posterior.scores import make_score
-from laplace_ws.posterior.validation import PredictionOptions, Unknowns
+from laplace_ws.posterior.validate import Unknowns
 
 F64 = torch.float64
 
@@ -145,14 +146,14 @@ def test_autocast_leaves_the_algebra_alone():
     single.fit([(x.float(), y)])
     f, covariance = single.functional_moments(x.float())
     for link in ("mc", "bridge"):
-        expected = single._probabilities(f, covariance, *_link(link))
+        expected = probabilities(single.likelihood, f, covariance, _link(link))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = single._probabilities(f, covariance, *_link(link))
+            found = probabilities(single.likelihood, f, covariance, _link(link))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def _link(link):
-    return LinkApprox(link), 50, torch.Generator().manual_seed(0)
+    return PredictionOptions(PredType.GLM, LinkApprox(link), 50, torch.Generator().manual_seed(0))
 
 
 # ------------------------------------------------------------------ weights that are shared, hidden or padding
@@ -266,7 +267,7 @@ def test_every_option_of_the_fit_must_stay():
         ):
             la.fit([(x, y)], override=False)
         setattr(la, attribute, before)
-    la.approximations = dict.fromkeys(la.approximations, KfacApprox.EXPAND)
+    la.structure = replace(la.structure, kfac_approx=dict.fromkeys(la.parameter_names, KfacApprox.EXPAND))
     with pytest.raises(ValueError, match="kfac_approx was"):
         la.fit([(x, y)], override=False)
 
@@ -352,12 +353,12 @@ def test_a_search_starts_from_the_present_values():
     starts = {}
     for structure in ("scalar", "parameter", "weight"):
         groups = prior_groups(la.shapes, structure)
-        starts[structure] = Unknowns(la, groups, False, False).present().exp()
+        starts[structure] = Unknowns(la.prior, groups, False, False).present().exp()
     torch.testing.assert_close(starts["parameter"], of_tensors)
     torch.testing.assert_close(starts["weight"], of_tensors.repeat_interleave(sizes))
     torch.testing.assert_close(starts["scalar"].log(), (of_tensors.log() @ sizes.double() / sizes.sum())[None])
     la.prior_precision = starts["weight"]
-    found = Unknowns(la, prior_groups(la.shapes, "parameter"), False, True).present().exp()
+    found = Unknowns(la.prior, prior_groups(la.shapes, "parameter"), False, True).present().exp()
     torch.testing.assert_close(found, torch.cat([of_tensors, torch.ones(1, dtype=F64)]))
 
 
@@ -426,5 +427,5 @@ def test_points_of_a_grid_see_the_same_draws_of_torchs_own_generator():
     for grid in ((1.0, 1.0), (1.0,)):
         torch.manual_seed(3)
         options = PredictionOptions(PredType.GLM, LinkApprox.MC, 7, None)
-        scores += la._scores([(x, y)], grid, make_score("nll", la.likelihood), options)
+        scores += scores_of_grid(la, [(x, y)], grid, make_score("nll", la.likelihood), options)
     assert len(set(scores)) == 1

@@ -36,7 +36,7 @@ def test_a_file_carries_every_option(structure, tmp_path):
     la.save(tmp_path / "la.pt")
     restored = load_posterior(tmp_path / "la.pt", la.model)
     assert type(restored) is type(la)
-    assert restored._options() == la._options()
+    assert restored.options == la.options
     assert restored.backend.name == "backpack"
     for name in ("keys", "memory_budget", "class_names", "n_data", "n_outputs", "parameter_names", "mc_samples"):
         assert getattr(restored, name) == getattr(la, name)

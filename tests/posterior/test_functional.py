@@ -181,5 +181,5 @@ def test_ekfac_eigenvalues_are_the_curvature_in_the_eigenvectors():
 def test_samples_have_the_posterior_covariance_exactly(structure):
     """Samples are the mean plus L ε; with the unit vectors as ε, L Lᵀ is the covariance."""
     la, _, _ = fitted(structure, "cnn", prior_precision=2.0)
-    L = la.H.inv_sqrt(torch.eye(la.n_params, dtype=torch.float64), *la._damping).mT
+    L = la.H.inv_sqrt(torch.eye(la.n_params, dtype=torch.float64), *la.fitted.damping(la.prior)).mT
     torch.testing.assert_close(L @ L.mT, dense_covariance(la), rtol=1e-9, atol=1e-12)

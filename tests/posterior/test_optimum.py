@@ -12,7 +12,7 @@ from torch import nn
 from laplace_ws import Laplace, NotFittedError
 from laplace_ws.marglik import Hyperparameters
 from laplace_ws.posterior import PriorGroups, prior_groups
-from laplace_ws.posterior.optimum import BOUNDS, Box, Evidence
+from laplace_ws.posterior.evidence import BOUNDS, Box, Evidence
 
 F64 = torch.float64
 SETTINGS = [
@@ -113,7 +113,7 @@ def test_mackays_updates_end_there_and_never_go_down(structure, prior, task):
     la = fitted(structure, task)
     delta, sigma = la.optimal_prior_and_noise(prior)
     groups = prior_groups(la.shapes, prior)
-    evidence, limits = Evidence(la, groups), torch.zeros(len(groups.names), dtype=F64)
+    evidence, limits = Evidence(la.fitted, la.prior, groups), torch.zeros(len(groups.names), dtype=F64)
     noise_limits = (math.log(BOUNDS[0]), math.log(BOUNDS[1])) if la.likelihood.has_noise else (0.0, 0.0)
     box = Box((limits + math.log(BOUNDS[0]), limits + math.log(BOUNDS[1])), noise_limits)
     point, value = (limits + 4, 0.0), -math.inf
@@ -134,7 +134,7 @@ def test_mackays_update_is_mackays():
     x, y = data_of("regression")
     square_error = (la.model(x) - y).square().sum().item()
     free = torch.full((1,), -10.0, dtype=F64), torch.full((1,), 10.0, dtype=F64)
-    log_delta, log_sigma = Evidence(la, groups).mackay(
+    log_delta, log_sigma = Evidence(la.fitted, la.prior, groups).mackay(
         torch.tensor([math.log(2.0)], dtype=F64), math.log(0.5), Box(free, (-10.0, 10.0))
     )
     assert log_delta.exp().item() == pytest.approx(gamma / la.mean.square().sum().item())
@@ -145,12 +145,11 @@ def test_mackays_noise_update_survives_more_parameters_than_targets():
     """n − 2γ below zero has no update of its own: the noise goes up, as far as the value rises."""
     la = fitted("diag", "regression", curvature="ef", sigma_noise=0.05, prior_precision=1e-3)
     free = torch.full((1,), -14.0, dtype=F64), torch.full((1,), 14.0, dtype=F64)
-    evidence = Evidence(la, prior_groups(la.shapes, "scalar"))
-    of_all, la._sums = la._sums, replace(la._sums, n_targets=10.0)
+    fit = replace(la.fitted, totals=replace(la.fitted.totals, n_targets=10.0))
+    evidence = Evidence(fit, la.prior, prior_groups(la.shapes, "scalar"))
     before = torch.full((1,), -6.9, dtype=F64), math.log(0.05)
     assert evidence.effective(before[1], before[0].exp())[0] > 5
     after = evidence.mackay(*before, Box(free, (-14.0, 14.0)))
-    la._sums = of_all
     assert after[1] > before[1]
 
 
@@ -240,6 +239,6 @@ def test_a_search_does_not_go_on_where_values_differ_by_their_rounding():
     la.H.log_det = counted
     la.optimize_prior_precision(prior_structure="layerwise", optimize_noise=True)
     assert n_values < 500
-    evidence = Evidence(la, prior_groups(la.shapes, "layerwise"))
+    evidence = Evidence(la.fitted, la.prior, prior_groups(la.shapes, "layerwise"))
     gamma, _ = evidence.effective(la.sigma_noise.log().item(), la.prior_precision[::2])
     torch.testing.assert_close(gamma, la.prior_precision[::2] * evidence.square_sums, rtol=1e-7, atol=0)

@@ -193,7 +193,7 @@ def test_precision_of_the_factors_is_an_option_that_is_saved():
         ("prior_precison", "did you mean 'prior_precision'"),
         ("enable_backprop", "pass backprop=True to the prediction"),
         ("backend_kwargs", "choose by curvature=, kfac_approx=, mc_samples= and backend="),
-        ("zzz", "no option 'zzz'; see KronLaplace"),
+        ("zzz", "no option 'zzz'; see Laplace"),
     ],
 )
 def test_options_that_are_not_there(option, message):

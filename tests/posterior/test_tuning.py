@@ -4,16 +4,15 @@ import math
 
 import pytest
 import torch
-from posterior.shared import STRUCTURES, case_of, fitted
+from posterior.shared import STRUCTURES, case_of, fitted, scores_of_grid
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from laplace_ws import InvalidBatchError, Laplace
 from laplace_ws.metrics import evaluate_classification
 from laplace_ws.posterior.links import LinkApprox
-from laplace_ws.posterior.predictive import PredType
-from laplace_ws.posterior.scores import make_score, predictive_nll
-from laplace_ws.posterior.validation import PredictionOptions
+from laplace_ws.posterior.predict import PredictionOptions, PredType
+from laplace_ws.posterior.scores import make_score
 
 GRID = torch.logspace(-2, 3, 6, dtype=torch.float64)
 
@@ -42,7 +41,7 @@ def test_grid_is_a_loop_over_predictions(structure, loss):
     la, x, y = fitted(structure, "cnn")
     data = validation(x, y)
     options = PredictionOptions(PredType.GLM, LinkApprox.PROBIT, 10, None)
-    found = la._scores(data, GRID.tolist(), make_score(loss, la.likelihood), options)
+    found = scores_of_grid(la, data, GRID.tolist(), make_score(loss, la.likelihood), options)
     expected = []
     for delta in GRID:
         la.prior_precision = delta
@@ -66,7 +65,7 @@ def test_grid_of_sampled_and_bridged_predictions(options):
         torch.Generator().manual_seed(3),
     )
     before = la.prior_precision
-    found = la._scores(data, GRID.tolist(), make_score("nll", la.likelihood), parsed)
+    found = scores_of_grid(la, data, GRID.tolist(), make_score("nll", la.likelihood), parsed)
     assert la.prior_precision == before
     for delta, score in zip(GRID, found, strict=True):
         la.prior_precision = delta
@@ -78,7 +77,7 @@ def test_grid_of_a_regression_scores_targets_with_their_noise():
     la, x, y = fitted("full", "mlp-regression", sigma_noise=0.5)
     data = validation(x, y)
     options = PredictionOptions(PredType.GLM, LinkApprox.PROBIT, 1, None)
-    found = la._scores(data, GRID.tolist(), make_score("nll", la.likelihood), options)
+    found = scores_of_grid(la, data, GRID.tolist(), make_score("nll", la.likelihood), options)
     for delta, score in zip(GRID, found, strict=True):
         la.prior_precision = delta
         total = 0.0
@@ -94,7 +93,7 @@ def test_a_metric_is_turned_round_where_higher_is_better():
     data = validation(x, y)
     metric = MulticlassAccuracy(num_classes=3, average="micro")
     options = PredictionOptions(PredType.GLM, LinkApprox.PROBIT, 1, None)
-    found = la._scores(data, GRID.tolist(), make_score(metric, la.likelihood), options)
+    found = scores_of_grid(la, data, GRID.tolist(), make_score(metric, la.likelihood), options)
     for delta, score in zip(GRID, found, strict=True):
         la.prior_precision = delta
         labels = torch.cat([y for _, y in data])
@@ -136,7 +135,7 @@ def test_gradient_tunes_noise_and_temperature_too():
     def nll():
         pairs = [la(x_part, observation_noise=True, diagonal_output=True) for x_part, _ in data]
         prediction = tuple(torch.cat(parts) for parts in zip(*pairs, strict=True))
-        return predictive_nll(la.likelihood, prediction, torch.cat([y for _, y in data])).item()
+        return la.likelihood.predictive_nll(prediction, torch.cat([y for _, y in data])).item()
 
     best = nll()
     for name in ("sigma_noise", "temperature"):

@@ -1,23 +1,31 @@
-"""Prior precisions and noise at which the log marginal likelihood of a fitted posterior is highest."""
+"""The log marginal likelihood of a fit, and the prior precisions and the noise at which it is highest."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws.posterior.fit import Fit
 from laplace_ws.posterior.groups import PriorGroups, PriorStructure, prior_groups
 from laplace_ws.posterior.newton import decreasing_root, joint_optimum, log_ratio, separate_optimum, uphill
-
-if TYPE_CHECKING:
-    from laplace_ws.posterior.base import BaseLaplace
+from laplace_ws.posterior.prior import Prior
 
 BOUNDS = (1e-6, 1e8)
 """No hyperparameter leaves this interval while it is tuned."""
+
+
+def log_marginal_likelihood(fit: Fit, prior: Prior) -> Float[Tensor, ""]:
+    """Laplace approximation of log p(D) in nats, float64, differentiable in the values of the prior [Immer et al. 2021]:
+
+    −L(θ*)/τ − ½ (θ*−μ)ᵀΔ(θ*−μ) − ½ [log det(s·H + Δ) − log det Δ], s the scale of the curvature at σ and τ.
+    """
+    log_det_prior, penalty = prior.log_det_and_penalty(fit.mean)
+    log_det_ratio = fit.H.log_det(*fit.damping(prior)) - log_det_prior
+    return -fit.nll_sum(prior.sigma_noise) / prior.temperature - 0.5 * penalty - 0.5 * log_det_ratio
 
 
 @dataclass(frozen=True)
@@ -34,38 +42,38 @@ class Box:
 
 
 class Evidence:
-    """The log marginal likelihood of a fitted posterior, at its temperature, over log δ of each group and log σ.
+    """The log marginal likelihood of a fit, at the temperature of a prior, over log δ of each group and log σ.
 
     With q_g = ‖θ_g−μ_g‖² and γ_g the effective number of parameters, its derivatives are ½(γ_g − δ_g q_g) and −∂L/∂log σ/τ − ½ Γ
     ∂log s/∂log σ, where Γ = Σ γ_g and s is the scale of the curvature. It is concave in all of them together (log det is convex in
     the logarithms of the summands' weights), so what is stationary is the optimum.
 
     Args:
-        la: a fitted posterior; its own δ and σ play no part.
+        fit: curvature and sums over the data.
+        prior: its mean and temperature count; its δ and σ play no part.
         groups: which weights share a δ.
     """
 
-    def __init__(self, la: BaseLaplace, groups: PriorGroups) -> None:
-        self.la, self.groups = la, groups
-        self.index = groups.index.to(la.mean.device)
+    def __init__(self, fit: Fit, prior: Prior, groups: PriorGroups) -> None:
+        self.fit, self.prior, self.groups = fit, prior, groups
+        self.index = groups.index.to(fit.mean.device)
         n_groups = len(groups.names)
-        squares = la.squared_deviation(per_weight=len(self.index) != len(la.shapes))
+        squares = prior.squared_deviation(fit.mean, per_weight=len(self.index) != len(prior.shapes))
         self.square_sums = squares.new_zeros(n_groups).index_add_(0, self.index, squares)
-        self.is_separate = la.H.is_separable or n_groups == 1
+        self.is_separate = fit.H.is_separable or n_groups == 1
 
     def value(self, log_delta: Float[Tensor, " G"], log_sigma: float) -> float:
         """Log marginal likelihood in nats."""
         with torch.no_grad():
-            delta = self.groups.spread(log_delta.exp())
-            return self.la.log_marginal_likelihood(delta, math.exp(log_sigma)).item()
+            delta, sigma = self.groups.spread(log_delta.exp()), self._sigma(log_sigma)
+            return log_marginal_likelihood(self.fit, replace(self.prior, precision=delta, sigma_noise=sigma)).item()
 
     def effective(
         self, log_sigma: float, delta: Float[Tensor, " G"]
     ) -> tuple[Float[Tensor, " G"], Float[Tensor, "*G G"]]:
         """γ by group, and −∂γ/∂log δ."""
-        return self.la.H.effective_parameters(
-            self.la._scale(self._sigma(log_sigma), self.la.temperature), delta, self.index
-        )
+        scale = self.fit.scale(self._sigma(log_sigma), self.prior.temperature)
+        return self.fit.H.effective_parameters(scale, delta, self.index)
 
     def optimum(self, log_delta: Float[Tensor, " G"], log_sigma: float, box: Box) -> tuple[Float[Tensor, " G"], float]:
         """The point of the box where the value is highest, found from any start."""
@@ -109,17 +117,17 @@ class Evidence:
         """∂ log p(D)/∂log σ at fixed δ, and the part −∂L/∂log σ of it, which is SSE/σ² − n."""
         with torch.enable_grad():
             u = torch.tensor(log_sigma, dtype=torch.float64, device=gamma.device, requires_grad=True)
-            fit = -self.la._nll_sum(u.exp())
-            scale = self.la._scale(u.exp(), self.la.temperature).log()
-            (fit_slope,), (scale_slope,) = torch.autograd.grad(fit, u), torch.autograd.grad(scale, u)
-        slope = fit_slope / self.la.temperature - 0.5 * gamma.sum() * scale_slope
+            log_likelihood = -self.fit.nll_sum(u.exp())
+            scale = self.fit.scale(u.exp(), self.prior.temperature).log()
+            (fit_slope,), (scale_slope,) = torch.autograd.grad(log_likelihood, u), torch.autograd.grad(scale, u)
+        slope = fit_slope / self.prior.temperature - 0.5 * gamma.sum() * scale_slope
         return slope.item(), fit_slope.item()
 
     def _mackay_noise(self, log_sigma: float, gamma: Tensor) -> float:
-        if not self.la.likelihood.has_noise:
+        if not self.fit.likelihood.has_noise:
             return log_sigma
         slope, fit_slope = self._noise_slopes(log_sigma, gamma)
-        n, tau = self.la._n_targets, self.la.temperature.item()
+        n, tau = self.fit.totals.n_targets, self.prior.temperature.item()
         square_error, n_free = n + fit_slope, n - tau * slope + fit_slope  # SSE/σ² and n − τΓ, or n − 2τΓ
         if n_free <= 0 or square_error <= 0:
             return math.inf if n_free <= 0 else -math.inf
@@ -132,22 +140,20 @@ def within(value: float, low: float, high: float) -> float:
 
 
 def optimal_prior_and_noise(
-    la: BaseLaplace, prior_structure: PriorStructure | str, *, fix_noise: bool
+    fit: Fit, prior: Prior, prior_structure: PriorStructure | str, *, fix_noise: bool
 ) -> tuple[Tensor, Float[Tensor, ""]]:
-    """The optimum within `BOUNDS`, of the prior precisions at the noise of `la` or of both.
+    """The optimum within `BOUNDS`, of the prior precisions at the prior's noise or of both.
 
     Returns:
-        Δ as `BaseLaplace` takes it, and σ.
+        Δ as `Prior` takes it, and σ.
 
     Source: MacKay 1992, "Bayesian interpolation", whose stationary point is found here by Newton's method.
     """
-    structure = PriorStructure(prior_structure)
-    structure.check(la.hessian_structure)
-    groups = prior_groups(la.shapes, structure)
+    groups = prior_groups(prior.shapes, PriorStructure(prior_structure).checked(prior.structure))
     low, high = (math.log(bound) for bound in BOUNDS)
-    start = la.prior_precision.log().mean().expand(len(groups.names))
-    log_sigma = la.sigma_noise.log().item()
+    start = prior.precision.log().mean().expand(len(groups.names))
+    log_sigma = prior.sigma_noise.log().item()
     limits = torch.full_like(start, low), torch.full_like(start, high)
     box = Box(limits, (log_sigma, log_sigma) if fix_noise else (low, high))
-    log_delta, log_sigma = Evidence(la, groups).optimum(start, log_sigma, box)
-    return groups.spread(log_delta.exp()), torch.tensor(log_sigma, dtype=torch.float64, device=la.mean.device).exp()
+    log_delta, log_sigma = Evidence(fit, prior, groups).optimum(start, log_sigma, box)
+    return groups.spread(log_delta.exp()), torch.tensor(log_sigma, dtype=torch.float64, device=start.device).exp()

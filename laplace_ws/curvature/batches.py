@@ -1,0 +1,73 @@
+"""A loader's batches, looked at once: split into inputs and targets and held against the model's device as they come."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, check_devices, split_batch
+
+Data = Iterable[Any]
+"""What users give: batches of one of the forms that `inputs.split_batch` knows, or `Batches`."""
+Pairs = Iterable[tuple[ModelInputs, Tensor]]
+"""Inputs and targets of batches; can be iterated over again where the user's data can."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Inputs and targets of the batches of a loader, anew each time they are iterated over.
+
+    All passes over data go through this class, and what is of this class already is not split again.
+
+    Attributes:
+        loader: what gives the batches.
+        device: where they must be.
+        keys: of those that are mappings.
+        chosen: numbers of the batches that are given, no further than to the last of them; None for all.
+        progress: title of a bar that is shown on a terminal; None for none.
+        on_first: is shown the inputs of the first batch of each pass, before they are given.
+    """
+
+    loader: Data
+    device: torch.device
+    keys: BatchKeys = DEFAULT_KEYS
+    chosen: frozenset[int] | None = None
+    progress: str | None = None
+    on_first: Callable[[ModelInputs], None] | None = None
+
+    @classmethod
+    def of(
+        cls, data: Data, model: nn.Module, keys: BatchKeys = DEFAULT_KEYS, *, progress: str | None = None
+    ) -> Batches:
+        """The batches of a user's data for a model; `Batches` as they are."""
+        if isinstance(data, Batches):
+            return data
+        return cls(data, next(model.parameters()).device, keys, progress=progress)
+
+    def __iter__(self) -> Iterator[tuple[ModelInputs, Tensor]]:
+        """Raises `InvalidBatchError` for a batch of another form, or on another device."""
+        hidden = self.progress is None or not sys.stderr.isatty()
+        bar = tqdm(self.loader, desc=self.progress, unit="batch", disable=hidden)
+        last = None if self.chosen is None else max(self.chosen)
+        on_next = self.on_first
+        for number, batch in enumerate(bar):
+            if self.chosen is None or number in self.chosen:
+                x, y = split_batch(batch, number, self.keys)
+                check_devices(self.device, x, y)
+                if on_next is not None:
+                    on_next(x)
+                    on_next = None
+                yield x, y
+            if number == last:
+                return
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether the loader is an iterator, which may be used up after one pass."""
+        return isinstance(self.loader, Iterator)

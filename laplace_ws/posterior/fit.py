@@ -1,0 +1,167 @@
+"""What a posterior has learned from data, and how it learns it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace_ws.curvature import Curvature
+from laplace_ws.curvature.batches import Batches, Data
+from laplace_ws.curvature.inputs import ModelInputs, StructuredInputs
+from laplace_ws.curvature.totals import DataTotals
+from laplace_ws.errors import InvalidBatchError
+from laplace_ws.likelihoods import Likelihood
+from laplace_ws.matrices import CurvatureMatrix, Damping
+from laplace_ws.posterior.fingerprint import Fingerprint, StateVersion, check_covered_weights
+from laplace_ws.posterior.network import Network
+from laplace_ws.posterior.prior import Prior
+from laplace_ws.posterior.structure import Problem, Structure
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Curvature and sums over the data at the mode, and what they belong to.
+
+    Attributes:
+        H: curvature of the summed negative log likelihood at σ = 1 and τ = 1.
+        totals: negative log likelihood at σ = 1 and counts of the data.
+        mean: θ*, flat.
+        likelihood: p(y | f) at σ = 1.
+        curvature: which curvature of it H is.
+        options: all options that it was made with, as plain values; fits that are added up must share them.
+        n_arguments: with how many arguments the model was called.
+        fingerprint: of what is not covered.
+    """
+
+    H: CurvatureMatrix
+    totals: DataTotals
+    mean: Float[Tensor, " P"]
+    likelihood: Likelihood
+    curvature: Curvature
+    options: Mapping[str, Any]
+    n_arguments: int
+    fingerprint: Fingerprint
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Of the model's output for one example."""
+        return self.totals.output_shape
+
+    def nll_sum(self, sigma_noise: Tensor) -> Float[Tensor, ""]:
+        """−log p(D | θ*) at a noise, in nats, differentiable in it."""
+        unit = torch.tensor(self.totals.nll_sum, dtype=torch.float64, device=self.mean.device)
+        return self.likelihood.nll_at_noise(unit, self.totals.n_targets, sigma_noise)
+
+    def scale(self, sigma_noise: Tensor, temperature: Tensor) -> Float[Tensor, ""]:
+        """s such that s·H is the curvature of the tempered negative log likelihood at a noise."""
+        return self.likelihood.curvature_scale(sigma_noise, self.curvature.value) / temperature
+
+    def damping(self, prior: Prior) -> Damping:
+        """Scale s and Δ such that the posterior precision is s·H + Δ."""
+        return self.scale(prior.sigma_noise, prior.temperature), prior.precision
+
+
+def all_options(structure: Structure, problem: Problem) -> dict[str, Any]:
+    """What fits must share to be added up, and a saved posterior to be loaded, as plain values."""
+    return {"hessian_structure": structure.name, **problem.options(), **structure.options()}
+
+
+def fit_posterior(
+    structure: Structure,
+    problem: Problem,
+    data: Data,
+    *,
+    before: Fit | None = None,
+    n_data: int | None = None,
+    progress_bar: bool = False,
+) -> Fit:
+    """Take the curvature at the present weights.
+
+    Args:
+        structure: of the curvature.
+        problem: whose curvature.
+        data: batches.
+        before: a fit to which the data are added; None for one of these data alone.
+        n_data: N that the data stand for; default: their number.
+        progress_bar: show one, if stderr is a terminal.
+
+    Raises:
+        InvalidBatchError: the data do not fit.
+        UnsupportedParameterError: a parameter cannot be covered.
+        ValueError: data cannot be added to the fit before, as weights, options or outputs are others.
+    """
+    if n_data is not None and n_data < 1:
+        raise ValueError(f"n_data must be at least 1, got {n_data}.")
+    network, options = problem.network, all_options(structure, problem)
+    batches = Batches.of(data, network.model, network.keys, progress="Laplace fit" if progress_bar else None)
+    if structure.reads_data_again and batches.is_one_pass:
+        raise InvalidBatchError(
+            f"hessian_structure={structure.name!r} reads the data more than once, but a {type(batches.loader).__name__} is used up after "
+            "the first pass; give a DataLoader or a list of batches."
+        )
+    if before is not None:
+        _check_same_options(options, before.options)
+        check_network(network, before)
+    n_arguments = 1
+
+    def look_at_first(x: ModelInputs) -> None:
+        nonlocal n_arguments
+        n_arguments = len(x.arguments) if isinstance(x, StructuredInputs) else 1
+        network.check_last_layer(x)
+
+    with network.active():
+        batches = replace(batches, on_first=look_at_first)
+        H, totals = structure.curvature(problem, batches, None if before is None else before.H)
+    if n_data is not None and n_data != totals.n_examples:
+        H, totals = H * (n_data / totals.n_examples), totals.scaled_to(n_data)
+    if before is not None:
+        _check_same_form(before.output_shape, totals.output_shape)
+        H, totals = before.H + H, before.totals + totals
+    network.forget()
+    return Fit(
+        H=H,
+        totals=totals,
+        mean=network.flat_weights(),
+        likelihood=problem.unit_likelihood,
+        curvature=problem.curvature,
+        options=options,
+        n_arguments=n_arguments,
+        fingerprint=Fingerprint.of(network.model, network.subset),
+    )
+
+
+def check_network(network: Network, fit: Fit) -> None:
+    """Raise `ValueError` unless the model is that of a fit: the covered weights to the rounding of float32, all else by its fingerprint.
+
+    All of it is read only where something may have been written since the last time.
+    """
+    version = StateVersion.of(network.model)
+    if network.verified is not None:
+        known, known_version = network.verified
+        if known is fit and version.equals(known_version):
+            return
+    check_covered_weights(network.flat_weights(), fit.mean, network.shapes)
+    fit.fingerprint.check(network.model, network.subset)
+    network.verified = fit, version
+
+
+def _check_same_options(options: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    for option, value in options.items():
+        if before.get(option) != value:
+            raise ValueError(
+                f"{option} was {before.get(option)!r} in the fit before and is {value!r}, and the two do not add up; set it back, or fit "
+                "anew (override=True)."
+            )
+
+
+def _check_same_form(before: tuple[int, ...], now: tuple[int, ...]) -> None:
+    """Outputs must share their dimensions and the size of the last; sequences and images may be of any size."""
+    if len(before) != len(now) or before[-1:] != now[-1:]:
+        raise ValueError(
+            f"the data give outputs {list(now)} per example, those of the fit before {list(before)}; fit anew (override=True)."
+        )

@@ -1,0 +1,657 @@
+"""`Laplace`: a Gaussian posterior at the mode, its precision the curvature of the loss plus the prior's."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from laplace_ws.curvature import Backend, Curvature, make_backend
+from laplace_ws.curvature.backend import trainable_parameters
+from laplace_ws.curvature.batches import Batches, Data
+from laplace_ws.curvature.curvature_sum import default_generator
+from laplace_ws.curvature.inputs import BatchKeys
+from laplace_ws.errors import NotFittedError
+from laplace_ws.files import load_tensors, save_tensors
+from laplace_ws.likelihoods import Likelihood, likelihood_from_state, make_likelihood
+from laplace_ws.matrices import CurvatureMatrix
+from laplace_ws.posterior import files
+from laplace_ws.posterior.evidence import log_marginal_likelihood, optimal_prior_and_noise
+from laplace_ws.posterior.fit import Fit, all_options, check_network, fit_posterior
+from laplace_ws.posterior.groups import PriorStructure
+from laplace_ws.posterior.links import LinkApprox
+from laplace_ws.posterior.network import Network
+from laplace_ws.posterior.precision import PosteriorPrecision
+from laplace_ws.posterior.predict import Prediction, PredictionOptions, Predictor, PredType
+from laplace_ws.posterior.prior import Prior
+from laplace_ws.posterior.structure import STRUCTURES, Problem, make_structure
+from laplace_ws.posterior.subset import WeightSubset, make_subset
+from laplace_ws.posterior.tune import Method, TuningOptions, tuned_prior
+from laplace_ws.registry import nearest
+
+_BY_CURVATURE = "choose by curvature=, kfac_approx=, mc_samples= and backend="
+_IN_LAPLACE_TORCH = {
+    "enable_backprop": "pass backprop=True to the prediction",
+    "backend_kwargs": _BY_CURVATURE,
+    "asdl_fisher_kwargs": _BY_CURVATURE,
+    "feature_reduction": "reduce the features in the model",
+}
+"""Options that users of laplace-torch know, and what takes their place."""
+
+
+class Laplace:
+    """Laplace approximation over weights of a network: all that require grad, or some of them.
+
+    With L the summed negative log likelihood, H its curvature (sum over the data), Δ the diagonal prior precision and τ the temperature,
+    the posterior is N(θ*, (H/τ + Δ)⁻¹), and the log marginal likelihood [Immer et al. 2021]
+
+        log p(D) ≈ −L(θ*)/τ − ½ (θ*−μ)ᵀΔ(θ*−μ) − ½ [log det(H/τ + Δ) − log det Δ].
+
+    It is made of parts: a `Network` (model and covered weights), a `Structure` of the curvature, a `Fit` to data and a `Prior`; evidence,
+    tuning, prediction and files are functions of these.
+
+    Args:
+        model: a trained network; its first input axis and first output axis run over examples.
+        likelihood: "classification" (softmax), "regression" (Gaussian), "heteroscedastic_regression", "binary" (Bernoulli, multi-label), or
+            a `Likelihood`.
+        subset_of_weights: "all", "last_layer", "subnetwork", patterns of names of parameters or modules, as in `["head", "*.bias"]`, or a
+            `WeightSubset`. Parameters that do not require grad are left out of each.
+        hessian_structure: "kron", "ekfac", "diag", "full", "lowrank", or one that was registered; see `posterior.structures`.
+        last_layer_name: the module that is the last layer; by default the last one that holds parameters, which a fit checks.
+        subnetwork_indices: for "subnetwork", places in the flat vector of all weights that require grad, see `posterior.subnetwork`;
+            for "diag" and "full".
+        prior_precision: Δ: a number, one per parameter tensor (`[len(parameter_names)]`), or one per weight (`[n_params]`; not with "kron"
+            and "ekfac").
+        prior_mean: μ: a number, or one per weight.
+        sigma_noise: standard deviation σ of the observation noise (regression); default: the likelihood's own.
+        temperature: τ; the likelihood enters to the power 1/τ. A tempered class likelihood is not normalised, so values of the log marginal
+            likelihood compare only at equal τ.
+        curvature: "ggn", "ggn_mc" (sampled labels), "ggn_mc_rademacher" (random signs) or "ef" (empirical Fisher).
+        backend: "native", "asdl", "backpack", or a `Backend`: who runs the model; the numbers are the same.
+        mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
+        generator: source of the labels or signs; by default one of our own, which `torch.manual_seed` makes reproducible.
+        dict_key_x: of batches that are mappings, the entry that tells the number of examples and the device.
+        dict_key_y: of batches that are mappings, the targets.
+        memory_budget: bytes that the Jacobians of a prediction may take at a time, which decides how many examples are worked on at once.
+        class_names: names of the classes or outputs, kept in files.
+        **structure_options: of the structure: `kfac_approx` ("auto", "expand", "reduce" or a mapping from patterns of parameter names to
+            them) and `factor_precision` ("float32", "tf32" or "bf16") of "kron" and "ekfac"; `rank` of "lowrank".
+
+    Attributes:
+        network: the model, the covered weights, and who runs it.
+        structure: of the curvature, with its options.
+        prior: hyperparameters.
+        likelihood, curvature, mc_samples, generator: of the next fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood,
+        subset_of_weights: str | Sequence[str] | WeightSubset = "all",
+        hessian_structure: str = "kron",
+        *,
+        last_layer_name: str | None = None,
+        subnetwork_indices: Int[Tensor, " D"] | None = None,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        sigma_noise: float | Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        curvature: str = "ggn",
+        backend: str | Backend = "native",
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+        dict_key_x: str = BatchKeys.x,
+        dict_key_y: str = BatchKeys.y,
+        memory_budget: int = 2**28,
+        class_names: Sequence[str] | None = None,
+        **structure_options: Any,
+    ):
+        _check_option_names(structure_options)
+        structure = make_structure(hessian_structure, structure_options)
+        for name, value in (("mc_samples", mc_samples), ("memory_budget", memory_budget)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if isinstance(subset_of_weights, WeightSubset):
+            if last_layer_name is not None or subnetwork_indices is not None:
+                raise ValueError("a WeightSubset says all; leave out last_layer_name and subnetwork_indices.")
+            subset = subset_of_weights
+        else:
+            subset = make_subset(
+                model, subset_of_weights, last_layer_name=last_layer_name, subnetwork_indices=subnetwork_indices
+            )
+        if subset.selection and not structure.covers_single_weights:
+            raise ValueError(
+                f'hessian_structure={structure.name!r} covers parameters whole; a subnetwork needs "diag" or "full".'
+            )
+        is_guess = subset_of_weights == "last_layer" and last_layer_name is None
+        among = frozenset(trainable_parameters(model)) if is_guess else frozenset()
+        self.network = Network(model, subset, make_backend(backend), BatchKeys(dict_key_x, dict_key_y), among)
+        self.structure = structure.bound(self.parameter_names)
+        self.likelihood = make_likelihood(likelihood)
+        self.curvature = Curvature(curvature)
+        self.mc_samples = mc_samples
+        weights = self.network.flat_weights()
+        self.generator = generator or default_generator(weights.device)
+        self.memory_budget = memory_budget
+        self.class_names = None if class_names is None else tuple(class_names)
+        self.prior = Prior.of(
+            self.shapes,
+            self.likelihood,
+            self.structure,
+            weights.device,
+            precision=prior_precision,
+            mean=prior_mean,
+            sigma_noise=sigma_noise,
+            temperature=temperature,
+        )
+        self._mean = weights
+        self._fit: Fit | None = None
+
+    # ---------------------------------------------------------------- parts
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.network.model
+
+    @property
+    def subset(self) -> WeightSubset:
+        """The weights that are covered."""
+        return self.network.subset
+
+    @property
+    def backend(self) -> Backend:
+        """Who runs the model."""
+        return self.network.backend
+
+    @property
+    def keys(self) -> BatchKeys:
+        """Of batches that are mappings."""
+        return self.network.keys
+
+    @property
+    def hessian_structure(self) -> str:
+        """Name of the structure."""
+        return self.structure.name
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The parameters covered, in the order of every flat vector."""
+        return tuple(self.network.shapes)
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Shape of what is covered of each parameter."""
+        return self.network.shapes
+
+    @property
+    def n_params(self) -> int:
+        """P, the number of covered weights."""
+        return self.network.n_params
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options that fits must share to be added up, and that a saved posterior must share to be loaded, as plain values."""
+        return all_options(self.structure, self._problem)
+
+    @property
+    def fitted(self) -> Fit:
+        """What the last fit found.
+
+        Raises:
+            NotFittedError: there is none.
+        """
+        if self._fit is None:
+            raise NotFittedError(f"{type(self).__name__} is not fitted yet; call fit(train_loader) first.")
+        return self._fit
+
+    @property
+    def H(self) -> CurvatureMatrix:
+        """Curvature of the summed negative log likelihood at σ = 1 and τ = 1."""
+        return self.fitted.H
+
+    @property
+    def mean(self) -> Float[Tensor, " P"]:
+        """θ*, flat; before a fit the weights that the model had when the posterior was made."""
+        return self._mean if self._fit is None else self._fit.mean
+
+    @property
+    def n_data(self) -> int:
+        """N, the number of examples that the fit stands for; 0 before."""
+        return 0 if self._fit is None else self._fit.totals.n_examples
+
+    @property
+    def n_outputs(self) -> int | None:
+        """Outputs of the network for one example (and term); None before a fit."""
+        if self._fit is None:
+            return None
+        return self._fit.output_shape[-1] if self._fit.output_shape else 1
+
+    # ---------------------------------------------------------------- hyperparameters
+
+    @property
+    def prior_precision(self) -> Tensor:
+        """Δ, float64: a scalar, one per parameter tensor, or one per weight."""
+        return self.prior.precision
+
+    @prior_precision.setter
+    def prior_precision(self, value: float | Tensor) -> None:
+        self.prior = self.prior.changed(precision=value)
+
+    @property
+    def prior_precision_diag(self) -> Float[Tensor, " P"]:
+        """Δ of every weight."""
+        return self.prior.precision_per_weight()
+
+    @property
+    def prior_mean(self) -> Tensor:
+        """μ, a scalar or one per weight."""
+        return self.prior.mean
+
+    @prior_mean.setter
+    def prior_mean(self, value: float | Tensor) -> None:
+        self.prior = self.prior.changed(mean=value)
+
+    @property
+    def sigma_noise(self) -> Tensor:
+        """σ, in the units of the targets."""
+        return self.prior.sigma_noise
+
+    @sigma_noise.setter
+    def sigma_noise(self, value: float | Tensor) -> None:
+        self.prior = self.prior.changed(sigma_noise=value)
+
+    @property
+    def temperature(self) -> Tensor:
+        """τ."""
+        return self.prior.temperature
+
+    @temperature.setter
+    def temperature(self, value: float | Tensor) -> None:
+        self.prior = self.prior.changed(temperature=value)
+
+    # ---------------------------------------------------------------- fit
+
+    def fit(
+        self, train_loader: Data, *, n_data: int | None = None, override: bool = True, progress_bar: bool = False
+    ) -> None:
+        """Take the curvature at the present weights, in one pass over the data ("ekfac": two, "lowrank": many).
+
+        Args:
+            train_loader: iterable of batches: pairs (x, y), rows (x1, x2, …, y) for `model(x1, x2, …)`, or mappings.
+            n_data: N that the data stand for, where they are a sample of a larger set: likelihood and curvature are scaled up to it.
+            override: whether the fit replaces the one before; else the data are added to those of that fit, at the same weights.
+            progress_bar: show one, if stderr is a terminal.
+
+        Raises:
+            UnsupportedParameterError: a parameter that is to be covered cannot be.
+            InvalidBatchError: the data do not fit the model or the likelihood, or are empty.
+            ValueError: data cannot be added, as weights or options are not those of the fit before.
+        """
+        before = None if override else self._fit
+        self._fit = fit_posterior(
+            self.structure, self._problem, train_loader, before=before, n_data=n_data, progress_bar=progress_bar
+        )
+
+    def check(self, x: Any) -> None:
+        """Run the model on one batch and raise what a fit would raise, before any work is done.
+
+        Raises:
+            UnsupportedParameterError: a parameter that is to be covered cannot be; it is named, with the way out.
+            InvalidBatchError: the batch is on another device, or the outputs do not fit.
+        """
+        self.structure.check(self._problem, self.network.inputs(x))
+
+    def check_weights(self) -> None:
+        """Raise `ValueError` unless the model is that of the fit: the covered weights to the rounding of float32, all else by sums."""
+        check_network(self.network, self.fitted)
+
+    def load_mean(self) -> None:
+        """Write the mean of the posterior into the model's weights."""
+        self.network.load(self.mean)
+
+    @property
+    def _problem(self) -> Problem:
+        return Problem(self.network, self.likelihood, self.curvature, self.mc_samples, self.generator)
+
+    # ---------------------------------------------------------------- evidence
+
+    def log_marginal_likelihood(
+        self,
+        prior_precision: float | Tensor | None = None,
+        sigma_noise: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
+    ) -> Float[Tensor, ""]:
+        """Laplace approximation of log p(D) in nats, float64, differentiable in what is passed; needs no pass over the data.
+
+        Args:
+            prior_precision: Δ in place of the posterior's own, which stays as it is.
+            sigma_noise: σ in place of the posterior's own.
+            temperature: τ in place of the posterior's own.
+        """
+        prior = self.prior.changed(precision=prior_precision, sigma_noise=sigma_noise, temperature=temperature)
+        return log_marginal_likelihood(self.fitted, prior)
+
+    @property
+    def log_likelihood(self) -> Float[Tensor, ""]:
+        """log p(D | θ*) at the present σ, in nats, untempered."""
+        return -self.fitted.nll_sum(self.sigma_noise)
+
+    @property
+    def posterior_precision(self) -> Any:
+        """H/τ + Δ, in the form of the structure."""
+        return self.structure.posterior_precision(PosteriorPrecision(self.H, *self.fitted.damping(self.prior)))
+
+    def optimal_prior_precision(self, prior_structure: str = "layerwise") -> Tensor:
+        """Δ at which the log marginal likelihood of the present fit is highest, at the present σ and τ; `prior_precision` stays as it is.
+
+        The weights of a group that are all at the prior mean ask for an infinite δ, and weights without curvature for a zero one: they get
+        the upper and the lower limit in `evidence.BOUNDS`.
+
+        Args:
+            prior_structure: which weights share one: "scalar", "layerwise", "parameter" or "weight", see `prior_groups`.
+        """
+        return optimal_prior_and_noise(self.fitted, self.prior, prior_structure, fix_noise=True)[0]
+
+    def optimal_prior_and_noise(self, prior_structure: str = "layerwise") -> tuple[Tensor, Float[Tensor, ""]]:
+        """Δ and σ at which the log marginal likelihood is highest together; otherwise as `optimal_prior_precision`."""
+        fix_noise = not self.likelihood.has_noise
+        return optimal_prior_and_noise(self.fitted, self.prior, prior_structure, fix_noise=fix_noise)
+
+    def optimize_prior_precision(
+        self,
+        method: str = "marglik",
+        *,
+        prior_structure: str = "scalar",
+        val_loader: Data | None = None,
+        loss: str | Callable[[Any, Tensor], Any] = "nll",
+        pred_type: str = "glm",
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        log_prior_prec_min: float = -4.0,
+        log_prior_prec_max: float = 4.0,
+        grid_size: int = 25,
+        optimizer: str = "newton",
+        n_steps: int = 100,
+        lr: float = 0.1,
+        optimize_noise: bool = False,
+        optimize_temperature: bool = False,
+        generator: torch.Generator | None = None,
+        progress_bar: bool = False,
+    ) -> Tensor:
+        """Choose the prior precision, and set it; with it noise and temperature, where that is asked for.
+
+        Args:
+            method: "marglik": the optimum of the log marginal likelihood, with no pass over the data. "gridsearch": the
+                best scalar of a grid on validation data, the whole grid in one pass over them. "gradient": the optimum of the mean
+                negative log predictive density of validation data, by L-BFGS from the present values; each step is a pass over them.
+            prior_structure: which weights share one: "scalar", "layerwise", "parameter" or "weight" (not with "kron" and "ekfac").
+            val_loader: validation data, in batches like those of the fit, that the network was not trained on.
+            loss: of "gridsearch": "nll", "ece", "brier", a torchmetrics metric (turned round where higher is better), or a function of
+                predictions and targets.
+            pred_type: of predictions on validation data, see `__call__`.
+            link_approx: likewise.
+            n_samples: likewise; each point of a grid sees the same draws.
+            log_prior_prec_min: log₁₀ of the smallest point of the grid.
+            log_prior_prec_max: log₁₀ of its largest.
+            grid_size: its points, equally apart in the logarithm.
+            optimizer: of "marglik": "newton", which goes to the optimum, or "adam", which takes steps towards it from the present values.
+            n_steps: of "adam", and most of "gradient".
+            lr: step size of "adam", on logarithms.
+            optimize_noise: choose σ too (regression; not by "gridsearch").
+            optimize_temperature: choose τ too, by "gradient".
+            generator: source of randomness of sampled predictions.
+            progress_bar: show one, if stderr is a terminal.
+
+        Returns:
+            The prior precision.
+        """
+        options = TuningOptions(
+            Method(method),
+            PriorStructure(prior_structure),
+            loss,
+            log_prior_prec_min,
+            log_prior_prec_max,
+            grid_size,
+            optimizer,
+            n_steps,
+            lr,
+            optimize_noise,
+            optimize_temperature,
+        )
+        prediction = PredictionOptions(PredType(pred_type), LinkApprox(link_approx), n_samples, generator)
+        title = "prior precision" if progress_bar else None
+        batches = None if val_loader is None else Batches.of(val_loader, self.model, self.keys, progress=title)
+        self.prior = tuned_prior(self._predictor, options, batches, prediction)
+        return self.prior_precision
+
+    # ---------------------------------------------------------------- prediction
+
+    @property
+    def _predictor(self) -> Predictor:
+        return Predictor(self.network, self.fitted, self.prior, self.memory_budget)
+
+    def __call__(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        *,
+        joint: bool = False,
+        diagonal_output: bool = False,
+        observation_noise: bool = False,
+        backprop: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Prediction:
+        """The posterior predictive of a batch; the model is run in eval mode and left as it was.
+
+        Args:
+            x: inputs, as in the batches of the fit: a tensor, a mapping, or a row (x1, x2, …) for `model(x1, x2, …)`.
+            pred_type: "glm" or "nn", see `PredType`.
+            link_approx: for "glm" and classes: "probit", "mc", "bridge" or "bridge_norm", see `LinkApprox`.
+            n_samples: samples, for "nn" and "mc".
+            joint: for regression by "glm": the covariance over all inputs and outputs.
+            diagonal_output: variances alone, without the covariance between outputs; for "mc" and regression.
+            observation_noise: for regression: add the variance of the observation noise, so that it is that of a target.
+            backprop: keep the graph to the inputs ("native" backend), and to the weights, whose `.grad` a backward pass fills.
+            generator: source of randomness; default: torch's own.
+
+        Returns:
+            For classes, probabilities in the shape of the outputs. For regression, mean `[N, D]` and covariance `[N, D, D]`; with `joint`,
+            `[N·D]` and `[N·D, N·D]`; with `diagonal_output`, and for outputs of more than two dimensions, mean and variance of one shape.
+
+        Raises:
+            NotFittedError: there is no fit.
+            InvalidBatchError: the inputs do not fit the model.
+        """
+        options = PredictionOptions(
+            PredType(pred_type),
+            LinkApprox(link_approx),
+            n_samples,
+            generator,
+            joint,
+            diagonal_output,
+            observation_noise,
+            backprop,
+        )
+        return self._predictor.predict(x, options)
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "S P"]:
+        """Weights drawn from the posterior.
+
+        Args:
+            n_samples: S.
+            generator: source of randomness; default: torch's own.
+        """
+        return self._predictor.sample(n_samples, generator)
+
+    def functional_moments(
+        self, x: Any, *, joint: bool = False, diagonal_output: bool = False, backprop: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the outputs of the linearised network.
+
+        Returns:
+            f `[N, C]` and `[N, C, C]`; for outputs `[N, T, C]`, `[N, T, C, C]`; with `diagonal_output`, and for outputs of more dimensions,
+            variances in the shape of f; with `joint`, `[N·C]` and `[N·C, N·C]`.
+        """
+        f, spread = self._predictor.moments(x, joint=joint, diagonal_output=diagonal_output, backprop=backprop)
+        return (f.flatten(), spread) if joint else (f, spread)
+
+    def functional_samples(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        n_samples: int = 100,
+        *,
+        joint: bool = False,
+        diagonal_output: bool = False,
+        backprop: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "S N ..."]:
+        """Outputs drawn from the posterior; for the arguments see `__call__`.
+
+        Those of one sample belong together across inputs with "nn" and with `joint`, so that each sample is a function.
+        """
+        options = PredictionOptions(
+            PredType(pred_type),
+            n_samples=n_samples,
+            generator=generator,
+            joint=joint,
+            diagonal_output=diagonal_output,
+            backprop=backprop,
+        )
+        return self._predictor.functional_samples(x, options)
+
+    def predictive_samples(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        n_samples: int = 100,
+        *,
+        joint: bool = False,
+        diagonal_output: bool = False,
+        observation_noise: bool = False,
+        backprop: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "S N ..."]:
+        """Class probabilities or regression means at outputs drawn from the posterior; for the arguments see `__call__`.
+
+        With `observation_noise` (regression), targets: noise is drawn for each.
+        """
+        options = PredictionOptions(
+            PredType(pred_type),
+            n_samples=n_samples,
+            generator=generator,
+            joint=joint,
+            diagonal_output=diagonal_output,
+            observation_noise=observation_noise,
+            backprop=backprop,
+        )
+        return self._predictor.predictive_samples(x, options)
+
+    # ---------------------------------------------------------------- files
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that restore the posterior beside a model of the same parameters; see `files.posterior_state`."""
+        return files.posterior_state(
+            self.fitted, self.prior, self.network, memory_budget=self.memory_budget, class_names=self.class_names
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a fit; the model's weights are left alone, see `load_mean`.
+
+        Raises:
+            FileFormatError: it is no posterior, or one of another format.
+            ValueError: it is of other options, or of a model with other parameters.
+        """
+        found = files.restored(state, self.structure, self._problem, self.prior)
+        self._fit, self.prior = found.fit, found.prior
+        if self.class_names is None:
+            self.class_names = found.class_names
+
+    def save(self, path: str | Path) -> None:
+        """Write `state_dict()` to a file, which `load_posterior` and `torch.load(path, weights_only=True)` read."""
+        save_tensors(path, self.state_dict())
+
+    def __repr__(self) -> str:
+        fitted = "not fitted" if self._fit is None else f"fitted to {self.n_data} examples"
+        covered = f"{len(self.shapes)} parameters, {self.n_params} weights"
+        return f"Laplace({self.hessian_structure}, {self.likelihood.name}, {covered}, {fitted})"
+
+
+KronLaplace = functools.partial(Laplace, hessian_structure="kron")
+"""`Laplace` with Kronecker factors, by its name in laplace-torch."""
+EkfacLaplace = functools.partial(Laplace, hessian_structure="ekfac")
+"""`Laplace` with eigenvalue-corrected Kronecker factors."""
+DiagLaplace = functools.partial(Laplace, hessian_structure="diag")
+"""`Laplace` with a diagonal curvature, by its name in laplace-torch."""
+FullLaplace = functools.partial(Laplace, hessian_structure="full")
+"""`Laplace` with the full curvature, by its name in laplace-torch."""
+LowRankLaplace = functools.partial(Laplace, hessian_structure="lowrank")
+"""`Laplace` with the leading eigenpairs of the curvature, by its name in laplace-torch."""
+
+
+def load_posterior(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    likelihood: Likelihood | None = None,
+    backend: str | Backend | None = None,
+) -> Laplace:
+    """The posterior that `Laplace.save` wrote, with its options, beside a model like its own.
+
+    Args:
+        path: the file.
+        model: a network with the same parameters; its weights are left alone (`load_mean` puts those of the fit in their place).
+        likelihood: where it is a class of your own that is not registered.
+        backend: who runs the model; default: as saved.
+
+    Raises:
+        FileFormatError: the file is damaged, no posterior, or one of another format.
+        ValueError: the model has other parameters.
+    """
+    state = load_tensors(path, "a posterior")
+    files.check_format(state, f"'{path}'")
+    with files.damage_explained():
+        files.check_model(model, state)
+        options = dict(state["options"])
+        saved_likelihood = options.pop("likelihood")
+        la = Laplace(
+            model,
+            likelihood or _saved_likelihood(saved_likelihood),
+            subset_of_weights=files.saved_subset(state, next(model.parameters()).device),
+            backend=backend or state["backend"],
+            dict_key_x=state["dict_key_x"],
+            dict_key_y=state["dict_key_y"],
+            memory_budget=state["memory_budget"],
+            **options,
+        )
+    la.load_state_dict(state)
+    return la
+
+
+def _saved_likelihood(state: Mapping[str, Any]) -> Likelihood:
+    try:
+        return likelihood_from_state(state)
+    except ValueError as error:
+        raise ValueError(
+            f"the saved posterior has a likelihood of your own, {state['name']!r}; pass one like it as likelihood=, or register it."
+        ) from error
+
+
+def _check_option_names(options: Mapping[str, Any]) -> None:
+    """Raise `TypeError` for an option that no posterior has, with what might be meant."""
+    of_structures = {name for structure in STRUCTURES.values() for name in structure.option_names()}
+    for option in options:
+        if option not in of_structures:
+            near = nearest(option, {*inspect.signature(Laplace.__init__).parameters, *of_structures})
+            mend = _IN_LAPLACE_TORCH.get(option) or ("see Laplace" if near is None else f"did you mean {near!r}")
+            raise TypeError(f"Laplace has no option {option!r}; {mend}.")

@@ -1,0 +1,132 @@
+"""A model, the weights of it that a posterior covers, and who runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from laplace_ws.curvature.backend import Backend, evaluation_mode
+from laplace_ws.curvature.checks import N_PROBED, LinearisationCheck
+from laplace_ws.curvature.inputs import (
+    BatchKeys,
+    ModelInputs,
+    as_inputs,
+    call_model,
+    check_devices,
+    own_copy,
+    without_targets,
+)
+from laplace_ws.kfac.uses import at_least_float32
+from laplace_ws.posterior.subset import WeightSubset, check_last_layer
+from laplace_ws.posterior.weights import check_replaceable, weights_in_place
+
+
+@dataclass(eq=False)
+class Network:
+    """A model, the weights of it that a posterior covers, and who runs it; keeps what was checked of them from call to call.
+
+    Attributes:
+        model: the network.
+        subset: the weights that are covered.
+        backend: who runs the model.
+        keys: of batches that are mappings.
+        last_layer_among: parameters among which those of the last layer were guessed; empty where they were named.
+        check: holds the backend against autograd, once for each way in which the model uses the weights.
+        verified: the fit whose model this was last found to be, and what told its state then; see `fit.check_network`.
+    """
+
+    model: nn.Module
+    subset: WeightSubset
+    backend: Backend
+    keys: BatchKeys
+    last_layer_among: frozenset[str] = frozenset()
+    check: LinearisationCheck = field(init=False)
+    verified: tuple[Any, Any] | None = field(init=False, default=None)
+    _is_replaceable: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self.check = LinearisationCheck(self.backend, self.model)
+
+    @cached_property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Shape of what is covered of each parameter."""
+        return self.subset.shapes
+
+    @cached_property
+    def n_params(self) -> int:
+        """P, the number of covered weights."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the first covered parameter."""
+        return next(iter(self.parameters().values())).dtype
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that are covered in part or whole."""
+        return self.subset.parameters(self.model)
+
+    def flat_weights(self) -> Float[Tensor, " P"]:
+        """A copy of the covered weights."""
+        return self.subset.flat(self.model)
+
+    def active(self) -> AbstractContextManager[None]:
+        """Let the covered parameters alone require grad for a while."""
+        return self.subset.active(self.model)
+
+    @torch.no_grad()
+    def load(self, flat: Float[Tensor, " P"]) -> None:
+        """Write a vector into the covered weights."""
+        parameters = self.parameters()
+        for name, tensor in self.subset.tensors(self.model, flat).items():
+            parameters[name].copy_(tensor)
+
+    def inputs(self, x: Any, *, is_row: bool = False) -> ModelInputs:
+        """What a user gives to be predicted at, on the model's device.
+
+        Args:
+            x: a tensor, a mapping, with or without targets, a tuple or list.
+            is_row: whether a tuple or list is a row (x1, x2, …) for `model(x1, x2, …)`.
+        """
+        if isinstance(x, Mapping):
+            x = without_targets(x, self.keys)
+        row = x if is_row and isinstance(x, (tuple, list)) else (x,)
+        inputs = as_inputs(*row, keys=self.keys)
+        check_devices(next(self.model.parameters()).device, inputs)
+        return inputs
+
+    def check_last_layer(self, x: ModelInputs) -> None:
+        """Raise unless what was guessed to be the last layer is the one that the model calls last."""
+        if self.last_layer_among:
+            check_last_layer(self.model, x[:N_PROBED], self.subset, self.last_layer_among)
+
+    def outputs(
+        self, x: ModelInputs, weights: Iterator[Float[Tensor, " P"]], *, backprop: bool
+    ) -> Float[Tensor, "S N ..."]:
+        """Outputs at other weights, one vector after another.
+
+        Raises:
+            UnsupportedParameterError: a parameter is read from somewhere else than its module.
+        """
+        outputs = []
+        with evaluation_mode(self.model):
+            if not self._is_replaceable:
+                with self.active():
+                    check_replaceable(self.model, x[:N_PROBED], self.subset)
+                self._is_replaceable = True
+            with torch.set_grad_enabled(backprop):
+                for flat in weights:
+                    with weights_in_place(self.model, self.subset.tensors(self.model, flat)):
+                        outputs.append(at_least_float32(call_model(self.model, own_copy(x))))
+        return torch.stack(outputs)
+
+    def forget(self) -> None:
+        """Check anew whether the model runs on other weights than its own."""
+        self._is_replaceable = False

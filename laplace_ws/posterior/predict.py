@@ -1,0 +1,258 @@
+"""Predictions: of a network's outputs, and of what they say of the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace_ws.curvature.inputs import ModelInputs
+from laplace_ws.likelihoods import Likelihood, RegressionLikelihood
+from laplace_ws.matrices import Damping, Layout
+from laplace_ws.posterior.fit import Fit, check_network
+from laplace_ws.posterior.functional import LinearisedModel
+from laplace_ws.posterior.links import LinkApprox, bridge, probit_scaled, sample_outputs
+from laplace_ws.posterior.network import Network
+from laplace_ws.posterior.prior import Prior
+from laplace_ws.registry import Choice
+
+Prediction = Tensor | tuple[Tensor, Tensor]
+"""Probabilities; or, for regression, mean and covariance."""
+
+
+class PredType(Choice):
+    """Through which model a posterior predicts.
+
+    `GLM`: the network linearised in its weights, whose outputs are Gaussian [Immer et al. 2021]. `NN`: the network itself at weights drawn
+    from the posterior.
+    """
+
+    GLM = "glm"
+    NN = "nn"
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """How predictions are made, see `Laplace.__call__`."""
+
+    pred_type: PredType = PredType.GLM
+    link: LinkApprox = LinkApprox.PROBIT
+    n_samples: int = 100
+    generator: torch.Generator | None = None
+    joint: bool = False
+    diagonal_output: bool = False
+    observation_noise: bool = False
+    backprop: bool = False
+
+    @property
+    def by_network(self) -> bool:
+        """Whether networks with sampled weights predict."""
+        return self.pred_type is PredType.NN
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A posterior N(θ*, (s·H + Δ)⁻¹) of a network's weights, as far as predictions need to know it.
+
+    Attributes:
+        network: the model and its covered weights.
+        fit: curvature at the mode.
+        prior: hyperparameters.
+        memory_budget: bytes that the Jacobians of a prediction may take at a time.
+    """
+
+    network: Network
+    fit: Fit
+    prior: Prior
+    memory_budget: int
+
+    def predict(self, x: Any, options: PredictionOptions) -> Prediction:
+        """The posterior predictive of a batch."""
+        likelihood, link = self.fit.likelihood, options.link
+        if not likelihood.is_regression and (options.joint or options.observation_noise):
+            raise ValueError(
+                f"joint and observation_noise are for regression, not for {likelihood.name!r}; functional_moments(x, joint=True) "
+                "gives the joint covariance of the outputs."
+            )
+        if options.by_network:
+            if options.joint:
+                raise ValueError('joint=True needs pred_type="glm".')
+            return self.mean_over_samples(self.network_outputs(x, options), options)
+        needs_covariance = needs_output_covariance(likelihood, link)
+        if options.diagonal_output and link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM):
+            raise ValueError(
+                f"link_approx={link.value!r} needs the covariance of the outputs; leave out diagonal_output."
+            )
+        diagonal_output = options.diagonal_output or not needs_covariance
+        f, spread = self.moments(x, joint=options.joint, diagonal_output=diagonal_output, backprop=options.backprop)
+        if likelihood.is_regression:
+            sigma = self.prior.sigma_noise if options.observation_noise else None
+            return target_moments(likelihood, f, spread, sigma, joint=options.joint)
+        return probabilities(likelihood, f, spread, options)
+
+    def sample(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
+        """Weights drawn from the posterior."""
+        mean = self.fit.mean
+        # in half precision a deviation would drown in the rounding
+        dtype = torch.promote_types(mean.dtype, torch.float32)
+        noise = torch.randn(n_samples, len(mean), dtype=dtype, device=mean.device, generator=generator)
+        return mean + self.fit.H.inv_sqrt(noise, *self.fit.damping(self.prior))
+
+    def functional_samples(self, x: Any, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
+        """Outputs drawn from the posterior."""
+        if options.by_network:
+            return self.network_outputs(x, options)
+        f, spread = self.moments(
+            x, joint=options.joint, diagonal_output=options.diagonal_output, backprop=options.backprop
+        )
+        return draw_outputs(f, spread, options)
+
+    def predictive_samples(self, x: Any, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
+        """Probabilities, or regression means, at outputs drawn from the posterior; with `observation_noise` targets."""
+        likelihood = self.fit.likelihood
+        f = self.functional_samples(x, options)
+        mean = likelihood.predictive_mean(f)
+        if not options.observation_noise:
+            return mean
+        if not isinstance(likelihood, RegressionLikelihood):
+            raise ValueError(f"observation_noise is for regression, not for {likelihood.name!r}.")
+        variance = likelihood.noise_variance(f, torch.zeros_like(f), self.prior.sigma_noise.to(f.dtype))
+        noise = torch.randn(mean.shape, dtype=f.dtype, device=f.device, generator=options.generator)
+        return mean + variance.sqrt() * noise
+
+    # ---------------------------------------------------------------- parts
+
+    def inputs(self, x: Any) -> ModelInputs:
+        """Inputs to predict at, after all that speaks against it was raised."""
+        inputs = self.network.inputs(x, is_row=self.fit.n_arguments > 1)
+        check_network(self.network, self.fit)
+        return inputs
+
+    def moments(
+        self, x: Any, *, joint: bool = False, diagonal_output: bool = False, backprop: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs of the linearised network and their covariance or variances, see `layout`."""
+        layout = self.layout(joint=joint, diagonal_output=diagonal_output)
+        f, (covariance,) = self.moments_under([self.fit.damping(self.prior)], x, layout, backprop=backprop)
+        return f, covariance
+
+    def moments_under(
+        self, dampings: list[Damping], x: Any, layout: Layout, *, backprop: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Outputs, and their covariance under each of several posterior precisions."""
+        inputs = self.inputs(x)
+        linearised = LinearisedModel(self.network, self.fit.output_shape, self.memory_budget, backprop)
+        return linearised.moments(inputs, self.fit.H, self.fit.H.pushforward(dampings, layout))
+
+    def layout(self, *, joint: bool, diagonal_output: bool) -> Layout:
+        """Which covariances of the outputs there are."""
+        if joint and diagonal_output:
+            raise ValueError("joint asks for all covariances and diagonal_output for none; choose one of them.")
+        if joint:
+            return Layout.JOINT
+        n_axes = len(self.fit.output_shape)
+        is_blockwise = n_axes <= 1 or (n_axes == 2 and self.fit.likelihood.target_ndim == 0)
+        return Layout.EXAMPLE if is_blockwise and not diagonal_output else Layout.DIAGONAL
+
+    def network_outputs(self, x: Any, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
+        """Outputs of the network at weights drawn from the posterior."""
+        inputs = self.inputs(x)
+        if options.n_samples < 1:
+            raise ValueError(f"n_samples must be at least 1, got {options.n_samples}.")
+        weights = self._drawn_weights(options.n_samples, options.generator)
+        return self.network.outputs(inputs, weights, backprop=options.backprop)
+
+    def _drawn_weights(self, n_samples: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, " P"]]:
+        """Samples one by one, drawn as many together as memory allows."""
+        at_once = max(1, self.memory_budget // (self.network.n_params * 8))
+        for start in range(0, n_samples, at_once):
+            yield from self.sample(min(at_once, n_samples - start), generator)
+
+    def mean_over_samples(self, outputs: Float[Tensor, "S N ..."], options: PredictionOptions) -> Prediction:
+        """The predictive of networks with sampled weights, given their outputs."""
+        likelihood = self.fit.likelihood
+        means = likelihood.predictive_mean(outputs)
+        mean = means.mean(0)
+        if not isinstance(likelihood, RegressionLikelihood):
+            return mean
+        noise = torch.zeros_like(mean)
+        if options.observation_noise:
+            sigma = self.prior.sigma_noise.to(outputs.dtype)
+            noise = likelihood.noise_variance(outputs, torch.zeros_like(outputs), sigma).mean(0)
+        if len(means) < 2:
+            raise ValueError("the variance over sampled networks needs n_samples of at least 2.")
+        if options.diagonal_output or mean.ndim > 2:
+            return mean, means.var(0) + noise
+        deviations = (means - mean).reshape(len(means), len(mean), -1)
+        covariance = torch.einsum("snc,snd->ncd", deviations, deviations) / (len(means) - 1)
+        return mean, covariance + torch.diag_embed(noise.reshape(covariance.shape[:-1]))
+
+
+# -------------------------------------------------------------------- from outputs to targets
+
+
+def needs_output_covariance(likelihood: Likelihood, link: LinkApprox) -> bool:
+    """Whether variances of the outputs are not enough.
+
+    Raises:
+        ValueError: the likelihood has no such link.
+    """
+    if likelihood.is_regression:
+        return True
+    if link.value not in likelihood.links:
+        raise ValueError(f'link_approx={link.value!r} is for "classification"; use "probit" or "mc".')
+    return link is not LinkApprox.PROBIT
+
+
+def probabilities(
+    likelihood: Likelihood, f: Tensor, spread: Tensor, options: PredictionOptions
+) -> Float[Tensor, "N ..."]:
+    """E[p(y | f)] for outputs with mean f and the given covariances or variances."""
+    with torch.autocast(f.device.type, enabled=False):
+        if options.link is LinkApprox.PROBIT:
+            return likelihood.predictive_mean(probit_scaled(f, spread))
+        if options.link is LinkApprox.MC:
+            return likelihood.predictive_mean(draw_outputs(f, spread, options)).mean(0)
+        return bridge(f, spread, normalised=options.link is LinkApprox.BRIDGE_NORM)
+
+
+def target_moments(
+    likelihood: Likelihood, f: Tensor, spread: Tensor, sigma_noise: Tensor | None, *, joint: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the targets of a regression, given those of the outputs; with the observation noise, if σ is given."""
+    assert isinstance(likelihood, RegressionLikelihood)
+    if joint:
+        mean = likelihood.predictive_mean(f)
+        variances = spread.diagonal().reshape(f.shape)
+        # means are the first outputs, where there are others
+        places = torch.arange(f.numel(), device=f.device).reshape(f.shape)
+        of_means = (places if f.ndim == 1 else places[..., : mean.shape[-1]]).flatten()
+        spread, mean = spread[of_means][:, of_means], mean.flatten()
+    else:
+        variances = spread.diagonal(dim1=-2, dim2=-1).reshape(f.shape) if spread.ndim > f.ndim else spread
+        mean, spread = likelihood.moments(f, spread)
+    if sigma_noise is not None:
+        noise = likelihood.noise_variance(f, variances, sigma_noise.to(f.dtype))
+        is_matrix = spread.ndim > mean.ndim
+        spread = spread + (torch.diag_embed(noise.reshape(spread.shape[:-1])) if is_matrix else noise)
+    return mean, spread
+
+
+def draw_outputs(f: Tensor, spread: Tensor, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
+    """Outputs from N(f, spread), by covariances or, where it has the shape of f, variances."""
+    n_samples, generator = options.n_samples, options.generator
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
+    with torch.autocast(f.device.type, enabled=False):
+        if options.joint:
+            return sample_outputs(f.flatten(), spread, n_samples, generator).reshape(n_samples, *f.shape)
+        if spread.shape == f.shape:
+            noise = torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
+            return f + spread.clamp_min(0).sqrt() * noise  # a variance of zero may be rounded below it
+        if f.ndim == 1:  # one output per example, without an axis of its own
+            return sample_outputs(f[:, None], spread, n_samples, generator)[..., 0]
+        return sample_outputs(f, spread, n_samples, generator)

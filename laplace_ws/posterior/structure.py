@@ -1,0 +1,161 @@
+"""What a posterior knows of the structure of its curvature: one record for each, and the registry of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from laplace_ws.curvature import Curvature, CurvatureSum
+from laplace_ws.curvature.backend import evaluation_mode
+from laplace_ws.curvature.batches import Batches, Pairs
+from laplace_ws.curvature.checks import N_PROBED, check_linearisation
+from laplace_ws.curvature.inputs import ModelInputs
+from laplace_ws.curvature.totals import DataTotals
+from laplace_ws.kfac import Accumulator
+from laplace_ws.likelihoods import Likelihood
+from laplace_ws.matrices import CurvatureMatrix
+from laplace_ws.posterior.network import Network
+from laplace_ws.posterior.precision import PosteriorPrecision
+from laplace_ws.registry import Registry
+
+MakeAccumulator = Callable[[Mapping[str, nn.Parameter]], Accumulator]
+"""From the covered parameters by name, the sums of a pass over the data."""
+
+
+class DataCurvature(NamedTuple):
+    """What passes over the data give: the curvature at σ = 1, and the sums of all else."""
+
+    H: CurvatureMatrix
+    totals: DataTotals
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Whose curvature is wanted, and which.
+
+    Attributes:
+        network: the model and its covered weights.
+        likelihood: p(y | f), at any σ.
+        curvature: of the negative log likelihood.
+        mc_samples: random columns per example.
+        generator: their source.
+    """
+
+    network: Network
+    likelihood: Likelihood
+    curvature: Curvature
+    mc_samples: int
+    generator: torch.Generator
+
+    @property
+    def unit_likelihood(self) -> Likelihood:
+        """p(y | f) at σ = 1."""
+        return self.likelihood.at_noise(1.0)
+
+    def options(self) -> dict[str, Any]:
+        """The options as plain values."""
+        return {
+            "likelihood": self.unit_likelihood.state(),
+            "curvature": self.curvature.value,
+            "mc_samples": self.mc_samples,
+        }
+
+    def accumulate(self, pairs: Pairs, make_accumulator: MakeAccumulator) -> DataCurvature:
+        """One pass over the data, with what a backend hands out."""
+        total = CurvatureSum(
+            self.network.model,
+            self.unit_likelihood,
+            make_accumulator,
+            curvature=self.curvature,
+            backend=self.network.backend,
+            mc_samples=self.mc_samples,
+            generator=self.generator,
+            check=self.network.check,
+        )
+        total.add_all(pairs)
+        return DataCurvature(total.accumulator.result(), total.totals)
+
+    def check(self, x: ModelInputs, make_accumulator: MakeAccumulator) -> None:
+        """Raise what `accumulate` would raise of the model, by a few examples."""
+        network = self.network
+        with evaluation_mode(network.model), network.active():
+            parameters = network.parameters()
+            uses, outputs, _ = check_linearisation(network.backend, network.model, x[:N_PROBED], parameters)
+            make_accumulator(parameters).start_batch(uses, outputs.ndim)
+
+
+class Structure(ABC):
+    """One structure of the curvature, and all that is known of it. Subclasses are frozen dataclasses whose fields are its own options.
+
+    Attributes:
+        name: what `hessian_structure` calls it.
+        matrix: the class of its curvature.
+        prior_per_weight: whether each weight may have a prior precision of its own.
+        covers_single_weights: whether it can cover some weights of a parameter, as a subnetwork has.
+        reads_data_again: whether a fit passes over the data more than once.
+    """
+
+    name: ClassVar[str]
+    matrix: ClassVar[type[CurvatureMatrix]]
+    prior_per_weight: ClassVar[bool] = True
+    covers_single_weights: ClassVar[bool] = False
+    reads_data_again: ClassVar[bool] = False
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """The options that are its own."""
+        return tuple(f.name for f in fields(cls))  # type: ignore[arg-type]
+
+    def bound(self, parameter_names: Sequence[str]) -> Structure:
+        """This structure with its options worked out for the parameters of a model."""
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """Its options as plain values, from which it can be made anew."""
+        return {name: getattr(self, name) for name in self.option_names()}
+
+    @abstractmethod
+    def curvature(self, problem: Problem, batches: Batches, before: CurvatureMatrix | None) -> DataCurvature:
+        """The curvature of data.
+
+        Args:
+            problem: of what.
+            batches: the data.
+            before: the curvature of other data that this one will be added to, if any.
+        """
+
+    @abstractmethod
+    def check(self, problem: Problem, x: ModelInputs) -> None:
+        """Run the model on a few examples and raise what `curvature` would raise, before any work is done."""
+
+    def posterior_precision(self, precision: PosteriorPrecision) -> Any:
+        """H/τ + Δ in the form of the structure."""
+        return precision
+
+
+STRUCTURES: Registry[type[Structure]] = Registry("hessian_structure")
+
+
+def register_structure(structure: type[Structure]) -> type[Structure]:
+    """Let `hessian_structure=structure.name` mean a structure of your own; also a decorator of its class."""
+    STRUCTURES.register(structure.name, structure)
+    return structure
+
+
+def make_structure(name: str, options: Mapping[str, Any]) -> Structure:
+    """A structure with its options.
+
+    Raises:
+        ValueError: there is none of this name, or it does not have such an option.
+    """
+    structure = STRUCTURES[name]
+    for option in options:
+        if option not in structure.option_names():
+            owners = [repr(other) for other, s in STRUCTURES.items() if option in s.option_names()]
+            raise ValueError(f"{option} is for hessian_structure={' and '.join(owners)}, not {name!r}; leave it out.")
+    return structure(**options)
