@@ -54,6 +54,7 @@ class LinearisationCheck:
             parameters: those that are covered, by name.
         """
         self._parameters = parameters
+        self.backend.forget()
         anatomy = _Anatomy.of(self.model, parameters)
         if self._anatomy is None or self._anatomy.facts != anatomy.facts:
             self._anatomy = anatomy

@@ -142,7 +142,8 @@ class CurvatureSum:
             try:
                 of_batch.add(self.likelihood, f, y)
             except InvalidBatchError:
-                check_finite(self.model, f)
+                if not self.totals.n_examples:  # of the first batch it is the model that is in doubt, not the batch
+                    check_finite(self.model, f)
                 raise
             with torch.autocast(x.device.type, enabled=False):
                 self._add_curvature(linearisation, y)

@@ -142,7 +142,7 @@ def test_heteroscedastic_curvature_is_the_fisher_information(backend):
     torch.testing.assert_close(summed(model, likelihood, [(x, y)], **options).accumulator.result().to_dense(), truth)
     ef = summed(model, likelihood, [(x, y)], curvature=Curvature.EF, **options)
     torch.testing.assert_close(ef.accumulator.result().to_dense(), exact.empirical_fisher(model, likelihood, x, y))
-    assert ef.n_targets == 14
+    assert ef.totals.n_targets == 14
     kron = kron_factors(model, likelihood, [(x, y)], backend=backend)
     slices = exact.parameter_slices(model)
     for name in ("0.bias", "2.bias"):  # exact for biases of layers used once
