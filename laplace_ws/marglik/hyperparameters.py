@@ -24,6 +24,10 @@ class PriorCollapseWarning(UserWarning):
     """A prior precision was tuned up to its limit, so the weights under it are held at zero."""
 
 
+class TemperatureWarning(UserWarning):
+    """The temperature is tuned by a marginal likelihood that is not normalised."""
+
+
 class HyperOptimizer(str, Enum):
     """How the hyperparameters climb: steps of Adam, Newton's method to the optimum, or MacKay's updates."""
 

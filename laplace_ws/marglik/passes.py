@@ -1,4 +1,4 @@
-"""Passes over the training data that are not an epoch."""
+"""Passes over the training data: all batches or some of them, split into inputs and targets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, sp
 
 @contextmanager
 def same_order_after(loader: Any) -> Iterator[None]:
-    """Let an extra pass over a loader that can save its state change nothing in the passes after it."""
+    """Keep an extra pass over a loader from changing the later ones, if the loader can save its state."""
     state = loader.state_dict() if hasattr(loader, "load_state_dict") else None
     try:
         yield
@@ -25,11 +25,11 @@ def same_order_after(loader: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of a loader, each split into inputs and targets, anew each time it is iterated.
+    """The batches of a loader, each split into inputs and targets, afresh each time they are iterated.
 
     Attributes:
         loader: what gives the batches.
-        keys: of those that are mappings.
+        keys: of batches that are mappings.
     """
 
     loader: Iterable[Any]
@@ -41,19 +41,19 @@ class Batches:
 
 @dataclass(frozen=True)
 class ChosenBatches:
-    """Some of the batches, and no further than to the last of them, anew each time they are iterated.
+    """Some of the batches of a loader, afresh each time they are iterated; the loader is read no further than to the last of them.
 
     Attributes:
-        batches: all of them.
-        chosen: the numbers of those that are given.
+        loader: what gives all batches.
+        chosen: the numbers of those that are passed on.
     """
 
-    batches: Batches
+    loader: Iterable[Any]
     chosen: frozenset[int]
 
-    def __iter__(self) -> Iterator[tuple[ModelInputs, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         last = max(self.chosen)
-        for i, batch in enumerate(self.batches):
+        for i, batch in enumerate(self.loader):
             if i in self.chosen:
                 yield batch
             if i == last:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,9 +11,7 @@ from laplace_ws.marglik.checks import DataFacts
 from laplace_ws.marglik.hyperparameters import Hyperparameters
 from laplace_ws.marglik.plain import described
 from laplace_ws.marglik.schedule import Schedule
-
-if TYPE_CHECKING:
-    from laplace_ws.posterior import BaseLaplace
+from laplace_ws.posterior.base import BaseLaplace
 
 
 def run_settings(
@@ -28,14 +25,14 @@ def run_settings(
     scheduler_kwargs: Mapping[str, Any],
     hyper: Hyperparameters,
 ) -> dict[str, Any]:
-    """All options that the result depends on, as plain values; of a function only its name."""
+    """All options that the result depends on, as plain values; a function is represented by its name."""
     return described(
         {
-            **asdict(schedule),
+            **schedule.settings(),
             "n_data": facts.n_data,
             "n_batches": facts.n_batches,
             "n_params": la.n_params,
-            **la._options(),
+            **la.options,
             "backend": la.backend.name,
             "final_curvature": final_curvature,
             "optimizer": type(optimizer).__name__,

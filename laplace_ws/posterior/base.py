@@ -176,6 +176,11 @@ class BaseLaplace(TunedPrior):
             "mc_samples": self.mc_samples,
         }
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options that fits must share to be added up, as plain values."""
+        return self._options()
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that restore the posterior beside a model of the same parameters; see `files.posterior_state`."""
         return posterior_state(self)
