@@ -10,6 +10,8 @@ from typing import Any, Literal, get_type_hints
 from laplace_ws.marglik import Schedule, TrainingOptions
 from laplace_ws.marglik.optimizers import SGD_DEFAULTS
 
+_DEFAULTS: dict[str, Any] = {f.name: f.default for cls in (Schedule, TrainingOptions) for f in fields(cls)}
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -86,24 +88,24 @@ class MarglikConfig:
         momentum: Nesterov momentum of sgd.
     """
 
-    n_epochs: int = Schedule.n_epochs
-    n_epochs_burnin: int | None = Schedule.n_epochs_burnin
-    marglik_frequency: int = Schedule.marglik_frequency
-    n_hypersteps: int = Schedule.n_hypersteps
-    hyper_optimizer: Literal["adam", "newton", "mackay"] = TrainingOptions.hyper_optimizer
-    lr_hyp: float = TrainingOptions.lr_hyp
-    max_log_step: float = Schedule.max_log_step
-    fit_fraction: float = Schedule.fit_fraction
-    prior_structure: Literal["scalar", "layerwise", "parameter", "weight"] = TrainingOptions.prior_structure
-    prior_prec_init: float | None = TrainingOptions.prior_prec_init
-    temperature_init: float = TrainingOptions.temperature_init
-    tune_temperature: bool = TrainingOptions.tune_temperature
-    hessian_structure: Literal["kron", "ekfac", "diag", "full", "lowrank"] = TrainingOptions.hessian_structure
-    curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] = TrainingOptions.curvature
-    kfac_approx: Literal["auto", "expand", "reduce"] | dict[str, str] = TrainingOptions.kfac_approx
-    backend: str = TrainingOptions.backend
-    mc_samples: int = TrainingOptions.mc_samples
-    final_curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] | None = TrainingOptions.final_curvature
+    n_epochs: int = _DEFAULTS["n_epochs"]
+    n_epochs_burnin: int | None = _DEFAULTS["n_epochs_burnin"]
+    marglik_frequency: int = _DEFAULTS["marglik_frequency"]
+    n_hypersteps: int = _DEFAULTS["n_hypersteps"]
+    hyper_optimizer: Literal["adam", "newton", "mackay"] = _DEFAULTS["hyper_optimizer"]
+    lr_hyp: float = _DEFAULTS["lr_hyp"]
+    max_log_step: float = _DEFAULTS["max_log_step"]
+    fit_fraction: float = _DEFAULTS["fit_fraction"]
+    prior_structure: Literal["scalar", "layerwise", "parameter", "weight"] = _DEFAULTS["prior_structure"]
+    prior_prec_init: float | None = _DEFAULTS["prior_prec_init"]
+    temperature_init: float = _DEFAULTS["temperature_init"]
+    tune_temperature: bool = _DEFAULTS["tune_temperature"]
+    hessian_structure: Literal["kron", "ekfac", "diag", "full", "lowrank"] = _DEFAULTS["hessian_structure"]
+    curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] = _DEFAULTS["curvature"]
+    kfac_approx: Literal["auto", "expand", "reduce"] | dict[str, str] = _DEFAULTS["kfac_approx"]
+    backend: str = _DEFAULTS["backend"]
+    mc_samples: int = _DEFAULTS["mc_samples"]
+    final_curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] | None = _DEFAULTS["final_curvature"]
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = SGD_DEFAULTS["lr"]
     momentum: float = SGD_DEFAULTS["momentum"]

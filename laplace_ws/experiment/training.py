@@ -1,4 +1,4 @@
-"""What a run's configuration asks of training: the options and the batches, and their check while nothing is written and no worker has begun."""
+"""What a run's configuration asks of training: options and batches, and the checks made before anything is written or any worker starts."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class TrainingOptions:
         self, model: nn.Module, likelihood: Likelihood, generator: torch.Generator, keys: BatchKeys
     ) -> tuple[BaseLaplace, BaseLaplace]:
         """The posterior to tune by and the one to return, which are the same unless `final_curvature` is another."""
-        own = {} if self.kfac_approx == "auto" else {"kfac_approx": self.kfac_approx}
+        own: dict[str, Any] = {} if self.kfac_approx == "auto" else {"kfac_approx": self.kfac_approx}
 
         def posterior(curvature: str) -> BaseLaplace:
             return Laplace(
