@@ -51,7 +51,7 @@ def run_settings(
 
 
 def optimizer_options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Options of an optimiser before its first step, by the number of the group where there are several."""
+    """Options of an optimiser before its first step, by number of the parameter group where there are several."""
     options = [_options_of(group) for group in optimizer.param_groups]
     return options[0] if len(options) == 1 else {str(i): group for i, group in enumerate(options)}
 

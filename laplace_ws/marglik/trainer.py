@@ -194,7 +194,7 @@ class Trainer:
         return record
 
     def _descend(self, epoch: int) -> tuple[float, float | None]:
-        """Gradient steps on one epoch; returns the mean NLL in nats and the accuracy, both as training went along.
+        """Gradient steps over one epoch; returns the mean NLL in nats and the accuracy, both taken while the weights change.
 
         The objective is scaled by τσ², so that a learning rate means the same at any noise and temperature.
         """
@@ -232,7 +232,7 @@ class Trainer:
         return nll_sum / n_seen, correct / labelled if labelled and math.isfinite(correct) else None
 
     def _tune(self, epoch: int) -> tuple[float | None, float]:
-        """Fit, step and measure where it is the turn; returns log marginal likelihood and seconds."""
+        """Fit, tune and measure where a tuning is due; returns the log marginal likelihood and the seconds it took."""
         if not self.schedule.tunes(epoch):
             return None, 0.0
         start = time.perf_counter()
@@ -279,7 +279,7 @@ class Trainer:
         return path if path is not None and path.exists() else None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to end as this one would; tensors and primitives."""
+        """All that a resumed run needs to end as this one would: tensors and primitives."""
         return {
             "settings": self.settings,
             "progress": {f: getattr(self.progress, f) for f in Progress.__dataclass_fields__},

@@ -68,16 +68,16 @@ def marglik_training(
     after the last one, the Laplace approximation is fitted at the present weights and the logarithms of the
     hyperparameters take `n_hypersteps` steps up its log marginal likelihood, by default of Adam. The weights and hyperparameters
     with the highest log marginal likelihood are kept, and the posterior is fitted there on all the data. With
-    `fit_fraction` below 1 that is the highest among estimates from different subsets of the batches, so it owes
-    something to chance. With `tune_temperature` the last weights and hyperparameters are kept instead: values at
-    different τ do not compare, and the highest is mostly the one at the largest τ.
+    `fit_fraction` below 1 that is the highest among estimates from different subsets of the batches, so the
+    choice is partly a matter of chance. With `tune_temperature` the last weights and hyperparameters are kept instead: values at
+    different τ do not compare, and the highest is usually the one at the largest τ.
 
     The model is trained in place. The mode of its modules, its `.grad` and torch's global random state are left as
     they were. Gradient steps run with all modules in train mode, curvature with all in eval mode.
 
     Args:
         model: the network; what does not require grad stays as it is and gets no prior.
-        train_loader: gives batches on the model's device, anew each time it is iterated: pairs (x, y), rows (x1, x2, …, y) for
+        train_loader: gives batches on the model's device, afresh each time it is iterated: pairs (x, y), rows (x1, x2, …, y) for
             `model(x1, x2, …)`, or mappings, see `curvature.inputs.split_batch`.
         likelihood: "classification", "regression", "heteroscedastic_regression", "binary", or a likelihood.
         hessian_structure: "kron", "ekfac", "diag", "full" or "lowrank" (which needs the same data in each pass: no augmentation, no
@@ -85,19 +85,19 @@ def marglik_training(
         curvature, kfac_approx, backend, mc_samples: as for `Laplace`.
         final_curvature: of the posterior that is returned; `curvature` where not given.
         optimizer_cls, optimizer_kwargs: for the weights; SGD with lr 0.03 and Nesterov momentum 0.9 where not given.
-            Without weight decay, that is the prior's part, and without a closure, which rules out LBFGS.
+            There must be no weight decay, as the prior takes its place, nor a closure, which rules out LBFGS.
         scheduler_cls, scheduler_kwargs: stepped after every batch; a cosine to zero where not given.
-        n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction: see `Schedule`.
-            `n_hypersteps=0` trains at fixed hyperparameters.
-        hyper_optimizer: how the hyperparameters climb: "adam"; "newton", which goes to the optimum of prior precisions and
-            noise within `max_log_step`, whatever `n_hypersteps` above 0; or "mackay", `n_hypersteps` updates
-            δ ← γ/‖θ‖², σ² ← SSE/(n − γ). `tune_temperature` needs "adam".
+        n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction: see `Schedule`. Where not
+            given, the burn-in is a fifth of the epochs and at most 20. `n_hypersteps=0` trains at fixed hyperparameters.
+        hyper_optimizer: how the log marginal likelihood is maximised: "adam"; "newton", which goes to the optimum of prior
+            precisions and noise within `max_log_step`, whatever `n_hypersteps` above 0; or "mackay", `n_hypersteps`
+            updates δ ← γ/‖θ‖², σ² ← SSE/(n − γ). `tune_temperature` needs "adam".
         lr_hyp: step size of Adam on the logarithms; unused by the others.
         prior_structure: "scalar", "layerwise" (a bias shares its layer's; the scales and biases of
             normalisations and Fixup share one, which starts at 1), "parameter" (one per tensor), or
             "weight" (for "diag" and "full").
-        prior_prec_init: start of the prior precisions; 0.01·N where not given, because tuning finds its way better from
-            a stiff start than from a loose one. Where something is tuned, at most N/(lr·τ·σ²), the limit of stable
+        prior_prec_init: start of the prior precisions; 0.01·N where not given, because tuning works better from a large
+            prior precision than from a small one. Where something is tuned, at most N/(lr·τ·σ²), the limit of stable
             steps. With prior_structure="layerwise" it does not reach the group of elementwise scales and biases: that
             one starts at 1, and with `n_hypersteps=0` it stays at 1, whatever is given here. "scalar" and "parameter"
             give these the same start as all others.
@@ -105,10 +105,10 @@ def marglik_training(
         fix_sigma_noise, tune_temperature: what is tuned besides the priors; the noise is, the temperature is not (its
             likelihood is not normalised: `TemperatureWarning`).
         checkpoint_path: where to keep a checkpoint, written after every tuning.
-        resume: go on from `checkpoint_path` if it exists; it must be of the same settings. The result is that of the
+        resume: go on from `checkpoint_path` if it exists; its settings must be the same. The result is that of the
             uninterrupted run.
-        n_data: N that an epoch stands for. Where not given: the length of the sampler or the data set, for a loader with
-            `drop_last` that has such; else the examples that one pass over the loader gives, as of an `IterableDataset`.
+        n_data: N, the number of examples that an epoch stands for. Where not given: for a loader with `drop_last`, the length of
+            its sampler or data set, if it has one; else the number of examples that one pass over the loader gives.
         dict_key_x, dict_key_y: of batches that are mappings, the entry that tells the number of examples and the device, and the
             targets.
         on_epoch: called after every epoch with a record of it, to which it may add numbers, strings, None, and dicts and
@@ -122,7 +122,7 @@ def marglik_training(
         CheckpointError: the checkpoint is damaged or belongs to another run.
         TrainingDiverged: the loss became NaN or infinite, or the curvature could not be factorised; the model is back at
             its last good epoch.
-        TypeError: `on_epoch` put something else into the record, which is named.
+        TypeError: `on_epoch` put anything else into the record; it is named.
 
     Source: Immer et al. 2021, "Scalable marginal likelihood estimation for model selection in deep learning".
     """
