@@ -7,6 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
+from laplace_ws.marglik import Schedule, TrainingOptions
+from laplace_ws.marglik.optimizers import SGD_DEFAULTS
+
+_DEFAULTS: dict[str, Any] = {f.name: f.default for cls in (Schedule, TrainingOptions) for f in fields(cls)}
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -60,7 +65,7 @@ class MarglikConfig:
 
     Attributes:
         n_epochs: epochs of gradient steps.
-        n_epochs_burnin: epochs before the first tuning.
+        n_epochs_burnin: epochs before the first tuning; a fifth of them all and at most 20 if not given.
         marglik_frequency: epochs between two tunings.
         n_hypersteps: steps on the hyperparameters at each tuning; newton takes as many as it needs.
         hyper_optimizer: adam, newton (to the optimum within max_log_step) or mackay; tune_temperature needs adam.
@@ -83,27 +88,27 @@ class MarglikConfig:
         momentum: Nesterov momentum of sgd.
     """
 
-    n_epochs: int = 100
-    n_epochs_burnin: int = 20
-    marglik_frequency: int = 5
-    n_hypersteps: int = 50
-    hyper_optimizer: Literal["adam", "newton", "mackay"] = "adam"
-    lr_hyp: float = 0.1
-    max_log_step: float = 1.0
-    fit_fraction: float = 1.0
-    prior_structure: Literal["scalar", "layerwise", "parameter", "weight"] = "layerwise"
-    prior_prec_init: float | None = None
-    temperature_init: float = 1.0
-    tune_temperature: bool = False
-    hessian_structure: Literal["kron", "ekfac", "diag", "full", "lowrank"] = "kron"
-    curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] = "ggn_mc"
-    kfac_approx: Literal["auto", "expand", "reduce"] | dict[str, str] = "auto"
-    backend: str = "native"
-    mc_samples: int = 1
-    final_curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] | None = None
+    n_epochs: int = _DEFAULTS["n_epochs"]
+    n_epochs_burnin: int | None = _DEFAULTS["n_epochs_burnin"]
+    marglik_frequency: int = _DEFAULTS["marglik_frequency"]
+    n_hypersteps: int = _DEFAULTS["n_hypersteps"]
+    hyper_optimizer: Literal["adam", "newton", "mackay"] = _DEFAULTS["hyper_optimizer"]
+    lr_hyp: float = _DEFAULTS["lr_hyp"]
+    max_log_step: float = _DEFAULTS["max_log_step"]
+    fit_fraction: float = _DEFAULTS["fit_fraction"]
+    prior_structure: Literal["scalar", "layerwise", "parameter", "weight"] = _DEFAULTS["prior_structure"]
+    prior_prec_init: float | None = _DEFAULTS["prior_prec_init"]
+    temperature_init: float = _DEFAULTS["temperature_init"]
+    tune_temperature: bool = _DEFAULTS["tune_temperature"]
+    hessian_structure: Literal["kron", "ekfac", "diag", "full", "lowrank"] = _DEFAULTS["hessian_structure"]
+    curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] = _DEFAULTS["curvature"]
+    kfac_approx: Literal["auto", "expand", "reduce"] | dict[str, str] = _DEFAULTS["kfac_approx"]
+    backend: str = _DEFAULTS["backend"]
+    mc_samples: int = _DEFAULTS["mc_samples"]
+    final_curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] | None = _DEFAULTS["final_curvature"]
     optimizer: Literal["sgd", "adam"] = "sgd"
-    lr: float = 0.03
-    momentum: float = 0.9
+    lr: float = SGD_DEFAULTS["lr"]
+    momentum: float = SGD_DEFAULTS["momentum"]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from laplace_ws._version import __version__
-from laplace_ws.data import ImageData, TensorLoader, load_dataset, random_crop_flip
+from laplace_ws.data import ImageData, load_dataset
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.experiment.config import ModelConfig, RunConfig
 from laplace_ws.experiment.evaluate import epoch_logger, figures
@@ -33,13 +33,10 @@ from laplace_ws.experiment.folder import (
     write_metrics,
     write_whole,
 )
-from laplace_ws.marglik.checkpoint import CheckpointError
-from laplace_ws.marglik.hyperparameters import Hyperparameters
-from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
-from laplace_ws.marglik.trainer import Record
-from laplace_ws.marglik.training import STIFF_START, kfac_option, marglik_training
+from laplace_ws.experiment.training import check_config, check_training, train_loader, training_options
+from laplace_ws.marglik import CheckpointError, TrainingDiverged, marglik_training
+from laplace_ws.marglik.result import Record
 from laplace_ws.models import build_model
-from laplace_ws.posterior import STRUCTURES, Laplace, PriorGroups, PriorStructure
 
 FORMAT_VERSION = 1
 _stop: Event | None = None
@@ -68,8 +65,7 @@ def run_experiment(config: RunConfig, *, resume: bool = False) -> tuple[Path, Js
     with explained(ValueError, OSError, CheckpointError):
         check_config(config, tasks)
         data = load_data(config)
-        check_start(config, len(data.y_train))
-        check_posterior(config, make_model(config, data))
+        check_training(config, make_model(config, data), data)
         prepare_folder(folder, config, tasks, resume)
     with explained(UnsupportedParameterError, InvalidBatchError, CheckpointError, BrokenProcessPool):
         outcomes = train_all(config, tasks, folder, data, resume)
@@ -104,54 +100,6 @@ def explained(*errors: type[Exception]) -> Iterator[None]:
         yield
     except errors as error:
         raise ExperimentError(str(error)) from error
-
-
-def check_config(config: RunConfig, tasks: Sequence[Task]) -> None:
-    """Refuse values that cannot work, before anything is done."""
-    for name in ("threads", "workers", "test_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    if len({task.run for task in tasks}) < len(tasks):
-        raise ValueError(f"baselines.fixed_prior_precisions names one twice: {config.baselines.fixed_prior_precisions}")
-    if any(not task.prior_precision > 0 for task in tasks if task.prior_precision is not None):
-        raise ValueError(
-            f"baselines.fixed_prior_precisions must be positive: {config.baselines.fixed_prior_precisions}"
-        )
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no GPU; use device=auto or device=cpu")
-    marglik = config.marglik
-    PriorStructure(marglik.prior_structure).checked(STRUCTURES[marglik.hessian_structure])
-    make_schedule(config)
-
-
-def check_start(config: RunConfig, n_train: int) -> None:
-    """Refuse a start that training would, while no worker has begun and nothing is written."""
-    m = config.marglik
-    if not m.lr > 0:
-        raise ValueError(f"marglik.lr={m.lr} must be positive")
-    start = STIFF_START * n_train if m.prior_prec_init is None else m.prior_prec_init
-    one_group = PriorGroups(("all",), torch.zeros(1, dtype=torch.long))
-    hyper = Hyperparameters(
-        one_group,
-        prior_precision=start,
-        temperature=m.temperature_init,
-        tune_temperature=m.tune_temperature,
-        hyper_optimizer=m.hyper_optimizer,
-    )
-    if m.n_hypersteps:
-        hyper.check_start(n_train / m.lr)
-
-
-def check_posterior(config: RunConfig, model: nn.Module) -> None:
-    """Refuse options of the curvature that do not fit the model, such as a pattern that matches no parameter."""
-    m = config.marglik
-    options = {"hessian_structure": m.hessian_structure, "curvature": m.curvature, "backend": m.backend}
-    Laplace(model, config.likelihood, **options, **kfac_option(m.hessian_structure, m.kfac_approx))
-
-
-def make_schedule(config: RunConfig) -> Schedule:
-    """The tuned network's schedule."""
-    return Schedule(**{key: getattr(config.marglik, key) for key in Schedule.__dataclass_fields__})
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -238,57 +186,20 @@ def train_one(
     """Train one network, from data and seed to its figures; the same in a process of its own."""
     data = load_data(config) if data is None else data
     model = make_model(config, data)
-    d, m = config.data, config.marglik
-    loader = TensorLoader(
-        data.x_train,
-        data.y_train,
-        batch_size=d.batch_size,
-        shuffle=True,
-        augment=random_crop_flip if d.augment else None,
-        seed=config.seed,
-    )
-    sgd = m.optimizer == "sgd"
+    schedule, options = training_options(config, task)
     with torch_settings(config.threads, config.seed), named_in_errors(task.run):
         result = marglik_training(
             model,
-            loader,
+            train_loader(config, data),
             config.likelihood,
-            hessian_structure=m.hessian_structure,
-            curvature=m.curvature,
-            kfac_approx=m.kfac_approx,
-            backend=m.backend,
-            mc_samples=m.mc_samples,
-            final_curvature=m.final_curvature,
-            optimizer_cls=torch.optim.SGD if sgd else torch.optim.Adam,
-            optimizer_kwargs={"lr": m.lr, **({"momentum": m.momentum, "nesterov": m.momentum > 0} if sgd else {})},
-            **prior_options(config, task),
-            temperature_init=m.temperature_init,
-            hyper_optimizer=m.hyper_optimizer,
-            lr_hyp=m.lr_hyp,
-            n_epochs=m.n_epochs,
-            n_epochs_burnin=m.n_epochs_burnin,
-            marglik_frequency=m.marglik_frequency,
-            max_log_step=m.max_log_step,
-            fit_fraction=m.fit_fraction,
+            **vars(schedule),
+            **vars(options),
             checkpoint_path=folder / task.checkpoint,
             resume=resume,
             on_epoch=epoch_logger(config, task.run, model, data, folder / METRICS),
             progress_bar=progress_bar,
         )
         return Outcome(figures(result, data), result.history)
-
-
-def prior_options(config: RunConfig, task: Task) -> Json:
-    """What sets a tuned network apart from a baseline."""
-    m = config.marglik
-    if task.prior_precision is not None:
-        return {"n_hypersteps": 0, "prior_structure": m.prior_structure, "prior_prec_init": task.prior_precision}
-    return {
-        "n_hypersteps": m.n_hypersteps,
-        "prior_structure": m.prior_structure,
-        "prior_prec_init": m.prior_prec_init,
-        "tune_temperature": m.tune_temperature,
-    }
 
 
 @contextmanager

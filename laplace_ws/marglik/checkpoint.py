@@ -1,4 +1,4 @@
-"""Files that a run goes on from, and the state of a model and of the process that a run gives back."""
+"""Checkpoint files, and the state of the model and the process that a run restores."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
 
 
 def check_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint made under other settings, which would be neither run.
+    """Refuse to resume from a checkpoint made under other settings.
 
     Raises:
         CheckpointError: names the settings that differ.
@@ -57,7 +57,7 @@ def check_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) ->
 
 
 def differences(key: str, found: Any, wanted: Any) -> list[str]:
-    """What differs, as "key was … and is …"; in sections of equal name, entry by entry."""
+    """What differs, as "key was … and is …"; nested settings are compared entry by entry."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = dict.fromkeys([*wanted, *found])
         return [s for k in keys for s in differences(f"{key}.{k}", found.get(k), wanted.get(k))]
@@ -81,7 +81,7 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Take back what `rng_state` gave."""
+    """Restore what `rng_state` returned."""
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
@@ -89,7 +89,7 @@ def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 @contextmanager
 def left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put back the mode of every module, every `.grad` and the global random state, also after an exception."""
+    """Restore the mode of every module, every `.grad` and the global random state on exit, also after an exception."""
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     rng = rng_state(device)

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import evaluation_mode
-from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, call_model, check_devices, split_batch
+from laplace_ws.curvature.batches import Batches, Data
+from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, call_model
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.likelihoods import Likelihood
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What one pass over a loader tells.
+    """What one pass over a loader reveals.
 
     Attributes:
-        n_data: number of examples N, also of those that `drop_last` leaves out where the loader knows them; as given, if it is.
+        n_data: number of examples N: as given, or counted, with those that `drop_last` leaves out where the loader knows them.
         n_batches: batches per epoch.
         x_first: inputs of one batch.
     """
@@ -32,17 +33,17 @@ class DataFacts:
 
 def check_data(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Data,
     likelihood: Likelihood,
     keys: BatchKeys = DEFAULT_KEYS,
     n_data: int | None = None,
 ) -> DataFacts:
-    """Go through the data once; the model runs on the first batch only, all targets are held against its outputs.
+    """Go through the data once; the model runs on the first batch only, and all targets are checked against its outputs.
 
     Raises:
-        InvalidBatchError: no batch, a batch of no form that `split_batch` knows, a loader that can be iterated only once, data
+        InvalidBatchError: no batch, a batch of a form that `split_batch` does not know, a loader that can be iterated only once, data
             on another device than the model, outputs or targets that do not fit the likelihood.
-        ValueError: `n_data` is no positive number.
+        ValueError: `n_data` is less than 1.
     """
     if n_data is not None and n_data < 1:
         raise ValueError(f"n_data={n_data} must be at least 1")
@@ -51,9 +52,7 @@ def check_data(
     n_seen, n_batches = 0, 0
     x_first: ModelInputs = torch.empty(0)
     row = torch.empty(0)
-    for batch in loader:
-        x, y = split_batch(batch, n_batches, keys)
-        check_devices(next(model.parameters()).device, x, y)
+    for x, y in Batches.of(loader, model, keys):
         if n_batches == 0:
             x_first, row = x, first_output(model, x, y, likelihood)
         if y.shape[1:] == row.shape[1 : y.ndim]:

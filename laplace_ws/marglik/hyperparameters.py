@@ -17,15 +17,19 @@ from laplace_ws.posterior.evidence import BOUNDS, Box, Evidence
 from laplace_ws.posterior.groups import ELEMENTWISE, PriorGroups
 
 ELEMENTWISE_START = 1.0
-"""Where `ELEMENTWISE` starts: a stiff prior at zero would shrink the scales, whose natural size is one, and with them the signal."""
+"""Where `ELEMENTWISE` starts: a tight prior at zero would shrink the scales, whose natural size is one, and with them the signal."""
 
 
 class PriorCollapseWarning(UserWarning):
     """A prior precision was tuned up to its limit, so the weights under it are held at zero."""
 
 
+class TemperatureWarning(UserWarning):
+    """The temperature is tuned by a marginal likelihood that is not normalised."""
+
+
 class HyperOptimizer(str, Enum):
-    """How the hyperparameters climb: steps of Adam, Newton's method to the optimum, or MacKay's updates."""
+    """How the log marginal likelihood is maximised: by steps of Adam, Newton's method or MacKay's updates."""
 
     ADAM = "adam"
     NEWTON = "newton"
@@ -44,12 +48,12 @@ class Hyperparameters(nn.Module):
 
     Args:
         groups: which prior precision governs which parameter.
-        prior_precision: the value that every group starts from, except that `ELEMENTWISE`, beside others, starts from
-            `ELEMENTWISE_START` whatever is given here, and stays there unless `ascend` changes it.
+        prior_precision: the value that every group starts from, except `ELEMENTWISE`, which beside other groups starts from
+            `ELEMENTWISE_START` and stays there unless `ascend` changes it.
         sigma_noise: standard deviation of Gaussian observation noise at the start.
         temperature: of the likelihood, at the start.
         tune_prior, tune_sigma, tune_temperature: what `ascend` may change.
-        hyper_optimizer: "adam", "newton" or "mackay"; the temperature is for Adam alone.
+        hyper_optimizer: "adam", "newton" or "mackay"; only Adam tunes the temperature.
         lr: step size of Adam on the logarithms.
     """
 
@@ -101,7 +105,7 @@ class Hyperparameters(nn.Module):
         return {"adam": self.optimizer.state_dict() if self.optimizer else {}, "reported": list(self.reported)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what `get_extra_state` gave."""
+        """Restore what `get_extra_state` returned."""
         if self.optimizer:
             self.optimizer.load_state_dict(copy.deepcopy(state["adam"]))  # it would share the tensors
         self.reported = list(state["reported"])
@@ -128,7 +132,7 @@ class Hyperparameters(nn.Module):
         return {name: part.mean().exp().item() for (name, _), part in zip(named_parameters, parts, strict=True)}
 
     def assign_to(self, la: Laplace) -> None:
-        """Give `la` the present values, detached."""
+        """Set the hyperparameters of `la` to the present values, detached."""
         la.prior_precision = self.prior_precision().detach()
         la.temperature = self.temperature().detach()
         if la.likelihood.has_noise:
@@ -190,7 +194,7 @@ class Hyperparameters(nn.Module):
         self.log_sigma_noise.fill_(point[1])
 
     def _box(self, max_log_step: float, stiffness: float) -> Box:
-        """What `max_log_step`, `BOUNDS` and the upper limit at the present noise leave to tune in; a point where nothing is tuned."""
+        """What `max_log_step`, `BOUNDS` and the upper limit at the present noise allow; a single point where nothing is tuned."""
         low, high = (math.log(bound) for bound in BOUNDS)
         delta, sigma = self.log_prior_precision.detach(), self.log_sigma_noise.item()
         delta_limits, sigma_limits = (delta, delta), (sigma, sigma)
@@ -216,7 +220,7 @@ class Hyperparameters(nn.Module):
             )
 
     def collapsed(self, stiffness: float = math.inf) -> list[str]:
-        """Names of the groups whose prior precision stands at its upper limit."""
+        """Names of the groups whose prior precision is at its upper limit."""
         at_limit = self.log_prior_precision.detach() >= self._log_limit(stiffness) - 1e-3
         return list(dict.fromkeys(self.groups.names[i] for i in at_limit.nonzero().flatten().tolist()))
 

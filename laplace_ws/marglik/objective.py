@@ -17,8 +17,8 @@ def neg_log_joint_mean(
 ) -> Tensor:
     """The MAP objective N⁻¹(L/τ + ½ Σ_p δ_p‖θ_p‖²), given the mean negative log likelihood L/N of some examples.
 
-    Each of `prior_precisions` is a scalar, or one value per weight. Training adds the second term's gradient by
-    `PriorGradient`; this is the form to differentiate and to compare with.
+    Each of `prior_precisions` is a scalar, or one value per weight. Training adds the gradient of the
+    second term with `PriorGradient`; this is the form to differentiate and to compare with.
     """
     square_sum = sum((delta * p.square()).sum() for p, delta in zip(parameters, prior_precisions, strict=True))
     return nll_mean / temperature + 0.5 * square_sum / n_data
@@ -42,18 +42,18 @@ class PriorGradient:
         self.scale = scale
         self.prior_precisions = split_by_parameter(prior_precision.detach(), self.parameters)
         coefficients = [delta * (scale / n_data) for delta in self.prior_precisions]
-        self.one_a_tensor = all(c.ndim == 0 for c in coefficients)
-        self.scalars = torch.stack(coefficients).tolist() if self.one_a_tensor else []
-        self.tensors = [] if self.one_a_tensor else [c.to(p) for c, p in zip(coefficients, parameters, strict=True)]
+        self.one_per_tensor = all(c.ndim == 0 for c in coefficients)
+        self.scalars = torch.stack(coefficients).tolist() if self.one_per_tensor else []
+        self.tensors = [] if self.one_per_tensor else [c.to(p) for c, p in zip(coefficients, parameters, strict=True)]
 
     @torch.no_grad()
     def add_(self) -> None:
         """Add to `.grad`; a parameter without one (not used in this step) is given it."""
-        pull = torch._foreach_mul(self.parameters, self.scalars or self.tensors)  # pyright: ignore
+        gradient = torch._foreach_mul(self.parameters, self.scalars or self.tensors)  # pyright: ignore
         missing = [p for p in self.parameters if p.grad is None]
         for p in missing:
             p.grad = torch.zeros_like(p)
-        torch._foreach_add_([p.grad for p in self.parameters], pull)  # pyright: ignore
+        torch._foreach_add_([p.grad for p in self.parameters], gradient)  # pyright: ignore
 
     @torch.no_grad()
     def penalty_mean(self) -> float:

@@ -22,7 +22,7 @@ def make_optimizer(
     """The optimiser of the weights.
 
     Raises:
-        ValueError: it would decay the weights a second time, or cannot step without a closure.
+        ValueError: it would decay the weights a second time, or it cannot step without a closure.
     """
     if optimizer_kwargs is None:
         optimizer_kwargs = SGD_DEFAULTS if optimizer_cls is torch.optim.SGD else {}
@@ -56,7 +56,7 @@ def scheduler_options(
 def make_scheduler(
     scheduler_cls: type[Any] | None, options: Mapping[str, Any], optimizer: torch.optim.Optimizer
 ) -> Any:
-    """The learning rate's schedule, stepped once a gradient step; constant for None."""
+    """The learning rate's schedule, stepped once per gradient step; constant for None."""
     return (scheduler_cls or torch.optim.lr_scheduler.ConstantLR)(optimizer, **options)
 
 

@@ -23,7 +23,7 @@ def plain_record(record: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def described(value: Any) -> Any:
-    """`value` in plain form, to compare settings by: of what has none, such as a function, the name is all that counts."""
+    """A plain form of `value` for comparing settings; what has none, such as a function, is represented by its name."""
     value = unwrapped(value)
     # Subclasses (an enum of strings, say) are no plain values: a checkpoint would not load with them in it.
     if type(value) in _SCALARS:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+_LONGEST_DEFAULT_BURNIN = 20
 
 
 class TrainingDiverged(RuntimeError):
@@ -34,37 +37,49 @@ class Schedule:
 
     Attributes:
         n_epochs: epochs of gradient steps.
-        n_epochs_burnin: epochs before the first tuning.
-        marglik_frequency: epochs between two tunings.
+        n_epochs_burnin: epochs before the first tuning; where not given, a fifth of `n_epochs` and at most 20.
+        marglik_frequency: epochs between two tunings; after the last epoch there always is one.
         n_hypersteps: steps on the hyperparameters at each tuning, 0 to train at fixed ones; Newton's method takes as many as it needs.
         fit_fraction: share of the batches that the fit before a tuning sees.
         max_log_step: largest change of the logarithm of any hyperparameter at one tuning.
     """
 
-    n_epochs: int
-    n_epochs_burnin: int = 0
-    marglik_frequency: int = 1
-    n_hypersteps: int = 100
+    n_epochs: int = 100
+    n_epochs_burnin: int | None = None
+    marglik_frequency: int = 5
+    n_hypersteps: int = 50
     fit_fraction: float = 1.0
     max_log_step: float = 1.0
 
     def __post_init__(self) -> None:
         for name, least in (("n_epochs", 1), ("n_epochs_burnin", 0), ("marglik_frequency", 1), ("n_hypersteps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
         if not 0 < self.fit_fraction <= 1:
             raise ValueError(f"fit_fraction={self.fit_fraction} must lie in (0, 1]")
         if not self.max_log_step > 0:
             raise ValueError(f"max_log_step={self.max_log_step} must be positive")
-        if self.n_hypersteps and self.n_epochs_burnin > self.n_epochs:
+        if self.n_hypersteps and self.burnin > self.n_epochs:
             raise ValueError(
-                f"n_epochs_burnin={self.n_epochs_burnin} leaves none of n_epochs={self.n_epochs} to tune in; "
+                f"n_epochs_burnin={self.burnin} leaves none of n_epochs={self.n_epochs} to tune in; "
                 "shorten the burn-in, or set n_hypersteps=0 to train at fixed hyperparameters"
             )
 
+    @property
+    def burnin(self) -> int:
+        """Epochs before the first tuning, as given or by default."""
+        if self.n_epochs_burnin is not None:
+            return self.n_epochs_burnin
+        return min(_LONGEST_DEFAULT_BURNIN, self.n_epochs // 5)
+
+    def settings(self) -> dict[str, Any]:
+        """All entries by name, the burn-in as it is in effect."""
+        return {**asdict(self), "n_epochs_burnin": self.burnin}
+
     def is_round(self, epoch: int) -> bool:
-        """Whether the marginal likelihood's turn comes after `epoch`; after the last it always does."""
-        past = epoch - self.n_epochs_burnin
+        """Whether a tuning is due after `epoch`; after the last epoch it always is."""
+        past = epoch - self.burnin
         return epoch == self.n_epochs or (past >= 0 and past % self.marglik_frequency == 0)
 
     def tunes(self, epoch: int) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,9 +11,7 @@ from laplace_ws.marglik.checks import DataFacts
 from laplace_ws.marglik.hyperparameters import Hyperparameters
 from laplace_ws.marglik.plain import described
 from laplace_ws.marglik.schedule import Schedule
-
-if TYPE_CHECKING:
-    from laplace_ws.posterior import Laplace
+from laplace_ws.posterior import Laplace
 
 
 def run_settings(
@@ -28,10 +25,10 @@ def run_settings(
     scheduler_kwargs: Mapping[str, Any],
     hyper: Hyperparameters,
 ) -> dict[str, Any]:
-    """All options that the result depends on, as plain values; of a function only its name."""
+    """All options that the result depends on, as plain values; a function is represented by its name."""
     return described(
         {
-            **asdict(schedule),
+            **schedule.settings(),
             "n_data": facts.n_data,
             "n_batches": facts.n_batches,
             "n_params": la.n_params,
@@ -54,7 +51,7 @@ def run_settings(
 
 
 def optimizer_options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Options of an optimiser before its first step, by the number of the group where there are several."""
+    """Options of an optimiser before its first step, by number of the parameter group where there are several."""
     options = [_options_of(group) for group in optimizer.param_groups]
     return options[0] if len(options) == 1 else {str(i): group for i, group in enumerate(options)}
 

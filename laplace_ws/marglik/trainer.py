@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
+from laplace_ws.curvature.backend import trainable_parameters
+from laplace_ws.curvature.batches import Batches
 from laplace_ws.curvature.inputs import call_model
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.kfac.uses import at_least_float32
-from laplace_ws.likelihoods import Likelihood
+from laplace_ws.marglik.accuracy import n_correct
 from laplace_ws.marglik.checkpoint import (
     check_settings,
+    left_as_found,
     load_checkpoint,
     rng_state,
     save_checkpoint,
@@ -27,59 +30,60 @@ from laplace_ws.marglik.checkpoint import (
     snapshot,
 )
 from laplace_ws.marglik.checks import DataFacts, one_pass_error
-from laplace_ws.marglik.hyperparameters import Hyperparameters
+from laplace_ws.marglik.hyperparameters import Hyperparameters, TemperatureWarning
 from laplace_ws.marglik.objective import PriorGradient
-from laplace_ws.marglik.passes import Batches, ChosenBatches, same_order_after
+from laplace_ws.marglik.passes import same_order_after
 from laplace_ws.marglik.plain import plain_record
+from laplace_ws.marglik.result import MarglikResult, Progress, Record
 from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
+from laplace_ws.posterior import Laplace
 
-if TYPE_CHECKING:
-    from laplace_ws.posterior import Laplace
-
-Record = dict[str, Any]
 _STEPS_BETWEEN_LOSS_CHECKS = 20
 
 
 @dataclass
-class Progress:
-    """What a run has done so far; plain numbers, model snapshots apart."""
-
-    epoch: int = 0
-    losses: list[float] = field(default_factory=list)
-    margliks: list[float] = field(default_factory=list)
-    history: list[Record] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    train_seconds: float = 0.0
-    curvature_seconds: float = 0.0
-
-
-@dataclass
 class Trainer:
-    """Everything that one run holds; `run` trains.
+    """A training that is ready to start: `run` trains. Made by `prepare`, which checks that all of this fits together.
 
-    `la` must be a posterior of `model`; its hyperparameters are kept equal to `hyper`. What `run` leaves is the state with
-    the highest log marginal likelihood, or the last one where the temperature is tuned: values at different τ do not
-    compare. With `fit_fraction` below 1 each is an estimate from its own subset of batches.
+    The hyperparameters of `la` are kept equal to `hyper`. What `run` leaves is the state with the highest log marginal
+    likelihood, or the last one where the temperature is tuned: values at different τ do not compare. With `fit_fraction`
+    below 1 each is an estimate from its own subset of batches.
+
+    Attributes:
+        la: the posterior whose marginal likelihood tunes the hyperparameters.
+        final_la: the one that is returned, of the same model and likelihood; may be `la`.
+        hyper: the hyperparameters.
+        batches: the training data.
+        facts: what is known of them.
+        optimizer: of the weights.
+        scheduler: of its learning rate.
+        schedule: when the hyperparameters are tuned.
+        settings: what a checkpoint must agree with.
+        rng: the state of torch's global random number generators that the training starts from.
+        checkpoint_path: where a checkpoint is kept.
+        on_epoch: called after each epoch with its record.
+        progress_bar: whether to show one.
     """
 
-    model: nn.Module
+    la: Laplace
+    final_la: Laplace
+    hyper: Hyperparameters
     batches: Batches
     facts: DataFacts
-    likelihood: Likelihood
-    named_parameters: list[tuple[str, nn.Parameter]]
-    hyper: Hyperparameters
-    la: Laplace
     optimizer: torch.optim.Optimizer
     scheduler: Any
     schedule: Schedule
     settings: dict[str, Any]
+    rng: dict[str, torch.Tensor]
     checkpoint_path: Path | None = None
     on_epoch: Callable[[Record], None] | None = None
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
-        self.loader = self.batches.loader
+        self.model, self.likelihood = self.la.model, self.la.likelihood
+        self.named_parameters = list(trainable_parameters(self.model).items())
         self.parameters = [p for _, p in self.named_parameters]
+        self.loader = self.batches.loader
         self.n_data = self.facts.n_data
         self.device = self.parameters[0].device
         lr = max(float(g.get("initial_lr", g["lr"])) for g in self.optimizer.param_groups)
@@ -92,14 +96,35 @@ class Trainer:
         self.progress = Progress()
         self.hyper.assign_to(self.la)
 
-    def run(self) -> Progress:
-        """Train to the last epoch, and leave model and hyperparameters at their best.
+    def run(self) -> MarglikResult:
+        """Train to the last epoch, leave model and hyperparameters at their best, and fit the posterior there.
+
+        The mode of the model's modules, its `.grad` and torch's global random state are left as they were.
 
         Raises:
             TrainingDiverged: a loss or a marginal likelihood is NaN or infinite, or has no factorisation.
             InvalidBatchError: the loader gave no batch.
             TypeError: `on_epoch` put something into the record that a checkpoint cannot hold.
+
+        Warns:
+            TemperatureWarning: the temperature is tuned.
         """
+        if "temperature" in self.hyper.tuned_names:
+            warnings.warn(
+                "tune_temperature: a likelihood to the power 1/τ is not normalised over y, so its marginal likelihood rises "
+                "with τ as long as the loss is positive, and values at different τ do not compare; watch τ",
+                TemperatureWarning,
+                stacklevel=3,
+            )
+        with left_as_found(self.model, self.device):
+            set_rng_state(self.rng, self.device)
+            self._train()
+            start = time.perf_counter()
+            self.hyper.assign_to(self.final_la)
+            self.final_la.fit(self.batches, n_data=self.n_data)
+            return self._result(time.perf_counter() - start)
+
+    def _train(self) -> None:
         bar = tqdm(
             total=self.schedule.n_epochs,
             initial=self.progress.epoch,
@@ -116,7 +141,22 @@ class Trainer:
             self.model.load_state_dict(self.progress.best["model"])
             self.hyper.load_state_dict(self.progress.best["hyper"])
             self.hyper.assign_to(self.la)
-        return self.progress
+
+    def _result(self, refit_seconds: float) -> MarglikResult:
+        progress = self.progress
+        return MarglikResult(
+            la=self.final_la,
+            model=self.model,
+            margliks=progress.margliks,
+            losses=progress.losses,
+            history=progress.history,
+            prior_precision=self.hyper.by_parameter(self.named_parameters),
+            prior_group=self.hyper.groups.by_parameter([name for name, _ in self.named_parameters]),
+            best_epoch=progress.best["epoch"] if progress.best else progress.epoch,
+            collapsed=self.hyper.collapsed(self.stiffness) if self.schedule.n_hypersteps else [],
+            train_seconds=progress.train_seconds + refit_seconds,
+            curvature_seconds=progress.curvature_seconds + refit_seconds,
+        )
 
     def _epoch(self, epoch: int) -> Record:
         start = time.perf_counter()
@@ -155,7 +195,7 @@ class Trainer:
         return record
 
     def _descend(self, epoch: int) -> tuple[float, float | None]:
-        """Gradient steps on one epoch; returns the mean NLL in nats and the accuracy, both as training went along.
+        """Gradient steps over one epoch; returns the mean NLL in nats and the accuracy, both taken while the weights change.
 
         The objective is scaled by τσ², so that a learning rate means the same at any noise and temperature.
         """
@@ -193,7 +233,7 @@ class Trainer:
         return nll_sum / n_seen, correct / labelled if labelled and math.isfinite(correct) else None
 
     def _tune(self, epoch: int) -> tuple[float | None, float]:
-        """Fit, step and measure where it is the turn; returns log marginal likelihood and seconds."""
+        """Fit, tune and measure where a tuning is due; returns the log marginal likelihood and the seconds it took."""
         if not self.schedule.tunes(epoch):
             return None, 0.0
         start = time.perf_counter()
@@ -222,13 +262,13 @@ class Trainer:
         )
         return self.la.log_marginal_likelihood().item()
 
-    def _some_batches(self) -> Iterable[tuple[Any, Tensor]]:
-        """The loader, or a fresh random choice of its batches."""
+    def _some_batches(self) -> Batches:
+        """All batches, or a fresh random choice of them."""
         n_chosen = math.ceil(self.schedule.fit_fraction * self.facts.n_batches)
         if n_chosen == self.facts.n_batches:
             return self.batches
         order = torch.randperm(self.facts.n_batches, generator=self.subset_generator)
-        return ChosenBatches(self.batches, frozenset(order[:n_chosen].tolist()))
+        return replace(self.batches, chosen=frozenset(order[:n_chosen].tolist()))
 
     def _check_finite(self, what: str, value: float, epoch: int) -> None:
         if not math.isfinite(value):
@@ -240,7 +280,7 @@ class Trainer:
         return path if path is not None and path.exists() else None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to end as this one would; tensors and primitives."""
+        """All that a resumed run needs to end as this one would: tensors and primitives."""
         return {
             "settings": self.settings,
             "progress": {f: getattr(self.progress, f) for f in Progress.__dataclass_fields__},
@@ -254,13 +294,14 @@ class Trainer:
         }
 
     def resume(self) -> None:
-        """Go on from the checkpoint on disk.
+        """Go on from the checkpoint on disk, if there is one.
 
         Raises:
             CheckpointError: it cannot be read, or was made under other settings.
         """
-        path = self.checkpoint_path
-        assert path is not None
+        path = self.checkpoint_on_disk()
+        if path is None:
+            return
         state = load_checkpoint(path, self.device)
         check_settings(path, state["settings"], self.settings)
         self.progress = Progress(**state["progress"])
@@ -273,16 +314,4 @@ class Trainer:
             self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
         for generator, saved in zip(self.generators, state["generators"], strict=True):
             generator.set_state(saved.cpu())
-        set_rng_state(state["rng"], self.device)
-
-
-def n_correct(f: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-    """How many labels the outputs get right, averaged over the terms of an example that count; NaN where targets are no labels."""
-    if y.is_floating_point() and f.shape == y.shape:
-        return torch.full((), math.nan, device=f.device)
-    right = f.argmax(-1) == y if f.ndim == y.ndim + 1 else (f > 0) == (y > 0)
-    right = right.double().reshape(len(y), -1)
-    if mask is None:
-        return right.mean(1).sum()
-    counts = mask.reshape(right.shape)
-    return ((right * counts).sum(1) / counts.sum(1).clamp(min=1)).sum()
+        self.rng = state["rng"]

@@ -27,15 +27,13 @@ from laplace_ws.experiment.folder import (
     write_whole,
 )
 from laplace_ws.experiment.run import (
-    check_config,
-    check_posterior,
-    check_start,
     device_of,
     explained,
     load_data,
     make_model,
     run_experiment,
 )
+from laplace_ws.experiment.training import check_config, check_training
 from laplace_ws.marglik.checkpoint import CheckpointError, check_settings
 from laplace_ws.marglik.schedule import TrainingDiverged
 from laplace_ws.report import load_run
@@ -143,8 +141,7 @@ def check_members(members: Sequence[Member], data: ImageData) -> None:
         if member.is_trained:
             with named(member.name):
                 check_config(member.run, [_TUNED])
-                check_start(member.run, n_train)
-                check_posterior(member.run, make_model(member.run, data))
+                check_training(member.run, make_model(member.run, data), data)
 
 
 @contextmanager

@@ -49,6 +49,17 @@ def norm_net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
+class Lstm(nn.Module):
+    """Its weights have no curvature block."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 3, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x[:, None])[0][:, 0]
+
+
 class Never(torch.optim.SGD):
     """Proves that no step was taken."""
 

@@ -9,6 +9,7 @@ import torch
 from marglik.runs import (
     QUICK,
     SGD,
+    Lstm,
     Never,
     Poisoned,
     as_found,
@@ -19,7 +20,6 @@ from marglik.runs import (
     norm_net,
     state_of,
 )
-from torch import nn
 
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.marglik import (
@@ -104,15 +104,6 @@ def test_divergence_survives_a_process_border():
     error = pickle.loads(pickle.dumps(TrainingDiverged("the training loss became nan", 3, None)))
     assert error.epoch == 3
     assert "in epoch 3" in str(error)
-
-
-class Lstm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lstm = nn.LSTM(4, 3, batch_first=True)
-
-    def forward(self, x):
-        return self.lstm(x[:, None])[0][:, 0]
 
 
 @pytest.mark.parametrize(

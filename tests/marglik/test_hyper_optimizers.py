@@ -7,14 +7,15 @@ import warnings
 
 import pytest
 import torch
+from laplace_ws.posterior.evidence import BOUNDS
 from marglik.runs import QUICK, SGD, Never, blobs, mlp, noisy_sine
 from torch import nn
 
-from laplace_ws.experiment.config import MarglikConfig, RunConfig
-from laplace_ws.experiment.run import check_start
+from laplace_ws.experiment.config import DataConfig, MarglikConfig, RunConfig
+from laplace_ws.experiment.run import load_data, make_model
+from laplace_ws.experiment.training import check_training
 from laplace_ws.marglik import CheckpointError, Hyperparameters, PriorCollapseWarning, marglik_training
 from laplace_ws.posterior import Laplace, prior_groups
-from laplace_ws.posterior.optimum import BOUNDS
 
 CLOSED = ["newton", "mackay"]
 
@@ -137,9 +138,11 @@ def test_temperature_is_left_to_adam(hyper_optimizer):
         marglik_training(
             mlp(), blobs(), **QUICK, optimizer_cls=Never, tune_temperature=True, hyper_optimizer=hyper_optimizer
         )
-    config = RunConfig(marglik=MarglikConfig(tune_temperature=True, hyper_optimizer=hyper_optimizer))
+    marglik = MarglikConfig(tune_temperature=True, hyper_optimizer=hyper_optimizer)
+    config = RunConfig(data=DataConfig(n_train=100), marglik=marglik)
+    data = load_data(config)
     with pytest.raises(ValueError, match=says):
-        check_start(config, 100)
+        check_training(config, make_model(config, data), data)
 
 
 def test_an_unknown_name_is_refused_before_training():

@@ -1,0 +1,92 @@
+"""The options of a training besides its schedule: their defaults, and the parts that are made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from laplace_ws.curvature import Backend
+from laplace_ws.curvature.inputs import BatchKeys
+from laplace_ws.likelihoods import Likelihood
+from laplace_ws.marglik.hyperparameters import Hyperparameters
+from laplace_ws.posterior import STRUCTURES, Laplace, PriorStructure, prior_groups
+
+PRIOR_PRECISION_PER_EXAMPLE = 0.01
+"""Prior precision at the start, divided by the number of examples."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The options of `marglik_training` that shape its result besides the `Schedule`; it documents each of them.
+
+    Raises:
+        ValueError: the structures of prior and curvature do not go together.
+    """
+
+    hessian_structure: str = "kron"
+    curvature: str = "ggn_mc"
+    kfac_approx: str | Mapping[str, str] = "auto"
+    backend: str | Backend = "native"
+    mc_samples: int = 1
+    final_curvature: str | None = None
+    optimizer_cls: type[torch.optim.Optimizer] = torch.optim.SGD
+    optimizer_kwargs: Mapping[str, Any] | None = None
+    scheduler_cls: type[Any] | None = torch.optim.lr_scheduler.CosineAnnealingLR
+    scheduler_kwargs: Mapping[str, Any] | None = None
+    hyper_optimizer: str = "adam"
+    lr_hyp: float = 0.1
+    prior_structure: str = "layerwise"
+    prior_prec_init: float | None = None
+    sigma_noise_init: float | None = None
+    temperature_init: float = 1.0
+    fix_sigma_noise: bool = False
+    tune_temperature: bool = False
+
+    def __post_init__(self) -> None:
+        PriorStructure(self.prior_structure).checked(STRUCTURES[self.hessian_structure])
+
+    def posteriors(
+        self, model: nn.Module, likelihood: Likelihood, generator: torch.Generator, keys: BatchKeys
+    ) -> tuple[Laplace, Laplace]:
+        """The posterior to tune by and the one to return, which are the same unless `final_curvature` is another."""
+        own: dict[str, Any] = {} if self.kfac_approx == "auto" else {"kfac_approx": self.kfac_approx}
+
+        def posterior(curvature: str) -> Laplace:
+            return Laplace(
+                model,
+                likelihood,
+                hessian_structure=self.hessian_structure,
+                curvature=curvature,
+                backend=self.backend,
+                mc_samples=self.mc_samples,
+                generator=generator,
+                dict_key_x=keys.x,
+                dict_key_y=keys.y,
+                **own,
+            )
+
+        la = posterior(self.curvature)
+        if self.final_curvature in (None, self.curvature):
+            return la, la
+        final = posterior(self.final_curvature)
+        final.network = la.network  # what was checked of it holds for both
+        return la, final
+
+    def hyperparameters(self, la: Laplace, n_data: int, device: torch.device) -> Hyperparameters:
+        """The hyperparameters of `la` at their start, for N examples."""
+        default_start = PRIOR_PRECISION_PER_EXAMPLE * n_data
+        return Hyperparameters(
+            prior_groups(la.shapes, PriorStructure(self.prior_structure)),
+            prior_precision=default_start if self.prior_prec_init is None else self.prior_prec_init,
+            sigma_noise=la.likelihood.sigma_noise if self.sigma_noise_init is None else self.sigma_noise_init,
+            temperature=self.temperature_init,
+            tune_sigma=la.likelihood.has_noise and not self.fix_sigma_noise,
+            tune_temperature=self.tune_temperature,
+            hyper_optimizer=self.hyper_optimizer,
+            lr=self.lr_hyp,
+            device=device,
+        )
