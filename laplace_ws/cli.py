@@ -29,7 +29,8 @@ from laplace_ws.experiment.config import RunConfig, UnknownKeyError, check_keys,
 from laplace_ws.experiment.folder import ExperimentError, summary_table
 from laplace_ws.experiment.run import run_experiment
 from laplace_ws.marglik.schedule import TrainingDiverged
-from laplace_ws.report import ReportInputError, write_report
+from laplace_ws.records import RecordError
+from laplace_ws.report import write_report
 from laplace_ws.report.calibration_page import write_calibration_report
 from laplace_ws.report.selection_page import write_selection_page
 from laplace_ws.selection import SelectConfig, run_selection, selection_table
@@ -122,8 +123,8 @@ def check_file(path: Path, known: Sequence[str]) -> None:
 def train(args: Sequence[str]) -> int:
     """Run `laplace-ws train`; returns the exit status."""
     config, resume = parse_train(args)
-    folder, summary = run_experiment(config, resume=resume)
-    print(summary_table(summary))
+    folder, result = run_experiment(config, resume=resume)
+    print(summary_table(result))
     if config.report:
         print(f"report: {write_report(folder)}")
     else:
@@ -243,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_keys([args[0]], COMMANDS)
         return COMMANDS[args[0]](args[1:])
-    except (UnknownKeyError, ExperimentError, BenchError, ArgumentError, ReportInputError, OSError) as error:
+    except (UnknownKeyError, ExperimentError, BenchError, ArgumentError, RecordError, OSError) as error:
         return complain(error, USAGE)
     except TrainingDiverged as error:
         return complain(error, FAILED)

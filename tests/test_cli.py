@@ -19,6 +19,7 @@ from laplace_ws.cli import main, parse_train
 from laplace_ws.curvature import BACKENDS
 from laplace_ws.experiment import run as experiment
 from laplace_ws.experiment.config import RunConfig, UnknownKeyError, check_keys, config_keys, flatten
+from laplace_ws.experiment.records import read_run
 from laplace_ws.experiment.run import run_experiment
 from laplace_ws.report import load_run
 
@@ -211,8 +212,8 @@ def test_a_run_with_each_backend(config_file, tmp_path, backend):
     arguments = [f"--config={config_file}", "--out", str(tmp_path), "--marglik.backend", backend, "--report", "false"]
     config, _ = parse_train([*arguments, "--baselines.fixed_prior_precisions", "[]"])
     assert config.marglik.backend == backend
-    _, summary = run_experiment(config)
-    assert math.isfinite(summary["tuned"]["log_marginal_likelihood"])
+    _, result = run_experiment(config)
+    assert math.isfinite(result.tuned.log_marginal_likelihood)
 
 
 def test_mapping_of_layers_to_approximations(tmp_path):
@@ -321,8 +322,8 @@ def test_commands(capsys):
 def test_run_experiment_returns_what_it_writes(tmp_path):
     config, _ = parse_train(["--out", str(tmp_path), "--data.n_train", "40", "--data.n_test", "20", "--model.name", "mlp",
                              "--marglik.n_epochs", "1", "--marglik.n_epochs_burnin", "0"])  # fmt: skip
-    folder, summary = run_experiment(config)
-    assert json.loads((folder / "summary.json").read_text()) == summary
+    folder, result = run_experiment(config)
+    assert read_run(folder) == result
 
 
 def test_an_interrupt_of_workers_stops_them_all(tmp_path):

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from laplace_ws.experiment.config import RunConfig, config_keys, flatten
+from laplace_ws.experiment.records import METRICS, SUMMARY, TUNED, ModelResult, RunResult
 from laplace_ws.marglik.checkpoint import check_settings, load_checkpoint
 from laplace_ws.marglik.trainer import Record
+from laplace_ws.tables import Column, as_text
 
-METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.json"
+CONFIG = "config.json"
 NOT_PART_OF_THE_RESULT = ("name", "out", "workers", "test_every", "report")
 Json = dict[str, Any]
 
@@ -102,23 +104,18 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def summary_table(summary: Json) -> str:
-    """The main figures as text, one line per network."""
-    rows = [("", "log marglik", "test NLL", "test acc.", "test ECE", "time", "curvature")]
-    rows.append(("", "[nats]", "[nats]", "[%]", "[%]", "[s]", "[s]"))
-    models = {"tuned": summary["tuned"], **{f"fixed {delta}": m for delta, m in summary["fixed"].items()}}
-    for name, m in models.items():
-        rows.append(
-            (
-                name,
-                f"{m['log_marginal_likelihood']:.1f}",
-                f"{m['test_nll']:.4f}",
-                f"{100 * m['test_accuracy']:.1f}",
-                f"{100 * m['test_ece']:.1f}",
-                f"{m['train_seconds']:.1f}",
-                f"{m['curvature_seconds']:.1f}",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(lines)
+def summary_table(result: RunResult) -> str:
+    """The main results as text, one line per network."""
+    models = {TUNED: result.tuned, **{f"fixed {delta}": model for delta, model in result.fixed.items()}}
+    return as_text(_COLUMNS, list(models.items()))
+
+
+_COLUMNS: tuple[Column[tuple[str, ModelResult]], ...] = (
+    Column("", "", lambda row: row[0]),
+    Column("log marglik", "nats", lambda row: row[1].log_marginal_likelihood, 1),
+    Column("test NLL", "nats", lambda row: row[1].test_nll, 4),
+    Column("test acc.", "%", lambda row: row[1].test_accuracy, 1, scale=100.0),
+    Column("test ECE", "%", lambda row: row[1].test_ece, 1, scale=100.0),
+    Column("time", "s", lambda row: row[1].train_seconds, 1),
+    Column("curvature", "s", lambda row: row[1].curvature_seconds, 1),
+)
