@@ -9,11 +9,13 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from laplace_ws.errors import InputError
+
 T = TypeVar("T")
 _WORDS = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", tuple: "a list"}
 
 
-class RecordError(ValueError):
+class RecordError(InputError):
     """A file of results is missing, broken or of another format; the message names the file, what is wrong and how to mend it."""
 
 

@@ -73,7 +73,7 @@ def ranking_columns(selection: Selection) -> list[Column[Entry]]:
     """The columns of the ranking."""
     return [
         Column("model", "", lambda e: e.name),
-        Column("architecture", "", lambda e: e.architecture),
+        Column("architecture", "", lambda e: e.architecture, is_left=True),
         Column("log marginal likelihood", "nats", lambda e: e.log_marginal_likelihood, 1, higher_is_better=True),
         Column("per example", "nats", selection.per_example, 4, higher_is_better=True),
         Column("test NLL", "nats/example", lambda e: e.test_nll, 4, higher_is_better=False),

@@ -14,10 +14,10 @@ import pytest
 from laplace_ws.marglik.hyperparameters import ELEMENTWISE
 from laplace_ws.metrics import ReliabilityCurve
 from laplace_ws.records import RecordError
-from laplace_ws.report import load_run, write_report
+from laplace_ws.report import PLOTS, Plot, Section, load_run, write_report
 from laplace_ws.report.precision_pictures import robust_log_limits
 from laplace_ws.report.reliability_pictures import wilson_interval
-from laplace_ws.report.style import common_prefix, plain
+from laplace_ws.report.style import Picture, common_prefix, plain
 from laplace_ws.report.training_pictures import readable_limit
 from laplace_ws.report.verdict import evidence_check, verdict
 
@@ -375,3 +375,18 @@ def test_two_curvatures_are_told_apart(tmp_path, final, shown):
     summary["config"]["marglik"] = {"curvature": "ggn_mc", "final_curvature": final}
     text = text_of(page_of(write_run(tmp_path, summary)))
     assert ("are taken with ggn, those over the epochs with ggn_mc" in text) is shown
+
+
+def test_a_plot_from_outside_is_on_the_page(tmp_path):
+    def draw(record):
+        return [Picture("Steps", f"Step sizes of {len(record.models)} networks, drawn elsewhere.", b"<svg></svg>")]
+
+    write_run(tmp_path)
+    before = len(pictures_of(page_of(tmp_path)))
+    PLOTS.register("steps", Plot(Section.TRAINING, draw))
+    try:
+        page = page_of(tmp_path)
+    finally:
+        PLOTS.unregister("steps")
+    assert len(pictures_of(page)) == before + 1
+    assert page.index(">Training<") < page.index("Step sizes of 3 networks") < page.index(">Prior precision by layer")
