@@ -99,35 +99,34 @@ def _has_default(f: Field[Any]) -> bool:
 
 def _read(hint: Any, value: Any, where: str, name: str) -> Any:
     """A value of a type; `name` is what it is called in messages, `where` the object that holds it."""
-    kind, arguments = get_origin(hint) or hint, get_args(hint)
-    if kind is Any:
+    if hint is Any:
         return value
-    if kind in (Union, types.UnionType):
-        (inner,) = [argument for argument in arguments if argument is not types.NoneType]
+    if (inner := _of_optional(hint)) is not None:
         return None if value is None else _read(inner, value, where, name)
-    if is_dataclass(kind):
-        if isinstance(value, dict):
-            place = f"{where}, {name}"
-            return kind.from_dict(value, place) if hasattr(kind, "from_dict") else from_dict(kind, value, place)
-    elif kind is Mapping:
-        if isinstance(value, dict):
-            inside = f"{where}, {name}"
-            return {key: _read(arguments[1], entry, inside, key) for key, entry in value.items()}
-    elif kind is tuple:
-        if isinstance(value, (list, tuple)):
-            return tuple(_read(arguments[0], entry, where, f"{name}[{i}]") for i, entry in enumerate(value))
-    elif kind is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    elif type(value) is kind:
+    kind, arguments, place = get_origin(hint) or hint, get_args(hint), f"{where}, {name}"
+    if is_dataclass(kind) and isinstance(value, dict):
+        return hint.from_dict(value, place) if hasattr(hint, "from_dict") else from_dict(hint, value, place)
+    if kind is Mapping and isinstance(value, dict):
+        return {key: _read(arguments[1], entry, place, key) for key, entry in value.items()}
+    if kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(_read(arguments[0], entry, where, f"{name}[{i}]") for i, entry in enumerate(value))
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is kind:
         return value
     raise RecordError(f"{where}: {name!r} is {value!r}; write {_words(hint)}")
 
 
+def _of_optional(hint: Any) -> Any:
+    """X, of the type `X | None`; None for another type."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return None
+    (inner,) = [argument for argument in get_args(hint) if argument is not types.NoneType]
+    return inner
+
+
 def _words(hint: Any) -> str:
     """What to write for a type: "a number, or null where there is none"."""
-    arguments = get_args(hint)
-    if get_origin(hint) in (Union, types.UnionType):
-        (inner,) = [argument for argument in arguments if argument is not types.NoneType]
+    if (inner := _of_optional(hint)) is not None:
         return f"{_words(inner)}, or null where there is none"
     return _WORDS.get(get_origin(hint) or hint, "an object")

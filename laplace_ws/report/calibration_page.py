@@ -29,6 +29,7 @@ def write_calibration_report(result: CalibrationResult, folder: str | Path) -> P
 def render_calibration(result: CalibrationResult) -> str:
     """The page as text."""
     data, methods = result.data, result.methods
+    label: Column[MethodResult] = Column("method", "", lambda m: m.label)
     damage = {name: ", ".join(f"{v:g}" for v in values) for name, values in data["corruptions"].items()}
     return render(
         "calibration.html",
@@ -43,7 +44,7 @@ def render_calibration(result: CalibrationResult) -> str:
         verdict=calibration_verdict(methods),
         warnings=[],
         methods=methods,
-        columns=[Column("method", "", lambda m: m.label), *shown_columns(methods)],
+        columns=[label, *shown_columns(methods)],
         remarks=_remarks(result),
         fewest_in_a_bin=FEWEST_IN_A_BIN,
         reliability=method_reliability_pictures(methods),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from laplace_ws.experiment.records import (
     FIXED,
@@ -80,10 +81,7 @@ def load_run(run_dir: str | Path) -> RunRecord:
     epochs, notes = read_epochs(Path(run_dir))
     order = sorted(result.fixed, key=lambda delta: (_as_float(delta) is None, _as_float(delta) or 0.0))
     models = {TUNED: result.tuned, **{f"{FIXED}{delta}": result.fixed[delta] for delta in order}}
-    shown = tuple(
-        Model(run=run, **vars(model) | {"prior_precision": by_group(model.prior_precision, model.prior_group)})
-        for run, model in models.items()
-    )
+    shown = tuple(_shown(run, model) for run, model in models.items())
     groups = result.tuned.prior_group
     return RunRecord(result, shown, _history(epochs, [model.run for model in shown], groups), notes)
 
@@ -99,6 +97,11 @@ def by_group(precision: Mapping[str, float], groups: Mapping[str, str]) -> dict[
     for name, value in precision.items():
         grouped.setdefault(groups.get(name, name), value)
     return grouped
+
+
+def _shown(run: str, model: ModelResult) -> Model:
+    values: dict[str, Any] = {**vars(model), "prior_precision": by_group(model.prior_precision, model.prior_group)}
+    return Model(run=run, **values)
 
 
 def _history(

@@ -142,7 +142,7 @@ def correlate(entries: Sequence[Entry]) -> Correlation:
 
 def selection_table(selection: Selection) -> str:
     """The ranking as text, one line per model."""
-    columns = [
+    columns: list[Column[Entry]] = [
         Column("", "", lambda e: str(1 + selection.ranking.index(e))),
         Column("", "", lambda e: e.name, is_left=True),
         Column("log marglik", "nats", lambda e: e.log_marginal_likelihood, 1),
