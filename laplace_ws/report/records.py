@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from laplace_ws.errors import InputError
 from laplace_ws.metrics.reliability import ReliabilityCurve
 
 FORMAT_VERSION = 1
@@ -15,7 +16,7 @@ TUNED = "tuned"
 _FIXED_PREFIX = "fixed-"
 
 
-class ReportInputError(ValueError):
+class ReportInputError(InputError):
     """A file that the report reads is missing, broken or of another format."""
 
 

@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from laplace_ws._version import __version__
 from laplace_ws.data import ImageData
-from laplace_ws.experiment.config import ModelConfig, RunConfig
+from laplace_ws.experiment.config import ModelConfig, RunConfig, read_config
 from laplace_ws.experiment.folder import (
-    NOT_PART_OF_THE_RESULT,
     SUMMARY,
     ExperimentError,
     Task,
@@ -40,7 +39,7 @@ from laplace_ws.marglik.checkpoint import CheckpointError, check_settings
 from laplace_ws.marglik.schedule import TrainingDiverged
 from laplace_ws.report import load_run
 from laplace_ws.selection.comparable import check_comparable, yardstick
-from laplace_ws.selection.config import Candidate, SelectConfig, check_candidates, run_config_of
+from laplace_ws.selection.config import Candidate, SelectConfig, check_candidates
 from laplace_ws.selection.ranking import PAGE, SELECTION, Entry, Selection, correlate, ranked
 from laplace_ws.selection.workers import side_by_side
 
@@ -129,7 +128,8 @@ def find(config: SelectConfig, candidate: Candidate) -> Member:
         return Member(candidate.name, run, Path(run.out) / run.name)
     folder = Path(candidate.run)
     record = load_run(folder)
-    run = replace(run_config_of(candidate.name, record.config), device=config.device)
+    with named(candidate.name):
+        run = replace(read_config(record.config), device=config.device)
     return Member(candidate.name, run, folder, False, record.n_train, record.data.get("n_test"))
 
 
@@ -192,8 +192,7 @@ def is_finished(member: Member) -> bool:
     path = member.folder / SUMMARY
     if not path.exists():
         return False
-    wanted = {key: value for key, value in asdict(member.run).items() if key not in NOT_PART_OF_THE_RESULT}
-    check_settings(path, json.loads(path.read_text(encoding="utf-8"))["config"], wanted)
+    check_settings(path, json.loads(path.read_text(encoding="utf-8"))["config"], member.run.settings())
     return True
 
 
