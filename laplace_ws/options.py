@@ -60,7 +60,7 @@ class OptionParser(ArgumentParser):
         """The dataclass that arguments give."""
         return from_values(self._kind, instantiated(self, self.parse_args(list(args))))
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None, **kwargs: Any) -> Namespace:
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:
         """Parse after refusing an unknown key, among the arguments or in a file, with the nearest known one."""
         args = list(sys.argv[1:] if args is None else args)
         for i, arg in enumerate(args):
@@ -71,10 +71,10 @@ class OptionParser(ArgumentParser):
             if key == "config" and values:
                 check_file(Path(values[0]), self._keys)
             check_keys([key], [*self._keys, *self._flags, *_OWN_OPTIONS])
-        return super().parse_args(args, namespace, **kwargs)
+        return super().parse_args(args, *more, **kwargs)
 
 
-def instantiated(parser: ArgumentParser, values: Namespace) -> Namespace:
+def instantiated(parser: ArgumentParser, values: Namespace) -> Any:
     """Parsed values with sections as their dataclasses."""
     make = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
     return make(values)

@@ -47,9 +47,9 @@ class SelectConfig(TrainingConfig):
         Raises:
             ExperimentError: the candidate names an entry that no model has, or gives it a value of another type.
         """
-        shared = {f.name: getattr(self, f.name) for f in fields(TrainingConfig)}
+        shared: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(TrainingConfig)}
         own = {"name": candidate.name, "out": str(self.folder), "workers": 1, "report": False}
-        return RunConfig(**shared | own | {"model": changed_model(self.model, candidate)})
+        return RunConfig(**{**shared, **own, "model": changed_model(self.model, candidate)})
 
 
 def changed_model(model: ModelConfig, candidate: Candidate) -> ModelConfig:
