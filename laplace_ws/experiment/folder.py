@@ -6,23 +6,19 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laplace_ws.experiment.config import RunConfig, config_keys, flatten
+from laplace_ws.experiment.config import ExperimentError, RunConfig
 from laplace_ws.experiment.records import METRICS, SUMMARY, TUNED, ModelResult, RunResult
 from laplace_ws.marglik.checkpoint import check_settings, load_checkpoint
 from laplace_ws.marglik.trainer import Record
+from laplace_ws.options import config_keys, flatten
 from laplace_ws.tables import Column, as_text
 
 CONFIG = "config.json"
-NOT_PART_OF_THE_RESULT = ("name", "out", "workers", "test_every", "report")
 Json = dict[str, Any]
-
-
-class ExperimentError(ValueError):
-    """The configuration, the data or the run folder does not allow the run; the message says how to mend it."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +64,8 @@ def prepare_folder(folder: Path, config: RunConfig, tasks: Sequence[Task], resum
 
     A finished run of the same name is replaced; an unfinished one only resumed.
     """
-    settings = {key: value for key, value in asdict(config).items() if key not in NOT_PART_OF_THE_RESULT}
-    sections = ("data", "model", "marglik", "baselines")
-    settings = {key: value for key, value in flatten(settings, config_keys()).items() if key not in sections}
+    flat = flatten(config.settings(), config_keys(RunConfig))
+    settings = {key: value for key, value in flat.items() if not any(k.startswith(f"{key}.") for k in flat)}
     make_writable(folder, "--out or --name")
     checkpoints = [folder / task.checkpoint for task in tasks]
     begun = [path for path in checkpoints if path.exists()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from laplace_ws.data import ImageData
-from laplace_ws.experiment.config import ModelConfig, RunConfig
+from laplace_ws.experiment.config import ModelConfig, RunConfig, read_config
 from laplace_ws.experiment.environment import environment_record
 from laplace_ws.experiment.folder import (
-    NOT_PART_OF_THE_RESULT,
     ExperimentError,
     Task,
     prepare_folder,
@@ -38,7 +36,7 @@ from laplace_ws.experiment.workers import side_by_side
 from laplace_ws.marglik.checkpoint import CheckpointError, check_settings
 from laplace_ws.marglik.schedule import TrainingDiverged
 from laplace_ws.selection.comparable import check_comparable, yardstick
-from laplace_ws.selection.config import Candidate, SelectConfig, check_candidates, run_config_of
+from laplace_ws.selection.config import Candidate, SelectConfig, check_candidates
 from laplace_ws.selection.ranking import PAGE, SELECTION, Entry, Selection, correlate, ranked
 
 _TUNED = Task("tuned")
@@ -121,7 +119,8 @@ def find(config: SelectConfig, candidate: Candidate) -> Member:
         return Member(candidate.name, run, Path(run.out) / run.name)
     folder = Path(candidate.run)
     found = read_run(folder)
-    run = replace(run_config_of(candidate.name, found.config), device=config.device)
+    with named(candidate.name):
+        run = replace(read_config(found.config), device=config.device)
     return Member(candidate.name, run, folder, False, found.data.n_train, found.data.n_test)
 
 
@@ -184,8 +183,7 @@ def is_finished(member: Member) -> bool:
     path = member.folder / SUMMARY
     if not path.exists():
         return False
-    wanted = {key: value for key, value in asdict(member.run).items() if key not in NOT_PART_OF_THE_RESULT}
-    check_settings(path, json.loads(path.read_text(encoding="utf-8"))["config"], wanted)
+    check_settings(path, dict(read_run(member.folder).config), member.run.settings())
     return True
 
 
