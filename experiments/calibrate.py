@@ -27,7 +27,7 @@ from laplace_ws.calibration import (
     run_calibration,
 )
 from laplace_ws.calibration import write_result as write_calibration
-from laplace_ws.calibration.table import COLUMNS
+from laplace_ws.calibration.table import columns
 from laplace_ws.cli import make_parser, parse
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.run import run_experiment
@@ -83,7 +83,7 @@ def collect(results: Sequence[CalibrationResult]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for methods in zip(*(result.methods for result in results), strict=True):
         row: dict[str, Any] = {"label": methods[0].label}
-        row |= {column.title: [column.value(method) for method in methods] for column in COLUMNS}
+        row |= {column.title: [column.value(method) for method in methods] for column in columns()}
         row["corrupted"] = [
             {"corruption": entries[0].corruption, "strength": entries[0].strength}
             | {score: [entry.scores[score] for entry in entries] for score in entries[0].scores}
@@ -95,13 +95,13 @@ def collect(results: Sequence[CalibrationResult]) -> dict[str, Any]:
 
 def as_markdown(table: dict[str, Any]) -> str:
     """Mean ± standard error over the seeds; figures that no method has are left out."""
-    columns = [c for c in COLUMNS if any(None not in row[c.title] for row in table.values())]
-    titles = [f"{c.title} [{c.unit}]" if c.unit else c.title for c in columns]
+    shown = [c for c in columns() if any(None not in row[c.title] for row in table.values())]
+    titles = [f"{c.title} [{c.unit}]" if c.unit else c.title for c in shown]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for row in table.values():
         cells = [
             mean_and_error([c.scale * v for v in row[c.title]], c.decimals) if None not in row[c.title] else "–"
-            for c in columns
+            for c in shown
         ]
         lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

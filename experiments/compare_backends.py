@@ -16,13 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from bench_curvature.meter import seconds_of
+from bench_curvature.ours import prepare
+from bench_curvature.setting import Setting, TrainingStep, make_batch, make_network
 from study import read_config, write_result
 from torch import nn
 from tqdm import tqdm
 
-from laplace_ws.bench.meter import seconds_of
-from laplace_ws.bench.ours import prepare
-from laplace_ws.bench.setting import Setting, TrainingStep, make_batch, make_network
 from laplace_ws.curvature import BACKENDS, kron_factors
 from laplace_ws.matrices import Kron
 from laplace_ws.models import MLP, Norm

@@ -11,10 +11,10 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from bench_curvature.setting import make_batch, make_network
 from study import read_config, write_result
 
 from laplace_ws import kron_factors
-from laplace_ws.bench.setting import make_batch, make_network
 from laplace_ws.kfac import FactorPrecision
 from laplace_ws.matrices import Kron
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 import torch
+from bench_curvature.meter import peak_bytes, seconds_of
 from study import read_config, write_result
 from torch import Tensor, nn
 
 from laplace_ws import Laplace
-from laplace_ws.bench.meter import peak_bytes, seconds_of
 from laplace_ws.models import build_model
 
 

@@ -13,7 +13,6 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 from laplace_ws.cli import parse_train
 from laplace_ws.experiment.config import RunConfig
@@ -28,12 +27,12 @@ def sweep(config: RunConfig) -> dict[str, dict[str, list[float]]]:
     table: dict[str, dict[str, list[float]]] = {}
     for seed in SEEDS:
         run = dataclasses.replace(config, name=f"{config.name}-seed{seed}", seed=seed, report=False)
-        _, summary = run_experiment(run)
-        models: dict[str, Any] = {"tuned": summary["tuned"], **{f"fixed {k}": m for k, m in summary["fixed"].items()}}
+        _, result = run_experiment(run)
+        models = {"tuned": result.tuned, **{f"fixed {k}": m for k, m in result.fixed.items()}}
         for name, model in models.items():
             row = table.setdefault(name, {figure: [] for figure in FIGURES})
             for figure in FIGURES:
-                row[figure].append(model[figure])
+                row[figure].append(getattr(model, figure))
     return table
 
 

@@ -1,6 +1,10 @@
 """Errors and warnings of the toolkit: each names the thing and the way out."""
 
 
+class InputError(ValueError):
+    """What a command was given, its options or its files, does not allow its work; the message says how to mend it."""
+
+
 class UnsupportedParameterError(ValueError):
     """A parameter that requires grad has no curvature block of the kind that was asked for."""
 

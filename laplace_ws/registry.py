@@ -49,6 +49,12 @@ class Registry(Mapping[str, T]):
             raise ValueError(f"there is another {self.kind} {name!r}; choose another name.")
         self._members[name] = member
 
+    def unregister(self, name: str) -> T:
+        """Take a member out again, and return it; raises `ValueError` where there is none of the name."""
+        member = self[name]
+        del self._members[name]
+        return member
+
     def __getitem__(self, name: str) -> T:
         """The member of a name; raises `ValueError` with the names that there are."""
         if name not in self._members:

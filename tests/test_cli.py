@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from laplace_ws.cli import main, parse_train
+from laplace_ws.cli import main, parse
 from laplace_ws.curvature import BACKENDS
 from laplace_ws.experiment import run as experiment
-from laplace_ws.experiment.config import RunConfig, UnknownKeyError, check_keys, config_keys, flatten
+from laplace_ws.experiment.config import RunConfig
+from laplace_ws.experiment.records import read_run
 from laplace_ws.experiment.run import run_experiment
+from laplace_ws.options import UnknownKeyError, check_keys, config_keys, flatten
 from laplace_ws.report import load_run
 
 SETTINGS = {
@@ -53,6 +55,11 @@ def no_training(monkeypatch):
         raise AssertionError("training began")
 
     monkeypatch.setattr(experiment, "marglik_training", fail)
+
+
+def parse_train(args: list[str]) -> tuple[RunConfig, bool]:
+    _, config, flags = parse(["train", *args])
+    return config, flags["resume"]
 
 
 def without_times(value):
@@ -211,8 +218,8 @@ def test_a_run_with_each_backend(config_file, tmp_path, backend):
     arguments = [f"--config={config_file}", "--out", str(tmp_path), "--marglik.backend", backend, "--report", "false"]
     config, _ = parse_train([*arguments, "--baselines.fixed_prior_precisions", "[]"])
     assert config.marglik.backend == backend
-    _, summary = run_experiment(config)
-    assert math.isfinite(summary["tuned"]["log_marginal_likelihood"])
+    _, result = run_experiment(config)
+    assert math.isfinite(result.tuned.log_marginal_likelihood)
 
 
 def test_mapping_of_layers_to_approximations(tmp_path):
@@ -230,9 +237,9 @@ def test_demo_file_is_valid():
 
 
 def test_keys_cover_the_whole_configuration():
-    assert set(flatten(asdict(RunConfig()), config_keys())) == set(config_keys())
+    assert set(flatten(asdict(RunConfig()), config_keys(RunConfig))) == set(config_keys(RunConfig))
     with pytest.raises(UnknownKeyError, match=r"'data\.nane'; did you mean 'data\.name'"):
-        check_keys(["data.nane"], config_keys())
+        check_keys(["data.nane"], config_keys(RunConfig))
 
 
 # ------------------------------------------------------------------ what it refuses
@@ -311,7 +318,7 @@ def test_divergence_names_the_network_and_keeps_what_there_is(config_file, tmp_p
 def test_commands(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0
-    assert "usage: laplace-ws {train,select,calibrate,report,bench}" in capsys.readouterr().out
+    assert "usage: laplace-ws {train,select,calibrate,report}" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert main(["trian"]) == 2
     assert "did you mean 'train'?" in capsys.readouterr().err
@@ -321,8 +328,8 @@ def test_commands(capsys):
 def test_run_experiment_returns_what_it_writes(tmp_path):
     config, _ = parse_train(["--out", str(tmp_path), "--data.n_train", "40", "--data.n_test", "20", "--model.name", "mlp",
                              "--marglik.n_epochs", "1", "--marglik.n_epochs_burnin", "0"])  # fmt: skip
-    folder, summary = run_experiment(config)
-    assert json.loads((folder / "summary.json").read_text()) == summary
+    folder, result = run_experiment(config)
+    assert read_run(folder) == result
 
 
 def test_an_interrupt_of_workers_stops_them_all(tmp_path):

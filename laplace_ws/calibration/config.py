@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-StructureName = Literal[
-    "kron", "ekfac", "diag", "full", "lowrank", "last_layer_kron", "last_layer_diag", "last_layer_full"
-]
-"""A structure of the posterior, of all weights or of those of the last layer."""
+from laplace_ws.curvature import Curvature
+from laplace_ws.data.corruptions import Corruption
+from laplace_ws.kfac import KfacApprox
+from laplace_ws.metrics.ood import OodScore
+from laplace_ws.options import OneOf
+from laplace_ws.posterior.links import LinkApprox
+from laplace_ws.posterior.predict import PredType
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class CalibrationDataConfig:
         n_test: size of a class-balanced subset of the test images.
         n_validation: size of a class-balanced subset of the training images that the network was not trained on, for temperature
             scaling and for priors chosen by them; all of them if not given. The test images are never used for a choice.
-        ood: name of a data set of other things, whose test images are to be found out; none if not given.
+        ood: name of a data set of other things, as `laplace_ws.data` has them, whose test images are to be found out; none if not given.
         ood_root: folder of these; `root` if not given.
         n_ood: size of a class-balanced subset of these images; all of them if not given.
         corruptions: ways to damage the test images, each at five strengths (see `laplace_ws.data.corruptions`).
@@ -33,12 +36,10 @@ class CalibrationDataConfig:
     download: bool = False
     n_test: int | None = None
     n_validation: int | None = None
-    ood: Literal["fashion-mnist-subset", "fashion-mnist", "mnist", "cifar10", "cifar100", "image-folder"] | None = None
+    ood: str | None = None
     ood_root: str | None = None
     n_ood: int | None = None
-    corruptions: list[Literal["noise", "blur", "contrast"]] = field(
-        default_factory=lambda: ["noise", "blur", "contrast"]
-    )
+    corruptions: list[OneOf[Corruption]] = field(default_factory=lambda: [c.value for c in Corruption])
     n_corrupted: int | None = None
     batch_size: int = 100
 
@@ -49,7 +50,8 @@ class MethodsConfig:
 
     Attributes:
         temperature: whether to scale the logits by a temperature, fitted on validation images.
-        laplace: structures of the Laplace posteriors.
+        laplace: structures of the Laplace posteriors: kron, ekfac, diag, full or lowrank, of all weights; with last_layer_ before it, as in
+            last_layer_kron, of those of the last layer.
         curvature: exact GGN, GGN by sampled labels or signs, or empirical Fisher.
         kfac_approx: of the Kronecker structures: auto, expand or reduce, or a mapping from a pattern of layers to one of them.
         backend: native, asdl or backpack: who runs the model for the curvature; the numbers are the same.
@@ -63,16 +65,16 @@ class MethodsConfig:
     """
 
     temperature: bool = True
-    laplace: list[StructureName] = field(default_factory=lambda: ["kron", "diag", "last_layer_kron", "last_layer_full"])
-    curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] = "ggn"
-    kfac_approx: Literal["auto", "expand", "reduce"] | dict[str, str] = "auto"
+    laplace: list[str] = field(default_factory=lambda: ["kron", "diag", "last_layer_kron", "last_layer_full"])
+    curvature: OneOf[Curvature] = "ggn"
+    kfac_approx: OneOf[KfacApprox] | dict[str, str] = "auto"
     backend: str = "native"
     priors: list[Literal["training", "marglik", "validation"]] = field(
         default_factory=lambda: ["training", "validation"]
     )
     prior_structure: Literal["scalar", "layerwise", "parameter"] = "layerwise"
-    pred_type: Literal["glm", "nn"] = "glm"
-    link_approx: Literal["probit", "mc", "bridge", "bridge_norm"] = "probit"
+    pred_type: OneOf[PredType] = "glm"
+    link_approx: OneOf[LinkApprox] = "probit"
     n_samples: int = 100
 
 
@@ -98,6 +100,6 @@ class CalibrateConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1
     n_bins: int = 15
-    ood_score: Literal["confidence", "entropy"] = "confidence"
+    ood_score: OneOf[OodScore] = "confidence"
     data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig)
     methods: MethodsConfig = field(default_factory=MethodsConfig)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace_ws.calibration.config import CalibrateConfig, StructureName
+from laplace_ws.calibration.config import CalibrateConfig
 from laplace_ws.calibration.temperature import fit_temperature
 from laplace_ws.calibration.trained import TrainedRun
 from laplace_ws.data import TensorLoader
@@ -75,7 +75,7 @@ def scaled_predict(trained: TrainedRun, temperature: float) -> Predict:
     return lambda x: (outputs(trained.model, x).double() / temperature).softmax(-1)
 
 
-def laplace_methods(config: CalibrateConfig, trained: TrainedRun, structure: StructureName) -> Iterator[Method]:
+def laplace_methods(config: CalibrateConfig, trained: TrainedRun, structure: str) -> Iterator[Method]:
     """Fit a posterior, and predict by it under each choice of the prior precision; take them in turn, the posterior is shared.
 
     Raises:
@@ -128,7 +128,7 @@ def laplace_facts(la: Laplace, fit_seconds: float) -> Json:
     }
 
 
-def make_posterior(config: CalibrateConfig, trained: TrainedRun, structure: StructureName) -> Laplace:
+def make_posterior(config: CalibrateConfig, trained: TrainedRun, structure: str) -> Laplace:
     """An unfitted posterior of a structure."""
     m = config.methods
     last_layer = structure.startswith("last_layer_")

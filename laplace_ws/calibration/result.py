@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from laplace_ws.metrics import ReliabilityCurve
 
 FORMAT_VERSION = 1
-SCORES = ("accuracy", "nll", "brier", "ece")
 
 Scores = Mapping[str, float | None]
-"""Accuracy (fraction), NLL (mean, nats), Brier score and ECE (fraction); None where a value is infinite."""
+"""By the names of `laplace_ws.metrics.METRICS`; None where a value is infinite."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +57,10 @@ class MethodResult:
 
     def mean_corrupted(self, score: str) -> float | None:
         """Mean of a score over corruptions and strengths, undamaged images left out; None where a value is missing."""
-        values = [entry.scores[score] for entry in self.corrupted if entry.strength]
+        values = [entry.scores.get(score) for entry in self.corrupted if entry.strength]
         if not values or None in values:
             return None
         return sum(value for value in values if value is not None) / len(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "label": self.label,
-            **self.facts,
-            "test": dict(self.test),
-            "reliability": self.reliability.to_dict(),
-            "ood_confidence": None if self.ood_confidence is None else list(self.ood_confidence),
-            "ood": None if self.ood is None else dict(self.ood),
-            "corrupted": [
-                {"corruption": entry.corruption, "strength": entry.strength, **entry.scores} for entry in self.corrupted
-            ],
-            "predict_seconds": self.predict_seconds,
-        }
 
 
 @dataclass(frozen=True)
@@ -100,13 +84,15 @@ class CalibrationResult:
     total_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "config": dict(self.config),
-            "environment": dict(self.environment),
-            "trained": dict(self.trained),
-            "data": dict(self.data),
-            "methods": {method.name: method.to_dict() for method in self.methods},
-            "total_seconds": self.total_seconds,
+        """Plain values for JSON: methods by name, facts and scores among the entries that they belong to."""
+        values = {"format_version": FORMAT_VERSION, **asdict(self)}
+        values["methods"] = {
+            method.pop("name"): {
+                "label": method.pop("label"),
+                **method.pop("facts"),
+                **method,
+                "corrupted": [entry | entry.pop("scores") for entry in method["corrupted"]],
+            }
+            for method in values["methods"]
         }
+        return values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 from dataclasses import asdict
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from laplace_ws._version import __version__
 from laplace_ws.calibration.config import CalibrateConfig
 from laplace_ws.calibration.methods import Method, check_validation, make_methods, make_posterior
 from laplace_ws.calibration.result import CalibrationResult, MethodResult
@@ -19,6 +17,7 @@ from laplace_ws.calibration.score import ScoredImages, load_scored_images, score
 from laplace_ws.calibration.trained import TrainedRun, checkpoint_path, load_trained
 from laplace_ws.data.corruptions import PARAMETERS
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
+from laplace_ws.experiment.environment import environment_record
 from laplace_ws.experiment.folder import make_writable, write_whole
 from laplace_ws.experiment.run import explained, torch_settings
 from laplace_ws.marglik.checkpoint import CheckpointError
@@ -46,13 +45,7 @@ def run_calibration(config: CalibrateConfig) -> CalibrationResult:
             methods = tuple(_scored(method, images, config, start) for method in make_methods(config, trained))
     return CalibrationResult(
         config=asdict(config),
-        environment={
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "laplace_ws": __version__,
-            "threads": config.threads,
-            "device": str(trained.data.x_test.device),
-        },
+        environment=environment_record(threads=config.threads, device=trained.data.x_test.device),
         trained={
             "checkpoint": str(trained.path),
             "epoch": trained.epoch,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from laplace_ws.calibration.config import CalibrateConfig
 from laplace_ws.calibration.methods import Method
-from laplace_ws.calibration.result import SCORES, CorruptedScores, MethodResult, Scores
+from laplace_ws.calibration.result import CorruptedScores, MethodResult, Scores
 from laplace_ws.calibration.trained import TrainedRun
 from laplace_ws.data import STRENGTHS, ImageData, balanced_indices, corrupt, load_dataset
 from laplace_ws.experiment.evaluate import finite_or_none
@@ -77,9 +77,9 @@ def score(method: Method, images: ScoredImages, config: CalibrateConfig) -> Meth
 
 
 def scores_of(probs: Float[Tensor, "N K"], labels: Int[Tensor, " N"], n_bins: int) -> Scores:
-    """The scores of `SCORES`."""
+    """The scores by every metric."""
     found = evaluate_classification(probs, labels, n_bins, kind="probs")
-    return {name: finite_or_none(found[name]) for name in SCORES}
+    return {name: finite_or_none(value) for name, value in found.items()}
 
 
 def _corrupted_scores(method: Method, images: ScoredImages, config: CalibrateConfig) -> Iterator[CorruptedScores]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laplace_ws.calibration.config import CalibrateConfig
 from laplace_ws.data import ImageData, balanced_indices, load_dataset
-from laplace_ws.experiment.config import RunConfig
+from laplace_ws.experiment.config import RunConfig, read_config
 from laplace_ws.experiment.folder import CONFIG, ExperimentError, Json, Task
 from laplace_ws.experiment.run import device_of, load_data, make_model
 from laplace_ws.marglik.checkpoint import load_checkpoint
@@ -60,7 +59,8 @@ def load_trained(config: CalibrateConfig) -> TrainedRun:
         ValueError: a subset is larger than what there is.
     """
     path = checkpoint_path(config.checkpoint)
-    run, stored = _read_run_config(path.with_name(CONFIG))
+    run = read_config(path.with_name(CONFIG))
+    stored = run.settings()
     d = config.data
     # What the run tested on may have been held-out training images; here these are for validation alone.
     data_config = replace(
@@ -105,42 +105,6 @@ def checkpoint_path(given: str) -> Path:
             f"there is no checkpoint at '{path}'; give a run folder of laplace-ws train, or a checkpoint*.pt in it"
         )
     return path
-
-
-def read_run_config(path: Path) -> RunConfig:
-    """The configuration that `laplace-ws train` wrote into its run folder; what is no part of the result has its default.
-
-    Raises:
-        ExperimentError: it is missing, damaged, or of another version.
-    """
-    return _read_run_config(path)[0]
-
-
-def _read_run_config(path: Path) -> tuple[RunConfig, Json]:
-    """The configuration, and what the file says of it, by sections."""
-    try:
-        flat = json.loads(path.read_text(encoding="utf-8"))
-        sections: dict[str, Any] = {}
-        for key, value in flat.items():
-            section, dot, name = key.partition(".")
-            if dot:
-                sections.setdefault(section, {})[name] = value
-            else:
-                sections[section] = value
-        return _from_dict(RunConfig, sections), sections
-    except FileNotFoundError as error:
-        raise ExperimentError(
-            f"'{path}', which says how the network was made, is missing; give a checkpoint in its run folder"
-        ) from error
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise ExperimentError(
-            f"'{path}' is not a configuration of this version of laplace_ws ({error}); train the network again"
-        ) from error
-
-
-def _from_dict(cls: type, values: Mapping[str, Any]) -> Any:
-    hints = get_type_hints(cls)
-    return cls(**{k: _from_dict(hints[k], v) if is_dataclass(hints.get(k)) else v for k, v in values.items()})
 
 
 class _Kept(NamedTuple):

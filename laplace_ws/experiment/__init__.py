@@ -1,1 +1,1 @@
-"""Runs of the command line: a configuration in, a folder of figures and checkpoints out."""
+"""Runs of the command line: a configuration in, a folder of results and checkpoints out."""

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, get_type_hints
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+from jsonargparse import ArgumentError
+
+from laplace_ws.curvature import Curvature
+from laplace_ws.errors import InputError
+from laplace_ws.kfac import KfacApprox
 from laplace_ws.marglik import Schedule, TrainingOptions
+from laplace_ws.marglik.hyperparameters import HyperOptimizer
 from laplace_ws.marglik.optimizers import SGD_DEFAULTS
+from laplace_ws.models import Norm
+from laplace_ws.options import OneOf, UnknownKeyError, from_mapping
+from laplace_ws.posterior import PriorStructure
+
+_NOT_PART_OF_THE_RESULT = ("name", "out", "workers", "test_every", "report")
+
+
+class ExperimentError(InputError):
+    """The configuration, the data or the run folder does not allow the run; the message says how to mend it."""
+
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for cls in (Schedule, TrainingOptions) for f in fields(cls)}
 
@@ -54,7 +71,7 @@ class ModelConfig:
     name: str = "wide-resnet"
     depth: int | None = None
     width: int | None = None
-    norm: Literal["fixup", "batch", "group", "none"] | None = None
+    norm: OneOf[Norm] | None = None
     hidden: list[int] | None = None
     activation: str | None = None
 
@@ -77,7 +94,7 @@ class MarglikConfig:
             elementwise scales and biases of norms and Fixup start at 1 whatever is given.
         temperature_init: temperature of the likelihood, at the start.
         tune_temperature: whether to tune it; the last epoch's network is kept then, not the best.
-        hessian_structure: of the Laplace approximation.
+        hessian_structure: of the Laplace approximation: kron, ekfac, diag, full or lowrank.
         curvature: exact GGN, GGN by sampled labels, or empirical Fisher.
         kfac_approx: auto, expand or reduce, or a mapping from a pattern of layers to one of them.
         backend: native, asdl or backpack: who runs the model for the curvature; the numbers are the same.
@@ -92,20 +109,20 @@ class MarglikConfig:
     n_epochs_burnin: int | None = _DEFAULTS["n_epochs_burnin"]
     marglik_frequency: int = _DEFAULTS["marglik_frequency"]
     n_hypersteps: int = _DEFAULTS["n_hypersteps"]
-    hyper_optimizer: Literal["adam", "newton", "mackay"] = _DEFAULTS["hyper_optimizer"]
+    hyper_optimizer: OneOf[HyperOptimizer] = _DEFAULTS["hyper_optimizer"]
     lr_hyp: float = _DEFAULTS["lr_hyp"]
     max_log_step: float = _DEFAULTS["max_log_step"]
     fit_fraction: float = _DEFAULTS["fit_fraction"]
-    prior_structure: Literal["scalar", "layerwise", "parameter", "weight"] = _DEFAULTS["prior_structure"]
+    prior_structure: OneOf[PriorStructure] = _DEFAULTS["prior_structure"]
     prior_prec_init: float | None = _DEFAULTS["prior_prec_init"]
     temperature_init: float = _DEFAULTS["temperature_init"]
     tune_temperature: bool = _DEFAULTS["tune_temperature"]
-    hessian_structure: Literal["kron", "ekfac", "diag", "full", "lowrank"] = _DEFAULTS["hessian_structure"]
-    curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] = _DEFAULTS["curvature"]
-    kfac_approx: Literal["auto", "expand", "reduce"] | dict[str, str] = _DEFAULTS["kfac_approx"]
+    hessian_structure: str = _DEFAULTS["hessian_structure"]
+    curvature: OneOf[Curvature] = _DEFAULTS["curvature"]
+    kfac_approx: OneOf[KfacApprox] | dict[str, str] = _DEFAULTS["kfac_approx"]
     backend: str = _DEFAULTS["backend"]
     mc_samples: int = _DEFAULTS["mc_samples"]
-    final_curvature: Literal["ggn", "ggn_mc", "ggn_mc_rademacher", "ef"] | None = _DEFAULTS["final_curvature"]
+    final_curvature: OneOf[Curvature] | None = _DEFAULTS["final_curvature"]
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = SGD_DEFAULTS["lr"]
     momentum: float = SGD_DEFAULTS["momentum"]
@@ -125,23 +142,22 @@ class BaselinesConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """One run.
+class TrainingConfig:
+    """What every command that trains has in common.
 
     Attributes:
-        name: of the run's folder.
+        name: of the folder of the results.
         out: folder of all runs.
         seed: of initialisation, batches and sampling.
         device: auto takes a GPU if there is one.
         threads: of torch in each process.
-        workers: processes that train side by side; the numbers are those of one.
-        test_every: epochs between two looks at the test set, for the report's curves; nothing is tuned by them.
+        workers: networks that train side by side, each in a process of its own; the numbers are those of one.
+        test_every: epochs between two looks at the test set, for the report's curves; nothing is tuned or chosen by them.
         likelihood: of the labels; images have classes.
         data: images to train and test on.
         model: the network.
         marglik: training and tuning.
-        baselines: networks at fixed prior precisions, to compare with.
-        report: whether to write report.html at the end.
+        report: whether to write a page at the end.
     """
 
     name: str = "run"
@@ -155,45 +171,49 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     marglik: MarglikConfig = field(default_factory=MarglikConfig)
-    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
     report: bool = True
 
-
-class UnknownKeyError(ValueError):
-    """A key that no section of the configuration has."""
-
-
-def config_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
-    """All keys with dots, sections included: "data", "data.name", …"""
-    hints = get_type_hints(cls)
-    keys = []
-    for f in fields(cls):
-        keys.append(prefix + f.name)
-        if is_dataclass(hints[f.name]):
-            keys += config_keys(hints[f.name], f"{prefix}{f.name}.")
-    return keys
+    @property
+    def folder(self) -> Path:
+        """Where the results are written."""
+        return Path(self.out) / self.name
 
 
-def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a key that is not known.
+@dataclass(frozen=True)
+class RunConfig(TrainingConfig):
+    """One run: a tuned network, and its baselines.
+
+    Attributes:
+        baselines: networks at fixed prior precisions, to compare with.
+    """
+
+    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
+
+    def settings(self) -> dict[str, Any]:
+        """What shapes the result, by sections."""
+        return {key: value for key, value in asdict(self).items() if key not in _NOT_PART_OF_THE_RESULT}
+
+
+def read_config(source: Path | Mapping[str, Any]) -> RunConfig:
+    """The configuration of a run, as its folder's config.json or its summary says; what is no part of the result may be left out.
 
     Raises:
-        UnknownKeyError: says which, and the nearest known one.
+        ExperimentError: it is missing, damaged, or of another version of the package.
     """
-    known = list(known)
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise UnknownKeyError(f"unknown key '{key}'; did you mean '{near}'?")
-
-
-def flatten(values: Mapping[str, Any], known: Iterable[str], prefix: str = "") -> dict[str, Any]:
-    """Values by keys with dots, sections included; goes down into sections only, not into a value that is a mapping."""
-    known = list(known)
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        flat[key] = value
-        if isinstance(value, Mapping) and any(k.startswith(f"{key}.") for k in known):
-            flat |= flatten(value, known, f"{key}.")
-    return flat
+    where = f"'{source}': " if isinstance(source, Path) else ""
+    try:
+        values = json.loads(source.read_text(encoding="utf-8")) if isinstance(source, Path) else source
+        sections = [f.name for f in fields(RunConfig) if is_dataclass(f.default_factory)]
+        given = {key.partition(".")[0] for key in values}
+        if missing := [name for name in sections if name not in given]:
+            raise UnknownKeyError(f"it has no '{missing[0]}'")
+        return from_mapping(RunConfig, values)
+    except FileNotFoundError as error:
+        raise ExperimentError(
+            f"'{source}', which says how the network was made, is missing; give a checkpoint in its run folder"
+        ) from error
+    except (json.JSONDecodeError, AttributeError, UnknownKeyError, ArgumentError) as error:
+        raise ExperimentError(
+            f"{where}the run's configuration cannot be read, as it is not a configuration of this version of laplace_ws ({error}); train "
+            "the network again"
+        ) from error

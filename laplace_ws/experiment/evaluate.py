@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from laplace_ws.curvature.backend import evaluation_mode
 from laplace_ws.data import ImageData
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.folder import Json
+from laplace_ws.experiment.records import EpochRecord, ModelResult
 from laplace_ws.marglik.trainer import Record
 from laplace_ws.marglik.training import MarglikResult
 from laplace_ws.metrics import evaluate_classification, reliability_curve
@@ -24,19 +27,17 @@ TEST_BATCH = 500
 def epoch_logger(
     config: RunConfig, run: str, model: nn.Module, data: ImageData, path: Path
 ) -> Callable[[Record], None]:
-    """Completes the record of an epoch by the test set's figures and appends it to the metrics file."""
+    """Completes the record of an epoch by the test set's scores and appends it to the metrics file."""
 
     def log(record: Record) -> None:
-        rest = dict(record)
-        record.clear()
-        record |= {"run": run, "epoch": rest.pop("epoch")}
-        record |= {"train_nll": rest.pop("train_nll"), "train_accuracy": rest.pop("train_accuracy")}
-        record |= {"test_nll": None, "test_accuracy": None}
+        tested: Json = {}
         if record["epoch"] % config.test_every == 0 or record["epoch"] == config.marglik.n_epochs:
             f = outputs(model, data.x_test)
-            record["test_nll"] = finite_or_none(F.cross_entropy(f.double(), data.y_test).item())
-            record["test_accuracy"] = (f.argmax(-1) == data.y_test).double().mean().item()
-        record |= rest
+            tested["test_nll"] = finite_or_none(F.cross_entropy(f.double(), data.y_test).item())
+            tested["test_accuracy"] = (f.argmax(-1) == data.y_test).double().mean().item()
+        complete = asdict(EpochRecord(run=run, **record, **tested))
+        record.clear()
+        record |= complete
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -48,31 +49,26 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-@torch.no_grad()
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
     """The model's outputs in eval mode, batch by batch; leaves every module's mode as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    f = torch.cat([model(part) for part in x.split(TEST_BATCH)])
-    for module, training in modes:
-        module.training = training
-    return f
+    with evaluation_mode(model), torch.no_grad():
+        return torch.cat([model(part) for part in x.split(TEST_BATCH)])
 
 
-def figures(result: MarglikResult, data: ImageData) -> Json:
-    """The entry of one network in summary.json."""
+def model_result(result: MarglikResult, data: ImageData) -> ModelResult:
+    """What training one network gave, with its scores on the test set."""
     f = outputs(result.model, data.x_test)
     scores = evaluate_classification(f, data.y_test, kind="logits")
-    return {
-        "log_marginal_likelihood": result.la.log_marginal_likelihood().item(),
-        "test_nll": scores["nll"],
-        "test_accuracy": scores["accuracy"],
-        "test_ece": scores["ece"],
-        "train_seconds": result.train_seconds,
-        "curvature_seconds": result.curvature_seconds,
-        "best_epoch": result.best_epoch,
-        "prior_precision": result.prior_precision,
-        "prior_group": result.prior_group,
-        "collapsed": result.collapsed,
-        "reliability": reliability_curve(f.double().softmax(-1), data.y_test).to_dict(),
-    }
+    return ModelResult(
+        log_marginal_likelihood=result.la.log_marginal_likelihood().item(),
+        test_nll=scores["nll"],
+        test_accuracy=scores["accuracy"],
+        test_ece=scores["ece"],
+        train_seconds=result.train_seconds,
+        curvature_seconds=result.curvature_seconds,
+        best_epoch=result.best_epoch,
+        prior_precision=result.prior_precision,
+        prior_group=result.prior_group,
+        collapsed=tuple(result.collapsed),
+        reliability=reliability_curve(f.double().softmax(-1), data.y_test),
+    )

@@ -6,21 +6,19 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laplace_ws.experiment.config import RunConfig, config_keys, flatten
+from laplace_ws.experiment.config import ExperimentError, RunConfig
+from laplace_ws.experiment.records import METRICS, SUMMARY, TUNED, ModelResult, RunResult
 from laplace_ws.marglik.checkpoint import check_settings, load_checkpoint
 from laplace_ws.marglik.trainer import Record
+from laplace_ws.options import config_keys, flatten
+from laplace_ws.tables import Column, as_text
 
-METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.json"
-NOT_PART_OF_THE_RESULT = ("name", "out", "workers", "test_every", "report")
+CONFIG = "config.json"
 Json = dict[str, Any]
-
-
-class ExperimentError(ValueError):
-    """The configuration, the data or the run folder does not allow the run; the message says how to mend it."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,8 @@ def prepare_folder(folder: Path, config: RunConfig, tasks: Sequence[Task], resum
 
     A finished run of the same name is replaced; an unfinished one only resumed.
     """
-    settings = {key: value for key, value in asdict(config).items() if key not in NOT_PART_OF_THE_RESULT}
-    sections = ("data", "model", "marglik", "baselines")
-    settings = {key: value for key, value in flatten(settings, config_keys()).items() if key not in sections}
+    flat = flatten(config.settings(), config_keys(RunConfig))
+    settings = {key: value for key, value in flat.items() if not any(k.startswith(f"{key}.") for k in flat)}
     make_writable(folder, "--out or --name")
     checkpoints = [folder / task.checkpoint for task in tasks]
     begun = [path for path in checkpoints if path.exists()]
@@ -102,23 +99,18 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def summary_table(summary: Json) -> str:
-    """The main figures as text, one line per network."""
-    rows = [("", "log marglik", "test NLL", "test acc.", "test ECE", "time", "curvature")]
-    rows.append(("", "[nats]", "[nats]", "[%]", "[%]", "[s]", "[s]"))
-    models = {"tuned": summary["tuned"], **{f"fixed {delta}": m for delta, m in summary["fixed"].items()}}
-    for name, m in models.items():
-        rows.append(
-            (
-                name,
-                f"{m['log_marginal_likelihood']:.1f}",
-                f"{m['test_nll']:.4f}",
-                f"{100 * m['test_accuracy']:.1f}",
-                f"{100 * m['test_ece']:.1f}",
-                f"{m['train_seconds']:.1f}",
-                f"{m['curvature_seconds']:.1f}",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(lines)
+def summary_table(result: RunResult) -> str:
+    """The main results as text, one line per network."""
+    models = {TUNED: result.tuned, **{f"fixed {delta}": model for delta, model in result.fixed.items()}}
+    return as_text(_COLUMNS, list(models.items()))
+
+
+_COLUMNS: tuple[Column[tuple[str, ModelResult]], ...] = (
+    Column("", "", lambda row: row[0]),
+    Column("log marglik", "nats", lambda row: row[1].log_marginal_likelihood, 1),
+    Column("test NLL", "nats", lambda row: row[1].test_nll, 4),
+    Column("test acc.", "%", lambda row: row[1].test_accuracy, 1, scale=100.0),
+    Column("test ECE", "%", lambda row: row[1].test_ece, 1, scale=100.0),
+    Column("time", "s", lambda row: row[1].train_seconds, 1),
+    Column("curvature", "s", lambda row: row[1].curvature_seconds, 1),
+)

@@ -3,54 +3,31 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import platform
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from multiprocessing.synchronize import Event
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from laplace_ws._version import __version__
 from laplace_ws.data import ImageData, load_dataset
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.experiment.config import ModelConfig, RunConfig
-from laplace_ws.experiment.evaluate import epoch_logger, figures
-from laplace_ws.experiment.folder import (
-    METRICS,
-    SUMMARY,
-    ExperimentError,
-    Json,
-    Task,
-    prepare_folder,
-    write_metrics,
-    write_whole,
-)
+from laplace_ws.experiment.environment import environment_record
+from laplace_ws.experiment.evaluate import epoch_logger, model_result
+from laplace_ws.experiment.folder import ExperimentError, Task, prepare_folder, write_metrics, write_whole
+from laplace_ws.experiment.records import FIXED, METRICS, SUMMARY, TUNED, DataFacts, ModelResult, RunResult
 from laplace_ws.experiment.training import check_config, check_training, train_loader, training_options
+from laplace_ws.experiment.workers import side_by_side
 from laplace_ws.marglik import CheckpointError, TrainingDiverged, marglik_training
 from laplace_ws.marglik.result import Record
 from laplace_ws.models import build_model
 
-FORMAT_VERSION = 1
-_stop: Event | None = None
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What training one network gave: its entry of summary.json, and one record per epoch."""
-
-    model: Json
-    history: list[Record]
-
-
-def run_experiment(config: RunConfig, *, resume: bool = False) -> tuple[Path, Json]:
+def run_experiment(config: RunConfig, *, resume: bool = False) -> tuple[Path, RunResult]:
     """Train everything that `config` asks for; returns the run folder and what its summary.json says.
 
     The folder, the data and the model are tried before training starts.
@@ -61,7 +38,7 @@ def run_experiment(config: RunConfig, *, resume: bool = False) -> tuple[Path, Js
     """
     start = time.perf_counter()
     folder = Path(config.out) / config.name
-    tasks = [Task("tuned"), *(Task(f"fixed-{delta:g}", delta) for delta in config.baselines.fixed_prior_precisions)]
+    tasks = [Task(TUNED), *(Task(f"{FIXED}{delta:g}", delta) for delta in config.baselines.fixed_prior_precisions)]
     with explained(ValueError, OSError, CheckpointError):
         check_config(config, tasks)
         data = load_data(config)
@@ -69,28 +46,19 @@ def run_experiment(config: RunConfig, *, resume: bool = False) -> tuple[Path, Js
         prepare_folder(folder, config, tasks, resume)
     with explained(UnsupportedParameterError, InvalidBatchError, CheckpointError, BrokenProcessPool):
         outcomes = train_all(config, tasks, folder, data, resume)
-    summary = {
-        "name": config.name,
-        "format_version": FORMAT_VERSION,
-        "config": asdict(config),
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "laplace_ws": __version__,
-            "threads": config.threads,
-            "device": str(device_of(config)),
-        },
-        "data": {"name": data.name, "n_train": len(data.y_train), "n_test": len(data.y_test)},
-        "total_seconds": time.perf_counter() - start,
-        "tuned": outcomes[0].model,
-        "fixed": {
-            task.run.removeprefix("fixed-"): outcome.model
-            for task, outcome in zip(tasks[1:], outcomes[1:], strict=True)
-        },
-    }
-    write_metrics(folder, [outcome.history for outcome in outcomes])
-    write_whole(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    return folder, summary
+    models = [model for model, _ in outcomes]
+    result = RunResult(
+        name=config.name,
+        config=asdict(config),
+        environment=environment_record(threads=config.threads, device=device_of(config)),
+        data=DataFacts(name=data.name, n_train=len(data.y_train), n_test=len(data.y_test)),
+        total_seconds=time.perf_counter() - start,
+        tuned=models[0],
+        fixed={task.run.removeprefix(FIXED): model for task, model in zip(tasks[1:], models[1:], strict=True)},
+    )
+    write_metrics(folder, [history for _, history in outcomes])
+    write_whole(folder / SUMMARY, json.dumps(asdict(result), indent=2) + "\n")
+    return folder, result
 
 
 @contextmanager
@@ -141,49 +109,20 @@ def make_model(config: RunConfig, data: ImageData) -> nn.Module:
     return model.to(device_of(config)).to(memory_format=torch.channels_last)
 
 
-def train_all(config: RunConfig, tasks: Sequence[Task], folder: Path, data: ImageData, resume: bool) -> list[Outcome]:
+def train_all(
+    config: RunConfig, tasks: Sequence[Task], folder: Path, data: ImageData, resume: bool
+) -> list[tuple[ModelResult, list[Record]]]:
     """Train one network per task, in order or side by side; the numbers are the same."""
     if config.workers == 1 or len(tasks) == 1:
         return [train_one(config, task, folder, resume, True, data) for task in tasks]
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    n_workers = min(config.workers, len(tasks))
-    executor = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_listen_to, initargs=(stop,))
-    try:
-        futures = [
-            executor.submit(_train_unless_stopped, config, task, folder, resume, task.prior_precision is None)
-            for task in tasks
-        ]
-        return [future.result() for future in futures]
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _listen_to(stop: Event) -> None:
-    """Remember, in a worker, by which event all of them stop."""
-    global _stop
-    _stop = stop
-
-
-def _train_unless_stopped(*arguments: Any) -> Outcome:
-    """`train_one` in a worker; an interrupt of one worker keeps the others from what the executor has queued for them."""
-    assert _stop is not None
-    if _stop.is_set():
-        raise KeyboardInterrupt
-    try:
-        return train_one(*arguments)
-    except BaseException:
-        _stop.set()
-        raise
+    calls = [(config, task, folder, resume, task.prior_precision is None) for task in tasks]
+    return list(side_by_side(train_one, calls, config.workers, progress=True))
 
 
 def train_one(
     config: RunConfig, task: Task, folder: Path, resume: bool, progress_bar: bool, data: ImageData | None = None
-) -> Outcome:
-    """Train one network, from data and seed to its figures; the same in a process of its own."""
+) -> tuple[ModelResult, list[Record]]:
+    """Train one network, from data and seed to what it gave, with one record per epoch; the same in a process of its own."""
     data = load_data(config) if data is None else data
     model = make_model(config, data)
     schedule, options = training_options(config, task)
@@ -199,7 +138,7 @@ def train_one(
             on_epoch=epoch_logger(config, task.run, model, data, folder / METRICS),
             progress_bar=progress_bar,
         )
-        return Outcome(figures(result, data), result.history)
+        return model_result(result, data), result.history
 
 
 @contextmanager

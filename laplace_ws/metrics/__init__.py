@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from laplace_ws.metrics.classification import OutputKind, evaluate_classification, to_log_probs
+from laplace_ws.metrics.classification import OutputKind, to_log_probs
+from laplace_ws.metrics.evaluation import METRICS, Metric, evaluate_classification
 from laplace_ws.metrics.ood import OodScore, ood_detection, ood_scores
 from laplace_ws.metrics.reliability import ReliabilityCurve, reliability_curve
 
 __all__ = [
+    "METRICS",
+    "Metric",
     "OodScore",
     "OutputKind",
     "ReliabilityCurve",

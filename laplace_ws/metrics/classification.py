@@ -1,4 +1,4 @@
-"""Negative log likelihood, accuracy, expected calibration error and Brier score."""
+"""Negative log likelihood, accuracy, expected calibration error and Brier score, and the check of what they are taken of."""
 
 from __future__ import annotations
 
@@ -21,44 +21,21 @@ class OutputKind(str, enum.Enum):
     PROBS = "probs"
 
 
-def evaluate_classification(
-    outputs: Float[Tensor, "*batch C"],
-    labels: Int[Tensor, "*batch"],
-    n_bins: int = 15,
-    *,
-    kind: OutputKind | str = OutputKind.AUTO,
-) -> dict[str, float]:
-    """Score a predictive against the observed labels.
-
-    Every leading dimension counts as examples, so `[N, C]` with labels `[N]` and `[N, T, C]` with `[N, T]` both do.
-
-    Args:
-        outputs: logits or probabilities.
-        labels: class numbers from 0.
-        n_bins: number of equal confidence bins of the calibration error.
-        kind: "logits", "probs", or "auto": probabilities where every row is non-negative and sums to one.
-
-    Returns:
-        `nll` (mean, nats), `accuracy` (fraction), `ece` (expected calibration error of the top label, fraction) and
-        `brier` (mean squared distance to the one-hot label, from 0 to 2).
-
-    Raises:
-        ValueError: if shapes or labels do not fit, a value is NaN, or rows sum to one only nearly.
-    """
+def accuracy(probs: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
+    """Fraction of examples whose top label is right."""
     # torchmetrics takes seconds to import; nothing else in the package needs it
-    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+    from torchmetrics.functional.classification import multiclass_accuracy
 
-    log_probs, labels = to_log_probs(outputs, labels, kind=kind)
-    probs = log_probs.exp()
-    n_classes = probs.shape[-1]
+    return multiclass_accuracy(probs, labels, num_classes=probs.shape[-1], average="micro").item()
+
+
+def calibration_error(probs: Float[Tensor, "N C"], labels: Int[Tensor, " N"], n_bins: int = 15) -> float:
+    """Expected calibration error of the top label, a fraction, in equal bins of confidence [Naeini et al. 2015]."""
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     # torchmetrics gives a confidence of exactly 1 a bin of its own, beyond the last of the n_bins
-    calibration_probs = probs.clamp(max=_LARGEST_BELOW_ONE)
-    return {
-        "nll": mean_nll(log_probs, labels).item(),
-        "accuracy": multiclass_accuracy(probs, labels, num_classes=n_classes, average="micro").item(),
-        "ece": multiclass_calibration_error(calibration_probs, labels, num_classes=n_classes, n_bins=n_bins).item(),
-        "brier": brier_score(probs, labels).item(),
-    }
+    below_one = probs.clamp(max=_LARGEST_BELOW_ONE)
+    return multiclass_calibration_error(below_one, labels, num_classes=probs.shape[-1], n_bins=n_bins).item()
 
 
 def mean_nll(log_probs: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> Float[Tensor, ""]:
@@ -66,10 +43,10 @@ def mean_nll(log_probs: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> Floa
     return -log_probs.gather(1, labels[:, None]).mean()
 
 
-def brier_score(probs: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> Float[Tensor, ""]:
+def brier_score(probs: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
     """Squared distance of the probabilities to the one-hot label, N⁻¹ Σ_n Σ_c (p_nc − [y_n = c])² [Brier 1950]."""
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1]).to(probs.dtype)
-    return (probs - one_hot).square().sum(-1).mean()
+    return (probs - one_hot).square().sum(-1).mean().item()
 
 
 def to_log_probs(
@@ -78,7 +55,7 @@ def to_log_probs(
     """Check outputs and labels, and give both with the leading dimensions merged; log probabilities in float64.
 
     Raises:
-        ValueError: as `evaluate_classification`.
+        ValueError: if shapes or labels do not fit, a value is NaN, or rows sum to one only nearly.
     """
     kind = OutputKind(kind)
     if outputs.ndim < 2 or outputs.shape[-1] < 2 or outputs.shape[:-1] != labels.shape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace_ws.metrics.classification import OutputKind, to_log_probs
+from laplace_ws.records import from_dict
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class ReliabilityCurve:
     """Mean confidence, accuracy and number of examples in each of B equal bins of the top label's probability.
 
     Attributes:
-        edges: the B + 1 borders of the bins, from 0 to 1; a bin holds its lower border, the last bin holds 1 too.
+        edges: the B + 1 borders of the bins, from 0 to 1; equal bins if none is given. A bin holds its lower border, the last bin
+            holds 1 too.
         confidence: mean probability of the top label by bin, None where the bin is empty.
         accuracy: fraction of examples whose top label is right by bin, None where the bin is empty.
         count: number of examples by bin.
@@ -30,6 +32,9 @@ class ReliabilityCurve:
     count: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if not self.edges:
+            n_bins = max(len(self.count), 1)
+            object.__setattr__(self, "edges", tuple(b / n_bins for b in range(n_bins + 1)))
         lengths = (len(self.edges) - 1, len(self.confidence), len(self.accuracy), len(self.count))
         if len(set(lengths)) != 1 or not self.count:
             raise ValueError(
@@ -60,33 +65,22 @@ class ReliabilityCurve:
         )
         return sum(gaps) / self.n_examples
 
-    def to_dict(self) -> dict[str, list[Any]]:
-        """Plain lists for JSON; None stands for an empty bin."""
-        return {
-            "edges": list(self.edges),
-            "confidence": list(self.confidence),
-            "accuracy": list(self.accuracy),
-            "count": list(self.count),
-        }
+    def to_dict(self) -> dict[str, tuple[Any, ...]]:
+        """Plain values for JSON; None stands for an empty bin."""
+        return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ReliabilityCurve:
+    def from_dict(cls, values: Mapping[str, Any], where: str = "a reliability curve") -> ReliabilityCurve:
         """The curve of `to_dict`; without `edges`, the bins are taken to be equal.
 
+        Args:
+            values: lists by name.
+            where: the file and the place in it, for messages.
+
         Raises:
-            ValueError: if a list is missing or the lists do not fit together.
+            RecordError: if a list is missing or the lists do not fit together.
         """
-        missing = [key for key in ("confidence", "accuracy", "count") if key not in values]
-        if missing:
-            raise ValueError(f"a reliability curve lacks {', '.join(missing)}; write it with ReliabilityCurve.to_dict")
-        n_bins = max(len(values["count"]), 1)
-        edges = values.get("edges") or [b / n_bins for b in range(n_bins + 1)]
-        return cls(
-            tuple(float(edge) for edge in edges),
-            tuple(None if value is None else float(value) for value in values["confidence"]),
-            tuple(None if value is None else float(value) for value in values["accuracy"]),
-            tuple(int(value) for value in values["count"]),
-        )
+        return from_dict(cls, {"edges": [], **values}, where)
 
 
 def reliability_curve(
@@ -117,7 +111,7 @@ def reliability_curve(
 
     counts = count.tolist()
     return ReliabilityCurve(
-        tuple(b / n_bins for b in range(n_bins + 1)),
+        (),
         tuple(total / n if n else None for total, n in zip(confidence_sum.tolist(), counts, strict=True)),
         tuple(total / n if n else None for total, n in zip(right_sum.tolist(), counts, strict=True)),
         tuple(counts),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from laplace_ws.report.page import write_report
-from laplace_ws.report.records import EpochRecord, ModelSummary, ReportInputError, RunRecord, load_run
+from laplace_ws.report.plots import PLOTS, Plot, Section
+from laplace_ws.report.records import RunRecord, load_run
+from laplace_ws.report.run_page import write_report
 
-__all__ = ["EpochRecord", "ModelSummary", "ReportInputError", "RunRecord", "load_run", "write_report"]
+__all__ = ["PLOTS", "Plot", "RunRecord", "Section", "load_run", "write_report"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 
-from laplace_ws.report.html import document, duration, picture_grid, section, yaml_blocks
-from laplace_ws.report.selection_figures import evidence_picture
+from laplace_ws.report.page import duration, render
+from laplace_ws.report.selection_pictures import evidence_picture
 from laplace_ws.selection.ranking import PAGE, Entry, Selection, correlation_sentence, load_selection
+from laplace_ws.tables import Column
 
 
 def write_selection_page(folder: Path) -> Path:
@@ -20,7 +20,7 @@ def write_selection_page(folder: Path) -> Path:
         Path of the page, one file without links to others.
 
     Raises:
-        ReportInputError: select.json is missing or broken.
+        RecordError: select.json is missing or broken.
     """
     path = folder / PAGE
     path.write_text(render_selection(load_selection(folder)), encoding="utf-8")
@@ -29,18 +29,30 @@ def write_selection_page(folder: Path) -> Path:
 
 def render_selection(selection: Selection) -> str:
     """The page as text."""
-    sections = [_head(selection), section("Ranking", ranking_table(selection), _notes(selection))]
-    if selection.ranking:
-        sections.append(
-            section("Log marginal likelihood and test NLL", picture_grid([evidence_picture(selection)], "two"))
-        )
-    sources = {
-        "Configuration": selection.config,
-        "Environment": selection.environment,
-        "Data": selection.data,
-    }
-    sections.append(section("How to reproduce", yaml_blocks(sources)))
-    return document(selection.name, sections)
+    return render(
+        "selection.html",
+        title=selection.name,
+        about=[
+            str(selection.data["name"]),
+            f"{selection.n_train:,} training examples",
+            f"{selection.data['n_test']:,} test examples",
+            f"{duration(selection.total_seconds)} in all",
+        ],
+        verdict=verdict(selection),
+        warnings=[f"Not ranked: {name}: {reason}" for name, reason in selection.failed.items()],
+        ranking=selection.ranking,
+        columns=ranking_columns(selection),
+        remarks=[
+            correlation_sentence(selection.correlation),
+            "Best value of a column in bold. Each row is one training run, so small differences may be noise of the seed.",
+        ],
+        pictures=[evidence_picture(selection)] if selection.ranking else [],
+        sources={
+            "Configuration": selection.config,
+            "Environment": selection.environment,
+            "Data": selection.data,
+        },
+    )
 
 
 def verdict(selection: Selection) -> str:
@@ -57,70 +69,15 @@ def verdict(selection: Selection) -> str:
     )
 
 
-def ranking_table(selection: Selection) -> str:
-    """One row per model, the highest log marginal likelihood first; the best value of a column in bold."""
-    columns = (
-        ("model", ""),
-        ("architecture", ""),
-        ("log marginal likelihood", "nats"),
-        ("per example", "nats"),
-        ("test NLL", "nats/example"),
-        ("test accuracy", "%"),
-        ("weights", ""),
-        ("training time", "s"),
-    )
-    head = "".join(
-        f'<th scope="col">{escape(title)}{f"<small>{escape(unit)}</small>" if unit else ""}</th>'
-        for title, unit in columns
-    )
-    rows = [_row(selection, entry) for entry in selection.ranking]
-    return (
-        f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
-        + "\n".join(rows)
-        + "\n</tbody></table></div>"
-    )
-
-
-def _row(selection: Selection, entry: Entry) -> str:
-    lowest = min(other.test_nll for other in selection.ranking)
-    highest = max(other.test_accuracy for other in selection.ranking)
-    is_first = entry is selection.ranking[0]
-    cells = [
-        (entry.architecture, False),
-        (f"{entry.log_marginal_likelihood:.1f}", is_first),
-        (f"{selection.per_example(entry):.4f}", is_first),
-        (f"{entry.test_nll:.4f}", entry.test_nll == lowest),
-        (f"{100 * entry.test_accuracy:.2f}", entry.test_accuracy == highest),
-        (f"{entry.n_weights:,}", False),
-        (f"{entry.train_seconds:.1f}", False),
+def ranking_columns(selection: Selection) -> list[Column[Entry]]:
+    """The columns of the ranking."""
+    return [
+        Column("model", "", lambda e: e.name),
+        Column("architecture", "", lambda e: e.architecture, is_left=True),
+        Column("log marginal likelihood", "nats", lambda e: e.log_marginal_likelihood, 1, higher_is_better=True),
+        Column("per example", "nats", selection.per_example, 4, higher_is_better=True),
+        Column("test NLL", "nats/example", lambda e: e.test_nll, 4, higher_is_better=False),
+        Column("test accuracy", "%", lambda e: e.test_accuracy, 2, higher_is_better=True, scale=100.0),
+        Column("weights", "", lambda e: f"{e.n_weights:,}"),
+        Column("training time", "s", lambda e: e.train_seconds, 1),
     ]
-    body = "".join(f"<td>{f'<strong>{escape(text)}</strong>' if best else escape(text)}</td>" for text, best in cells)
-    row_class = ' class="tuned"' if is_first else ""
-    return f'<tr{row_class}><th scope="row">{escape(entry.name)}</th>{body}</tr>'
-
-
-def _head(selection: Selection) -> str:
-    about = [
-        f"{selection.data['name']}",
-        f"{selection.n_train:,} training examples",
-        f"{selection.data['n_test']:,} test examples",
-        f"{duration(selection.total_seconds)} in all",
-    ]
-    parts = [
-        f"<h1>{escape(selection.name)}</h1>",
-        f'<p class="about">{escape(" · ".join(about))}</p>',
-        f'<p class="verdict">{escape(verdict(selection))}</p>',
-    ]
-    parts += [
-        f'<p class="warning">Not ranked: {escape(name)}: {escape(reason)}</p>'
-        for name, reason in selection.failed.items()
-    ]
-    return "\n".join(parts)
-
-
-def _notes(selection: Selection) -> str:
-    notes = [
-        correlation_sentence(selection.correlation),
-        "Best value of a column in bold. Each row is one training run, so small differences may be noise of the seed.",
-    ]
-    return "".join(f'<p class="note">{escape(note)}</p>' for note in notes)

@@ -6,14 +6,15 @@ import io
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from laplace_ws.report.records import TUNED, RunRecord
+from laplace_ws.experiment.records import TUNED
+from laplace_ws.report.records import RunRecord
 
 # Okabe & Ito 2008, told apart with every common kind of colour blindness; without yellow, too pale for a line on white
 TUNED_COLOUR = "#D55E00"
@@ -70,6 +71,10 @@ class RunStyle:
     linewidth: float
     zorder: float
 
+    def line(self, label: str) -> dict[str, Any]:
+        """Options of matplotlib's `plot` for a line of this style."""
+        return asdict(self) | {"label": plain(label)}
+
 
 @contextmanager
 def report_style() -> Iterator[None]:
@@ -87,6 +92,28 @@ def to_svg(figure: Figure) -> bytes:
     figure.savefig(buffer, format="svg", metadata=no_metadata, dpi=_IMAGE_DPI)
     svg = buffer.getvalue()
     return svg[svg.index(b"<svg") :]  # the document type would name a web address
+
+
+@dataclass
+class Drawing:
+    """A figure while it is drawn, and its SVG file afterwards."""
+
+    figure: Figure
+    axes: Any
+    svg: bytes = b""
+
+
+@contextmanager
+def drawing(width: float, height: float, n_rows: int = 1, **subplots: Any) -> Iterator[Drawing]:
+    """A figure in the report's style, of a size in inches, whose SVG file is there when the context ends.
+
+    `axes` are its axes, an array of them for several rows; further options are those of `Figure.subplots`.
+    """
+    with report_style():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        drawn = Drawing(figure, figure.subplots(n_rows, **subplots))
+        yield drawn
+        drawn.svg = to_svg(figure)
 
 
 def run_styles(record: RunRecord) -> dict[str, RunStyle]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from laplace_ws.report.records import ModelSummary, RunRecord
+from laplace_ws.report.records import Model, RunRecord
 
 _SHOWN = 0.0005  # half a unit of the last decimal that the sentence shows
 
@@ -62,7 +62,7 @@ def compare(value: float, other: float) -> str:
     return f"{abs(difference):.3f} {'worse' if difference > 0 else 'better'} than"
 
 
-def _delta(model: ModelSummary) -> str:
+def _delta(model: Model) -> str:
     return model.label.removeprefix("fixed ")
 
 

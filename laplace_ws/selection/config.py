@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 
-from laplace_ws.experiment.config import (
-    BaselinesConfig,
-    DataConfig,
-    MarglikConfig,
-    ModelConfig,
-    RunConfig,
-    UnknownKeyError,
-    check_keys,
-    config_keys,
-)
-from laplace_ws.experiment.folder import ExperimentError
+from laplace_ws.experiment.config import ExperimentError, ModelConfig, RunConfig, TrainingConfig
+from laplace_ws.options import UnknownKeyError, from_mapping
 
 _NOT_IN_NAMES = "/\\"
-_SECTIONS = {"data": DataConfig, "model": ModelConfig, "marglik": MarglikConfig, "baselines": BaselinesConfig}
 
 
 @dataclass(frozen=True)
@@ -42,43 +31,15 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class SelectConfig:
+class SelectConfig(TrainingConfig):
     """One comparison; all but the candidates is as in a training run.
 
     Attributes:
-        name: of the comparison's folder, which holds the run folders of its candidates.
-        out: folder of all runs.
-        seed: of initialisation, batches and sampling.
-        device: auto takes a GPU if there is one.
-        threads: of torch in each process.
-        workers: candidates that train side by side; the numbers are those of one.
-        test_every: epochs between two looks at the test set; nothing is tuned or chosen by them.
-        likelihood: of the labels; images have classes.
-        data: images to train and test on.
-        model: the network that the candidates change.
-        marglik: training and tuning.
-        candidates: the models to compare.
-        report: whether to write select.html at the end.
+        candidates: the models to compare, each a change to `model` or a finished run.
     """
 
     name: str = "select"
-    out: str = "runs"
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 1
-    workers: int = 1
-    test_every: int = 1
-    likelihood: Literal["classification"] = "classification"
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    marglik: MarglikConfig = field(default_factory=MarglikConfig)
     candidates: list[Candidate] = field(default_factory=list)
-    report: bool = True
-
-    @property
-    def folder(self) -> Path:
-        """Where the comparison is written."""
-        return Path(self.out) / self.name
 
     def run_config(self, candidate: Candidate) -> RunConfig:
         """The training run of a candidate.
@@ -86,9 +47,7 @@ class SelectConfig:
         Raises:
             ExperimentError: the candidate names an entry that no model has, or gives it a value of another type.
         """
-        shared: dict[str, Any] = {
-            key: getattr(self, key) for key in RunConfig.__dataclass_fields__ if hasattr(self, key)
-        }
+        shared: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(TrainingConfig)}
         own = {"name": candidate.name, "out": str(self.folder), "workers": 1, "report": False}
         return RunConfig(**{**shared, **own, "model": changed_model(self.model, candidate)})
 
@@ -97,14 +56,10 @@ def changed_model(model: ModelConfig, candidate: Candidate) -> ModelConfig:
     """The shared network with what a candidate changes."""
     where, changes = f"candidate '{candidate.name}', model", candidate.model
     kept = {} if changes.get("name", model.name) != model.name else asdict(model)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ModelConfig, as_group=False)
     try:
-        check_keys(changes, config_keys(ModelConfig))
-        values = parser.parse_object(kept | changes)
+        return from_mapping(ModelConfig, kept | changes)
     except (UnknownKeyError, ArgumentError) as error:
         raise ExperimentError(f"{where}: {error}") from error
-    return ModelConfig(**{f.name: values[f.name] for f in fields(ModelConfig)})
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> None:
@@ -125,17 +80,3 @@ def check_candidates(candidates: Sequence[Candidate]) -> None:
             raise ExperimentError(f"candidate '{name}' cannot be a folder's name; rename it")
         if candidate.run is not None and candidate.model:
             raise ExperimentError(f"candidate '{name}' has a run and changes to a model; give one of them")
-
-
-def run_config_of(name: str, values: Mapping[str, Any]) -> RunConfig:
-    """The configuration that a run folder's summary holds.
-
-    Raises:
-        ExperimentError: another version of the package wrote it.
-    """
-    try:
-        return RunConfig(**{**values, **{key: kind(**values[key]) for key, kind in _SECTIONS.items()}})
-    except (TypeError, KeyError) as error:
-        raise ExperimentError(
-            f"candidate '{name}': the run's configuration cannot be read ({error}); train it with this version"
-        ) from error

@@ -6,13 +6,14 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
-from laplace_ws.report.records import ReportInputError
+from laplace_ws.records import read_record
+from laplace_ws.tables import Column, as_text
 
 FORMAT_VERSION = 1
 SELECTION, PAGE = "select.json", "select.html"
@@ -110,24 +111,15 @@ def load_selection(folder: Path) -> Selection:
     """Read the comparison of a folder.
 
     Raises:
-        ReportInputError: there is none, or one of another version.
+        RecordError: there is none, or one of another version.
     """
-    path = folder / SELECTION
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ReportInputError(
-            f"'{path}' cannot be read ({error.strerror}); give the folder of a comparison that has finished"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise ReportInputError(f"'{path}' is not valid JSON ({error}); compare anew to rewrite it") from error
-    if not isinstance(values, dict) or values.pop("format_version", None) != FORMAT_VERSION:
-        raise ReportInputError(f"'{path}' holds no comparison of format {FORMAT_VERSION}; compare anew to rewrite it")
-    parts = {
-        "ranking": tuple(Entry(**entry) for entry in values["ranking"]),
-        "correlation": Correlation(**values["correlation"]),
-    }
-    return Selection(**{f.name: values[f.name] for f in fields(Selection)} | parts)
+    return read_record(
+        Selection,
+        folder / SELECTION,
+        version=FORMAT_VERSION,
+        absent="give the folder of a comparison that has finished",
+        broken="compare anew to rewrite it",
+    )
 
 
 def ranked(entries: Iterable[Entry]) -> tuple[Entry, ...]:
@@ -150,27 +142,17 @@ def correlate(entries: Sequence[Entry]) -> Correlation:
 
 def selection_table(selection: Selection) -> str:
     """The ranking as text, one line per model."""
-    rows = [("", "", "log marglik", "per example", "test NLL", "test acc.", "weights", "time")]
-    rows.append(("", "", "[nats]", "[nats]", "[nats]", "[%]", "", "[s]"))
-    for place, entry in enumerate(selection.ranking, start=1):
-        rows.append(
-            (
-                f"{place}",
-                entry.name,
-                f"{entry.log_marginal_likelihood:.1f}",
-                f"{selection.per_example(entry):.4f}",
-                f"{entry.test_nll:.4f}",
-                f"{100 * entry.test_accuracy:.1f}",
-                f"{entry.n_weights:,}",
-                f"{entry.train_seconds:.1f}",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for place, name, *figures in rows:
-        cells = [place.rjust(widths[0]), name.ljust(widths[1])]
-        cells += [figure.rjust(width) for figure, width in zip(figures, widths[2:], strict=True)]
-        lines.append("  ".join(cells))
+    columns: list[Column[Entry]] = [
+        Column("", "", lambda e: str(1 + selection.ranking.index(e))),
+        Column("", "", lambda e: e.name, is_left=True),
+        Column("log marglik", "nats", lambda e: e.log_marginal_likelihood, 1),
+        Column("per example", "nats", selection.per_example, 4),
+        Column("test NLL", "nats", lambda e: e.test_nll, 4),
+        Column("test acc.", "%", lambda e: e.test_accuracy, 1, scale=100.0),
+        Column("weights", "", lambda e: f"{e.n_weights:,}"),
+        Column("time", "s", lambda e: e.train_seconds, 1),
+    ]
+    lines = [as_text(columns, selection.ranking)]
     lines += [f"not ranked: {name}: {reason}" for name, reason in selection.failed.items()]
     return "\n".join([*lines, correlation_sentence(selection.correlation)])
 

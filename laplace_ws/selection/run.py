@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -12,20 +10,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from laplace_ws._version import __version__
 from laplace_ws.data import ImageData
-from laplace_ws.experiment.config import ModelConfig, RunConfig
+from laplace_ws.experiment.config import ModelConfig, RunConfig, read_config
+from laplace_ws.experiment.environment import environment_record
 from laplace_ws.experiment.folder import (
-    NOT_PART_OF_THE_RESULT,
-    SUMMARY,
     ExperimentError,
     Task,
     prepare_folder,
     write_whole,
 )
+from laplace_ws.experiment.records import SUMMARY, read_run
 from laplace_ws.experiment.run import (
     device_of,
     explained,
@@ -34,13 +30,12 @@ from laplace_ws.experiment.run import (
     run_experiment,
 )
 from laplace_ws.experiment.training import check_config, check_training
+from laplace_ws.experiment.workers import side_by_side
 from laplace_ws.marglik.checkpoint import CheckpointError, check_settings
 from laplace_ws.marglik.schedule import TrainingDiverged
-from laplace_ws.report import load_run
 from laplace_ws.selection.comparable import check_comparable, yardstick
-from laplace_ws.selection.config import Candidate, SelectConfig, check_candidates, run_config_of
+from laplace_ws.selection.config import Candidate, SelectConfig, check_candidates
 from laplace_ws.selection.ranking import PAGE, SELECTION, Entry, Selection, correlate, ranked
-from laplace_ws.selection.workers import side_by_side
 
 _TUNED = Task("tuned")
 
@@ -102,14 +97,9 @@ def run_selection(config: SelectConfig, *, resume: bool = False) -> Selection:
     selection = Selection(
         name=config.name,
         config=asdict(config),
-        environment={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "laplace_ws": __version__,
-            "threads": config.threads,
-            "workers": config.workers,
-            "device": str(device_of(members[0].run)),
-        },
+        environment=environment_record(
+            threads=config.threads, device=device_of(members[0].run), workers=config.workers
+        ),
         data={"name": data.name, "n_train": len(data.y_train), "n_test": len(data.y_test)},
         ranking=ranked(entries),
         correlation=correlate(entries),
@@ -126,9 +116,10 @@ def find(config: SelectConfig, candidate: Candidate) -> Member:
         run = config.run_config(candidate)
         return Member(candidate.name, run, Path(run.out) / run.name)
     folder = Path(candidate.run)
-    record = load_run(folder)
-    run = replace(run_config_of(candidate.name, record.config), device=config.device)
-    return Member(candidate.name, run, folder, False, record.n_train, record.data.get("n_test"))
+    found = read_run(folder)
+    with named(candidate.name):
+        run = replace(read_config(found.config), device=config.device)
+    return Member(candidate.name, run, folder, False, found.data.n_train, found.data.n_test)
 
 
 def check_members(members: Sequence[Member], data: ImageData) -> None:
@@ -189,8 +180,7 @@ def is_finished(member: Member) -> bool:
     path = member.folder / SUMMARY
     if not path.exists():
         return False
-    wanted = {key: value for key, value in asdict(member.run).items() if key not in NOT_PART_OF_THE_RESULT}
-    check_settings(path, json.loads(path.read_text(encoding="utf-8"))["config"], wanted)
+    check_settings(path, dict(read_run(member.folder).config), member.run.settings())
     return True
 
 
@@ -216,8 +206,8 @@ def train_candidate(run: RunConfig, resume: bool) -> str | None:
 
 
 def read_entry(member: Member, data: ImageData) -> Entry:
-    """The figures of a run that has finished; those that it lacks are NaN."""
-    model = load_run(member.folder).tuned
+    """The results of a run that has finished; those that it lacks are NaN."""
+    model = read_run(member.folder).tuned
     weights = [p for p in make_model(member.run, data).parameters() if p.requires_grad]
 
     def number(value: float | None) -> float:

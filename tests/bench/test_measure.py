@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bench_curvature import contestants, measure, peers
+from bench_curvature.config import BenchConfig, BenchError, CurvesConfig, NetworkConfig, UpdatesConfig, check_config
+from bench_curvature.contestants import CONTESTANTS, Contestant
+from bench_curvature.meter import peak_bytes, seconds_of
+from bench_curvature.setting import Setting, make_batch, make_network
 
-from laplace_ws.bench import contestants, measure, peers
-from laplace_ws.bench.config import BenchConfig, BenchError, CurvesConfig, NetworkConfig, UpdatesConfig, check_config
-from laplace_ws.bench.contestants import CONTESTANTS, Contestant
-from laplace_ws.bench.meter import peak_bytes, seconds_of
-from laplace_ws.bench.setting import Setting, make_batch, make_network
 from laplace_ws.likelihoods import Categorical
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook")  # of stock ASDL

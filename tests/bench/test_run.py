@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from laplace_ws.bench import run
-from laplace_ws.bench.config import BenchConfig, CurvesConfig, NetworkConfig, UpdatesConfig
-from laplace_ws.bench.run import NO_GPU, run_bench
-from laplace_ws.cli import main, parse_bench
+from bench_curvature import run
+from bench_curvature.command import main, parse
+from bench_curvature.config import BenchConfig, CurvesConfig, NetworkConfig, UpdatesConfig
+from bench_curvature.run import NO_GPU, run_bench
 
 TINY = [
     "--n_rounds=1", "--n_repeats=1", "--network.depth=10", "--network.width=1", "--network.n_classes=3",
@@ -30,7 +29,7 @@ def test_a_benchmark_from_end_to_end(tmp_path, capsys):
     docs = tmp_path / "doc.md"
     docs.write_text("<!-- bench curvature: tiny --><!-- end of bench curvature: tiny -->")
     options = [*TINY, "--name=tiny", f"--out={tmp_path}", f"--docs={docs}", "--curvatures=[ef]"]
-    assert main(["bench", "curvature", *options]) == 0
+    assert main(options) == 0
     result = json.loads((tmp_path / "tiny.json").read_text())
     assert set(result) == {
         "name", "format_version", "config", "machine", "contestants", "cases", "curves", "updates", "measurements"
@@ -61,7 +60,7 @@ def test_a_benchmark_from_end_to_end(tmp_path, capsys):
         before = (tmp_path / name).read_bytes()
         if name != "doc.md":
             (tmp_path / name).unlink()
-        assert main(["bench", "render", str(tmp_path / "tiny.json"), f"--docs={docs}"]) == 0
+        assert main(["render", str(tmp_path / "tiny.json"), f"--docs={docs}"]) == 0
         assert (tmp_path / name).read_bytes() == before
 
 
@@ -89,7 +88,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "laplace_ws", "bench", "curvature", *options],
+        [sys.executable, str(ROOT / "experiments" / "bench_curvature.py"), *options],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"TMPDIR": str(scratch)},
@@ -128,7 +127,7 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("name", ["bench_curvature", "bench_curvature_cuda", "bench_curvature_tiny"])
 def test_files_are_valid(name):
-    config = parse_bench([f"--config={ROOT / 'configs' / f'{name}.yaml'}"])
+    config = parse([f"--config={ROOT / 'configs' / f'{name}.yaml'}"])
     assert config.name == name
     run.check_config(config)
 
@@ -147,18 +146,20 @@ def test_files_are_valid(name):
 )
 def test_bad_arguments_are_refused_in_one_line(arguments, says, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["bench", "curvature", *arguments]) == 2
+    assert main(arguments) == 2
     err = capsys.readouterr().err
     assert says in err
     assert err.count("\n") == 1
 
 
 def test_help_and_commands(tmp_path, capsys):
-    assert main(["bench"]) == 2
-    assert "{curvature,render}" in capsys.readouterr().err
-    assert main(["bench", "--help"]) == 0
-    assert "{curvature,render}" in capsys.readouterr().out
-    assert main(["bench", "curvatur"]) == 2
-    assert "did you mean 'curvature'?" in capsys.readouterr().err
-    assert main(["bench", "render", str(tmp_path / "nowhere.json")]) == 2
+    assert main(["--help"]) == 0
+    assert "bench_curvature.py render --help" in " ".join(capsys.readouterr().out.split())
+    assert main(["render", "--help"]) == 0
+    assert "JSON file of a benchmark" in capsys.readouterr().out
+    assert main(["rendr"]) == 2
+    assert "rendr" in capsys.readouterr().err
+    assert main(["render"]) == 2
+    assert "result" in capsys.readouterr().err
+    assert main(["render", str(tmp_path / "nowhere.json")]) == 2
     assert "nowhere.json" in capsys.readouterr().err

@@ -4,13 +4,12 @@ import json
 from dataclasses import asdict
 
 import pytest
-
-from laplace_ws.bench.config import BenchConfig
-from laplace_ws.bench.files import load_result
-from laplace_ws.bench.meter import peak_of_changes
-from laplace_ws.bench.rows import case_rows, curve_rows, update_rows
-from laplace_ws.bench.summary import Summary, ratios, straight_line, summarise
-from laplace_ws.bench.tables import NOTHING, as_markdown, spread, table, write_between_markers
+from bench_curvature.config import BenchConfig
+from bench_curvature.files import load_result
+from bench_curvature.meter import peak_of_changes
+from bench_curvature.rows import case_rows, curve_rows, update_rows
+from bench_curvature.summary import Summary, ratios, straight_line, summarise
+from bench_curvature.tables import NOTHING, as_markdown, spread, table, write_between_markers
 
 TIMES = {"kind": "times", "contestant": "curvlinops", "kfac_approx": "expand", "curvature": "ef"}
 ONE = BenchConfig(contestants=["curvlinops"], kfac_approxes=["expand"], curvatures=["ef"])

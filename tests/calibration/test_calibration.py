@@ -15,9 +15,9 @@ from laplace_ws import Laplace
 from laplace_ws.calibration import CalibrateConfig, CalibrationDataConfig, MethodsConfig, as_text, run_calibration
 from laplace_ws.calibration import score as scoring
 from laplace_ws.calibration.methods import choose_prior, make_posterior
-from laplace_ws.calibration.trained import load_trained, read_run_config
+from laplace_ws.calibration.trained import load_trained
 from laplace_ws.data import TensorLoader, corrupt, load_dataset
-from laplace_ws.experiment.config import DataConfig, RunConfig
+from laplace_ws.experiment.config import DataConfig, RunConfig, read_config
 from laplace_ws.experiment.folder import ExperimentError
 from laplace_ws.metrics import evaluate_classification, ood_detection, ood_scores
 
@@ -208,16 +208,16 @@ def test_table_leaves_out_what_no_method_has(config, result):
 
 
 def test_configuration_is_read_as_it_was_written(folder, tmp_path):
-    config = read_run_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     assert config.data == DataConfig(n_train=60, n_test=40, batch_size=20)
     assert config.model.hidden == [5]
     assert isinstance(config, RunConfig)
     with pytest.raises(ExperimentError, match=r"config\.json', which says how the network was made, is missing"):
-        read_run_config(tmp_path / "config.json")
+        read_config(tmp_path / "config.json")
     for text in ("{", "[1]", '{"colour": "red"}', '{"data.colour": "red"}'):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ExperimentError, match="not a configuration of this version of laplace_ws"):
-            read_run_config(tmp_path / "config.json")
+            read_config(tmp_path / "config.json")
 
 
 def test_file_and_folder_mean_the_same(config, folder):

@@ -9,7 +9,7 @@ import yaml
 from calibration.tiny import train_tiny
 
 from laplace_ws.calibration import run as calibration
-from laplace_ws.cli import main, parse_calibrate
+from laplace_ws.cli import main, parse
 
 FAST = ["--methods.laplace", "[last_layer_kron]", "--data.corruptions", "[contrast]", "--data.n_validation", "50"]
 
@@ -40,8 +40,8 @@ def test_settings_come_from_a_file_and_are_overridden(folder, tmp_path):
             {"checkpoint": str(folder), "n_bins": 5, "methods": {"laplace": ["diag"], "priors": ["marglik"]}}
         )
     )
-    config = parse_calibrate(
-        ["--config", str(path), "--methods.laplace", "[kron, last_layer_full]", "--data.ood=mnist"]
+    _, config, _ = parse(
+        ["calibrate", "--config", str(path), "--methods.laplace", "[kron, last_layer_full]", "--data.ood=mnist"]
     )
     assert config.checkpoint == str(folder)
     assert config.n_bins == 5

@@ -7,18 +7,15 @@ import json
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-import torch
 
 from laplace_ws.calibration import CalibrationResult, CorruptedScores, MethodResult, output_folder, write_result
 from laplace_ws.calibration.config import CalibrateConfig
-from laplace_ws.calibration.table import COLUMNS, shown_columns
+from laplace_ws.calibration.table import columns, shown_columns
 from laplace_ws.experiment.folder import ExperimentError
 from laplace_ws.metrics import ReliabilityCurve
-from laplace_ws.report.calibration_bands import predictive_bands
-from laplace_ws.report.calibration_figures import method_styles
 from laplace_ws.report.calibration_page import calibration_verdict, render_calibration, write_calibration_report
+from laplace_ws.report.calibration_pictures import method_styles
 
 CURVE = ReliabilityCurve((0.0, 0.25, 0.5, 0.75, 1.0), (None, 0.4, 0.6, 0.9), (None, 0.5, 0.55, 0.85), (0, 5, 20, 75))
 
@@ -146,7 +143,7 @@ def test_styles_of_many_methods_differ():
 
 
 def test_best_of_a_column_is_at_its_better_end():
-    by_title = {column.title: column for column in COLUMNS}
+    by_title = {column.title: column for column in columns()}
     assert by_title["NLL"].best([NETWORK, SCALED, LAPLACE]) == "0.5340"
     better = method("x", "x", 1.0, 0.1)
     better = MethodResult(**{**vars(better), "test": {**better.test, "accuracy": 0.9}})
@@ -175,65 +172,3 @@ def test_folder_is_tried_before_the_work(tmp_path):
         output_folder(CalibrateConfig("absent", out=str(tmp_path / "file" / "x")))
     with pytest.raises(ExperimentError, match="no checkpoint at 'absent'"):
         output_folder(CalibrateConfig("absent"))
-
-
-# ------------------------------------------------------------------ predictive bands
-
-
-@pytest.fixture
-def band():
-    x = torch.linspace(-1, 1, 30, dtype=torch.float64)
-    return {
-        "x": x,
-        "mean": x.sin(),
-        "variance": 0.01 + x**2,
-        "sigma_noise": 0.3,
-        "x_data": x[::3],
-        "y_data": x[::3].sin(),
-    }
-
-
-def filled_areas(monkeypatch, values):
-    """What `predictive_bands` hands to matplotlib's fill_between: places, lower and upper border of each band."""
-    from matplotlib.axes import Axes
-
-    drawn = []
-    fill = Axes.fill_between
-    monkeypatch.setattr(
-        Axes, "fill_between", lambda self, *args, **options: (drawn.append(args), fill(self, *args, **options))[1]
-    )
-    return predictive_bands(**values), drawn
-
-
-def test_bands_are_two_deviations_of_mean_and_of_target(monkeypatch, band):
-    picture, (of_targets, of_mean) = filled_areas(monkeypatch, band)
-    x, mean, variance = (band[key].numpy() for key in ("x", "mean", "variance"))
-    for (places, lower, upper), half in (
-        (of_mean, 2 * np.sqrt(variance)),
-        (of_targets, 2 * np.sqrt(variance + 0.09)),
-    ):
-        np.testing.assert_allclose(places, x)
-        np.testing.assert_allclose(lower, mean - half)
-        np.testing.assert_allclose(upper, mean + half)
-    assert picture.svg.startswith(b"<svg")
-    assert "noise 0.3, 10 data" in picture.alt
-
-
-def test_bands_do_not_depend_on_the_order_of_inputs(band):
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
-    shuffled = band | {key: band[key][order] for key in ("x", "mean", "variance")}
-    assert predictive_bands(**shuffled).svg == predictive_bands(**band).svg
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"mean": torch.zeros(30, 1)}, r"vectors of one length.*\(30,\), \(30, 1\)"),
-        ({"x_data": torch.zeros(3)}, r"x_data and y_data must be vectors of one length"),
-        ({"sigma_noise": -1.0}, "must not be negative"),
-        ({"variance": -torch.ones(30)}, "must not be negative"),
-    ],
-)
-def test_bands_that_cannot_be_are_refused(change, message, band):
-    with pytest.raises(ValueError, match=message):
-        predictive_bands(**band | change)

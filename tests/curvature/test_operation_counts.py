@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_curvature.meter import peak_bytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace_ws import InvalidBatchError, Laplace
-from laplace_ws.bench.meter import peak_bytes
 from laplace_ws.curvature import BACKENDS, Curvature, CurvatureSum, checks, make_backend
 from laplace_ws.curvature import backend as backend_module
 from laplace_ws.kfac import DiagAccumulator, KronAccumulator, approximation_by_parameter, conv_use

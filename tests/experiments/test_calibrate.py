@@ -51,7 +51,7 @@ def test_mean_and_standard_error():
 
 
 def test_a_figure_that_one_seed_lacks_is_a_dash():
-    row = {column.title: [0.5, 0.5] for column in calibrate.COLUMNS}
+    row = {column.title: [0.5, 0.5] for column in calibrate.columns()}
     table = {"map": row | {"label": "MAP"}, "other": row | {"label": "other", "NLL": [None, 0.5]}}
     assert calibrate.as_markdown(table).splitlines()[-1].startswith("| other | 50.00 ± 0.00 | – |")
 

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from laplace_ws.posterior.evidence import BOUNDS
 from marglik.runs import QUICK, SGD, Never, blobs, mlp, noisy_sine
 from torch import nn
 
@@ -16,6 +15,7 @@ from laplace_ws.experiment.run import load_data, make_model
 from laplace_ws.experiment.training import check_training
 from laplace_ws.marglik import CheckpointError, Hyperparameters, PriorCollapseWarning, marglik_training
 from laplace_ws.posterior import Laplace, prior_groups
+from laplace_ws.posterior.evidence import BOUNDS
 
 CLOSED = ["newton", "mackay"]
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from bench_curvature.meter import peak_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
 from laplace_ws import Laplace
-from laplace_ws.bench.meter import peak_bytes
 from laplace_ws.models import build_model
 
 CPU = torch.device("cpu")

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from laplace_ws.cli import parse_select
-from laplace_ws.experiment.config import DataConfig, MarglikConfig, ModelConfig, RunConfig
-from laplace_ws.experiment.folder import ExperimentError
+from laplace_ws.cli import parse
+from laplace_ws.experiment.config import (
+    DataConfig,
+    ExperimentError,
+    MarglikConfig,
+    ModelConfig,
+    RunConfig,
+    read_config,
+)
 from laplace_ws.selection import Candidate, SelectConfig
 from laplace_ws.selection.comparable import check_comparable, yardstick
-from laplace_ws.selection.config import changed_model, check_candidates, run_config_of
+from laplace_ws.selection.config import changed_model, check_candidates
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -83,11 +89,11 @@ def test_the_settings_of_a_run_are_read_back_whole():
     run = RunConfig(
         "a", data=DataConfig(n_train=9), model=ModelConfig("mlp", hidden=[2]), marglik=MarglikConfig(lr=1.0)
     )
-    assert run_config_of("a", asdict(run)) == run
-    with pytest.raises(ExperimentError, match="candidate 'a': the run's configuration cannot be read"):
-        run_config_of("a", asdict(run) | {"colour": "red"})
-    with pytest.raises(ExperimentError, match="candidate 'a': the run's configuration cannot be read"):
-        run_config_of("a", {key: value for key, value in asdict(run).items() if key != "marglik"})
+    assert read_config(asdict(run)) == run
+    with pytest.raises(ExperimentError, match="the run's configuration cannot be read"):
+        read_config(asdict(run) | {"colour": "red"})
+    with pytest.raises(ExperimentError, match="the run's configuration cannot be read"):
+        read_config({key: value for key, value in asdict(run).items() if key != "marglik"})
 
 
 # ------------------------------------------------------------------ what is on one scale
@@ -155,8 +161,8 @@ def test_tuned_temperatures_are_refused():
 
 
 def test_the_example_is_valid():
-    config, resume = parse_select([f"--config={CONFIGS / 'select.yaml'}"])
-    assert not resume
+    _, config, flags = parse(["select", f"--config={CONFIGS / 'select.yaml'}"])
+    assert not flags["resume"]
     check_candidates(config.candidates)
     runs = {candidate.name: config.run_config(candidate) for candidate in config.candidates}
     assert len(runs) >= 8
@@ -165,10 +171,10 @@ def test_the_example_is_valid():
 
 
 def test_candidates_can_be_given_on_the_command_line():
-    config, resume = parse_select(
-        ["--candidates", '[{"name": "a", "model": {"width": 2}}, {"name": "b", "run": "runs/b"}]', "--resume",
+    _, config, flags = parse(
+        ["select", "--candidates", '[{"name": "a", "model": {"width": 2}}, {"name": "b", "run": "runs/b"}]', "--resume",
          "--model.depth", "16"]
     )  # fmt: skip
-    assert resume
+    assert flags["resume"]
     assert config.candidates == [Candidate("a", {"width": 2}), Candidate("b", run="runs/b")]
     assert config.run_config(config.candidates[0]).model == ModelConfig(depth=16, width=2)

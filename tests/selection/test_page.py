@@ -14,8 +14,8 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 from selection.entries import entry, selection
 
-from laplace_ws.report.selection_figures import evidence_figure, evidence_picture
-from laplace_ws.report.selection_page import ranking_table, verdict, write_selection_page
+from laplace_ws.report.selection_page import render_selection, verdict, write_selection_page
+from laplace_ws.report.selection_pictures import evidence_figure, evidence_picture
 from laplace_ws.report.style import report_style
 from laplace_ws.selection import Selection
 from laplace_ws.selection.ranking import SELECTION
@@ -104,8 +104,8 @@ def test_the_page_shows_the_ranking_and_what_is_not_in_it(tmp_path: Path):
 
 
 def test_best_figures_are_bold():
-    table = ranking_table(selection([entry("a", -10.0, 0.5), entry("b", -20.0, 0.4)]))
-    assert re.findall(r"<strong>(.*?)</strong>", table) == ["-10.0", "-0.1000", "75.00", "0.4000", "75.00"]
+    page = render_selection(selection([entry("a", -10.0, 0.5), entry("b", -20.0, 0.4)]))
+    assert re.findall(r"<strong>(.*?)</strong>", page) == ["-10.0", "-0.1000", "75.00", "0.4000", "75.00"]
 
 
 def test_a_comparison_of_which_nothing_finished_has_a_page(tmp_path: Path):

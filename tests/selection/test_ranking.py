@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 from selection.entries import entry, selection
 
-from laplace_ws.report import ReportInputError
+from laplace_ws.records import RecordError
 from laplace_ws.selection import load_selection, selection_table
 from laplace_ws.selection.ranking import SELECTION, correlate, correlation_sentence, ranked
 
@@ -64,10 +64,10 @@ def test_the_file_gives_the_comparison_back(tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 0}'])
 def test_a_file_that_holds_none_is_refused(tmp_path, text):
-    with pytest.raises(ReportInputError, match=r"select\.json' cannot be read"):
+    with pytest.raises(RecordError, match=r"select\.json cannot be read"):
         load_selection(tmp_path)
     (tmp_path / SELECTION).write_text(text)
-    with pytest.raises(ReportInputError, match="compare anew"):
+    with pytest.raises(RecordError, match="compare anew"):
         load_selection(tmp_path)
 
 

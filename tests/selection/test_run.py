@@ -10,7 +10,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from laplace_ws.cli import main, parse_select
+from laplace_ws.cli import main, parse
 from laplace_ws.experiment import run as experiment
 from laplace_ws.experiment.folder import ExperimentError
 from laplace_ws.selection import Candidate, SelectConfig, load_selection, run_selection
@@ -37,7 +37,7 @@ def config(tmp_path) -> SelectConfig:
 def parsed(out: Path) -> SelectConfig:
     path = out / "tiny.yaml"
     path.write_text(yaml.safe_dump(SETTINGS | {"out": str(out)}))
-    return parse_select([f"--config={path}"])[0]
+    return parse(["select", f"--config={path}"])[1]
 
 
 @pytest.fixture(scope="module")

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
-from laplace_ws.bench.config import BenchError
-from laplace_ws.bench.figures import pictures
-from laplace_ws.bench.run import FORMAT_VERSION
-from laplace_ws.bench.tables import Result, as_markdown, check_markers, write_between_markers
-from laplace_ws.experiment.folder import write_whole
+from bench_curvature.config import BenchError
+from bench_curvature.figures import pictures
+from bench_curvature.run import FORMAT_VERSION
+from bench_curvature.tables import Result, as_markdown, check_markers, write_between_markers
+from laplace_ws.experiment.folder import make_writable, write_whole
 
 
 def check_places(folder: Path, docs: Path | None, name: str) -> None:
     """See that the results can be written, before they are measured.
 
     Raises:
-        BenchError: the folder cannot be written to, or the document has no place for the tables.
+        ExperimentError: the folder cannot be written to.
+        BenchError: the document has no place for the tables.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise BenchError(
-            f"the folder '{folder}' cannot be written ({error.strerror}); set another with --out"
-        ) from error
+    make_writable(folder, "--out")
     if docs is not None:
         check_markers(docs, name)
 
@@ -63,5 +56,5 @@ def load_result(path: Path) -> Result:
     except json.JSONDecodeError as error:
         raise BenchError(f"'{path}' is not valid JSON: {error}") from error
     if not isinstance(result, dict) or result.get("format_version") != FORMAT_VERSION or "cases" not in result:
-        raise BenchError(f"'{path}' holds no result of 'laplace-ws bench curvature'; measure it anew")
+        raise BenchError(f"'{path}' holds no result of this benchmark; measure it anew")
     return result

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from laplace_ws.bench.setting import NotOffered, Setting, Work
+from bench_curvature.setting import NotOffered, Setting, Work
 from laplace_ws.models import WideResNet
 
 

@@ -18,16 +18,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from laplace_ws._version import __version__
-from laplace_ws.bench.config import BenchConfig, check_config
-from laplace_ws.bench.contestants import CONTESTANTS
-from laplace_ws.bench.measure import Item
-from laplace_ws.bench.rows import case_rows, curve_rows, update_rows
+from bench_curvature.config import BenchConfig, check_config
+from bench_curvature.contestants import CONTESTANTS
+from bench_curvature.measure import Item
+from bench_curvature.rows import case_rows, curve_rows, update_rows
+from laplace_ws.experiment.environment import environment_record
 
 FORMAT_VERSION = 1
 NO_GPU = "unmeasured (no GPU)"
 _LONGEST_LINE = 120
-_WORKER = [sys.executable, "-m", "laplace_ws.bench.worker"]
+_WORKER = [sys.executable, "-m", "bench_curvature.worker"]
+_IMPORTS_FROM = Path(__file__).parents[1]
 Json = dict[str, Any]
 
 
@@ -140,7 +141,13 @@ def _answers(config: BenchConfig, items: list[Item], folder: Path) -> Iterator[I
 def _worker(config: BenchConfig, folder: Path, stderr: Any) -> Iterator[subprocess.Popen[str]]:
     """A worker process that never outlives the context."""
     threads = str(config.threads)
-    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TMPDIR": str(folder)}
+    paths = [str(_IMPORTS_FROM), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TMPDIR": str(folder),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     process = subprocess.Popen(
         _WORKER,
         stdin=subprocess.PIPE,
@@ -163,16 +170,14 @@ def machine(config: BenchConfig) -> Json:
     """Processor, GPU, threads, versions, and whether torch lets float32 products on a GPU be TF32."""
     distributions = {CONTESTANTS[name].distribution for name in config.contestants} - {""}
     has_gpu = torch.cuda.is_available()
-    return {
-        "cpu": cpu_model(),
-        "gpu": torch.cuda.get_device_name() if has_gpu else None,
-        "threads": config.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "tf32": {"matmul": torch.get_float32_matmul_precision() != "highest", "cudnn": torch.backends.cudnn.allow_tf32},
-        "laplace_ws": __version__,
-        "libraries": {name: _version(name) for name in sorted(distributions)},
-    }
+    return environment_record(
+        threads=config.threads,
+        device=config.device,
+        cpu=cpu_model(),
+        gpu=torch.cuda.get_device_name() if has_gpu else None,
+        tf32={"matmul": torch.get_float32_matmul_precision() != "highest", "cudnn": torch.backends.cudnn.allow_tf32},
+        libraries={name: _version(name) for name in sorted(distributions)},
+    )
 
 
 def cpu_model() -> str:

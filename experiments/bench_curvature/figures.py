@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from laplace_ws.bench.tables import Result, Row
+from bench_curvature.tables import Result, Row
 from laplace_ws.report.style import GREY, TUNED_COLOUR, plain, report_style, to_svg
 
 _PEER_COLOUR = "#0072B2"

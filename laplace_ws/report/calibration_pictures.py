@@ -5,28 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from laplace_ws.calibration import MethodResult
-from laplace_ws.report.figures import filled_bins, reliability_picture, with_number
+from laplace_ws.metrics import METRICS
+from laplace_ws.report.reliability_pictures import CONFIDENCE, filled_bins, reliability_picture, with_number
 from laplace_ws.report.style import (
     GREY,
     TUNED_COLOUR,
     Picture,
     RunStyle,
     dashed_style,
+    drawing,
     legend_below,
     plain,
-    report_style,
-    to_svg,
 )
 
 _IN_COLOUR, _OUT_COLOUR = "#0072B2", TUNED_COLOUR
 FEWEST_IN_A_BIN = 10
 """Bins of fewer images are left out where all methods are drawn together, as their accuracy is mostly chance."""
-
-_BY_STRENGTH = (("accuracy", "accuracy [%]", 100.0), ("nll", "NLL [nats/image]", 1.0), ("ece", "ECE [%]", 100.0))
 
 
 def method_styles(methods: Sequence[MethodResult]) -> dict[str, RunStyle]:
@@ -64,35 +61,16 @@ def corruption_pictures(methods: Sequence[MethodResult]) -> list[Picture]:
 
 
 def _reliability_together(methods: Sequence[MethodResult], styles: dict[str, RunStyle]) -> Picture:
-    with report_style():
-        figure = Figure(figsize=(3.6, 4.4), layout="constrained")
-        axes = figure.subplots()
+    with drawing(3.6, 4.4) as drawn:
+        axes = drawn.axes
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.9, linestyle=(0, (2, 2)))
         for method in methods:
-            style = styles[method.name]
             bins = [(c, a) for c, a, count in filled_bins(method.reliability) if count >= FEWEST_IN_A_BIN]
-            confidence, accuracy = np.array(bins).reshape(-1, 2).T
-            axes.plot(
-                confidence,
-                accuracy,
-                label=plain(method.label),
-                color=style.color,
-                linestyle=style.linestyle,
-                marker=style.marker,
-                linewidth=style.linewidth,
-                zorder=style.zorder,
-                clip_on=False,
-            )
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1.02)
-        axes.set_aspect("equal")
-        axes.set_title("All methods")
-        axes.set_xlabel("confidence (probability of the top label)")
-        axes.set_ylabel("accuracy")
-        legend_below(figure, axes)
-        svg = to_svg(figure)
+            axes.plot(*np.array(bins).reshape(-1, 2).T, **styles[method.name].line(method.label), clip_on=False)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), aspect="equal", title="All methods", xlabel=CONFIDENCE, ylabel="accuracy")
+        legend_below(drawn.figure, axes)
     errors = "; ".join(f"{method.label}: {100 * method.reliability.ece:.1f} %" for method in methods)
-    return Picture("All methods", f"Accuracy by confidence of all methods; calibration errors: {errors}.", svg)
+    return Picture("All methods", f"Accuracy by confidence of all methods; calibration errors: {errors}.", drawn.svg)
 
 
 def _confidence(
@@ -101,59 +79,41 @@ def _confidence(
     edges = np.array(method.reliability.edges)
     counts = {data: np.array(method.reliability.count), ood: np.array(ood_count)}
     shares = {name: 100 * count / count.sum() for name, count in counts.items()}
-    with report_style():
-        figure = Figure(figsize=(3.1, 2.9), layout="constrained")
-        axes = figure.subplots()
+    with drawing(3.1, 2.9) as drawn:
+        axes = drawn.axes
         for (name, share), colour in zip(shares.items(), (_IN_COLOUR, _OUT_COLOUR), strict=True):
             axes.stairs(share, edges, fill=True, color=colour, alpha=0.25)
             axes.stairs(share, edges, color=colour, linewidth=1.6, label=plain(name))
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, None)
-        axes.set_title(with_number(method.label, f"AUROC {100 * detection['auroc']:.1f} %"))
-        axes.set_xlabel("confidence (probability of the top label)")
-        axes.set_ylabel("images [%]")
-        legend_below(figure, axes)
-        svg = to_svg(figure)
+        title = with_number(method.label, f"AUROC {100 * detection['auroc']:.1f} %")
+        axes.set(xlim=(0, 1), ylim=(0, None), title=title, xlabel=CONFIDENCE, ylabel="images [%]")
+        legend_below(drawn.figure, axes)
     middles = (edges[1:] + edges[:-1]) / 2
     means = "; ".join(f"{name}: {share @ middles / 100:.2f}" for name, share in shares.items())
-    return Picture(method.label, f"Histograms of confidence, {method.label}; means: {means}.", svg)
+    return Picture(method.label, f"Histograms of confidence, {method.label}; means: {means}.", drawn.svg)
 
 
 def _by_strength(methods: Sequence[MethodResult], corruption: str) -> Picture:
     styles = method_styles(methods)
-    with report_style():
-        figure = Figure(figsize=(3.9, 6.6), layout="constrained")
-        panels = figure.subplots(len(_BY_STRENGTH), 1, sharex=True)
-        for axes, (score, y_label, scale) in zip(panels, _BY_STRENGTH, strict=True):
+    metrics = {name: metric for name, metric in METRICS.items() if metric.on_damaged}
+    with drawing(3.9, 2.2 * len(metrics), len(metrics), sharex=True) as drawn:
+        for axes, (score, metric) in zip(drawn.axes, metrics.items(), strict=True):
             for method in methods:
                 strengths, values = _curve(method, corruption, score)
-                style = styles[method.name]
-                axes.plot(
-                    strengths,
-                    scale * values,
-                    label=plain(method.label),
-                    color=style.color,
-                    linestyle=style.linestyle,
-                    marker=style.marker,
-                    linewidth=style.linewidth,
-                    zorder=style.zorder,
-                )
-            axes.set_ylabel(y_label)
-            axes.set_ylim(0, None)
-        panels[0].set_title(corruption.capitalize())
-        panels[-1].set_xlabel("strength (0: undamaged)")
-        panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.align_ylabels()
-        legend_below(figure, panels[0])
-        svg = to_svg(figure)
+                axes.plot(strengths, metric.scale * values, **styles[method.name].line(method.label))
+            axes.set(ylabel=f"{metric.title} [{metric.unit}]" if metric.unit else metric.title, ylim=(0, None))
+        drawn.axes[0].set_title(corruption.capitalize())
+        drawn.axes[-1].set_xlabel("strength (0: undamaged)")
+        drawn.axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        drawn.figure.align_ylabels()
+        legend_below(drawn.figure, drawn.axes[0])
     worst = "; ".join(
         f"{method.label}: {100 * _curve(method, corruption, 'accuracy')[1][-1]:.1f} %" for method in methods
     )
-    return Picture(corruption, f"Scores by strength of {corruption}; accuracies at the strongest: {worst}.", svg)
+    return Picture(corruption, f"Scores by strength of {corruption}; accuracies at the strongest: {worst}.", drawn.svg)
 
 
 def _curve(method: MethodResult, corruption: str, score: str) -> tuple[np.ndarray, np.ndarray]:
     """Strengths and values; NaN, which is not drawn, where a value is missing."""
     entries = [entry for entry in method.corrupted if entry.corruption == corruption]
-    values = [np.nan if (value := entry.scores[score]) is None else value for entry in entries]
+    values = [np.nan if (value := entry.scores.get(score)) is None else value for entry in entries]
     return np.array([entry.strength for entry in entries]), np.array(values)

@@ -7,20 +7,21 @@ import math
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from laplace_ws.report.records import TUNED, ModelSummary, RunRecord
+from laplace_ws.experiment.records import TUNED
+from laplace_ws.report.records import Model, RunRecord
 from laplace_ws.report.style import (
     SEQUENTIAL,
     TUNED_COLOUR,
     Picture,
     common_prefix,
+    drawing,
     legend_below,
     plain,
-    report_style,
-    to_svg,
 )
 from laplace_ws.report.table import layers_of
 
@@ -31,69 +32,56 @@ _ROW_HEIGHT = 0.175
 _FIXED_COLOUR = "#0072B2"
 
 
-def precision_pictures(record: RunRecord) -> list[Picture]:
-    """Prior precision over epochs, and at the end; those never recorded are left out."""
-    return [p for p in (precision_over_epochs(record), final_precision(record)) if p is not None]
-
-
-def precision_over_epochs(record: RunRecord) -> Picture | None:
-    """Lines for a few parameters, a heatmap (parameter by epoch, in the order of the network) for more."""
+def precision_over_epochs(record: RunRecord) -> list[Picture]:
+    """Lines for a few parameters, a heatmap (parameter by epoch, in the order of the network) for more; none if never recorded."""
     table = _table_over_epochs(record)
     if table is None:
-        return None
+        return []
     names, epochs, values = table
     limits = robust_log_limits(values[:, [0, -1]])
     title = "Prior precision over epochs"
-    with report_style():
-        height = 3.6 if len(names) <= _MOST_LINES else _height(len(names))
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        axes = figure.subplots()
-        if len(names) <= _MOST_LINES:
-            _draw_lines(figure, axes, names, epochs, values, limits)
-        else:
-            _draw_heatmap(figure, axes, names, epochs, values, limits)
-        axes.set_title(title)
-        axes.set_xlabel("epoch")
-        svg = to_svg(figure)
+    are_few = len(names) <= _MOST_LINES
+    with drawing(_WIDTH, 3.6 if are_few else _height(len(names))) as drawn:
+        draw = _draw_lines if are_few else _draw_heatmap
+        draw(drawn.figure, drawn.axes, names, epochs, values, limits)
+        drawn.axes.set(title=title, xlabel="epoch")
+        drawn.axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
     alt = f"{title} of {len(names)} parameters, from epoch {epochs[0]} to {epochs[-1]}; last values are in the table."
-    return Picture(title, alt, svg, _caption(names, values, limits))
+    return [Picture(title, alt, drawn.svg, _caption(names, values, limits))]
 
 
-def final_precision(record: RunRecord) -> Picture | None:
-    """A dot for every parameter of the tuned model, with the best fixed prior precision for comparison."""
+def final_precision(record: RunRecord) -> list[Picture]:
+    """A dot for every parameter of the tuned model, with the best fixed prior precision for comparison; none if there is no value."""
     tuned = record.tuned
     precision = {name: value for name, value in tuned.prior_precision.items() if _is_positive(value)}
     if not precision:
-        return None
+        return []
     names, values = list(precision), np.array(list(precision.values()))
     best_fixed = _best_fixed(record)
     limits = robust_log_limits(np.append(values, best_fixed[1] if best_fixed else values[:0]))
     title = "Final prior precision"
-    with report_style():
-        figure = Figure(figsize=(_WIDTH, _height(len(names)) + 0.45), layout="constrained")
-        axes = figure.subplots()
-        axes.set_xscale("log")
-        axes.set_xlim(*limits)
+    with drawing(_WIDTH, _height(len(names)) + 0.45) as drawn:
+        axes = drawn.axes
+        axes.set(xscale="log", xlim=limits)
         _draw_dots(axes, names, values, limits, set(tuned.collapsed))
         if best_fixed:
             axes.axvline(best_fixed[1], color=_FIXED_COLOUR, linestyle="--", linewidth=1.2, label=best_fixed[0])
         _name_rows(axes, names)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlabel("prior precision δ")
+        axes.set(ylim=(len(names) - 0.4, -0.6), xlabel="prior precision δ", title=title)
         n_train = record.n_train
         top = axes.secondary_xaxis(
             "top", functions=(lambda d: np.divide(d, n_train), lambda w: np.multiply(w, n_train))
         )
         top.set_xlabel(f"weight decay δ/N, N = {n_train:,}")
+        _number_few_ticks(axes.xaxis, limits)
+        _number_few_ticks(top.xaxis, limits)
         axes.spines["top"].set_visible(True)
-        axes.set_title(title)
-        legend_below(figure, axes)
-        svg = to_svg(figure)
+        legend_below(drawn.figure, axes)
     alt = f"{title} of {len(names)} parameters, from {values.min():.3g} to {values.max():.3g}; all are in the table."
     caption = _caption(names, values, limits)
     if absent := [name for name in tuned.prior_precision if name not in precision]:
         caption += f" Not drawn, for lack of a positive finite value: {', '.join(absent)}."
-    return Picture(title, alt, svg, caption.strip())
+    return [Picture(title, alt, drawn.svg, caption.strip())]
 
 
 def robust_log_limits(values: np.ndarray) -> tuple[float, float]:
@@ -142,7 +130,6 @@ def _draw_lines(
     axes.set_yscale("log")
     axes.set_ylim(*limits)
     axes.set_ylabel("prior precision δ")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
     legend_below(figure, axes)
 
 
@@ -163,7 +150,6 @@ def _draw_heatmap(
         norm=LogNorm(*limits),
         extent=(epochs[0] - 0.5, epochs[-1] + 0.5, len(names) - 0.5, -0.5),
     )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
     _name_rows(axes, names)
     above, below = np.nanmax(values) > limits[1], np.nanmin(values) < limits[0]
     extend = {(False, False): "neither", (True, False): "max", (False, True): "min", (True, True): "both"}
@@ -215,6 +201,13 @@ def _name_rows(axes: Axes, names: list[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
+def _number_few_ticks(axis: Axis, limits: tuple[float, float]) -> None:
+    """On a short logarithmic axis, number 1, 2 and 5 of each decade; matplotlib numbers so many that they overlap."""
+    if limits[1] < 100 * limits[0]:
+        for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+            set_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")
+
+
 def _height(n_names: int) -> float:
     return 1.5 + _ROW_HEIGHT * min(max(n_names, 3), _MOST_NAMES)
 
@@ -239,7 +232,7 @@ def _caption(names: list[str], values: np.ndarray, limits: tuple[float, float]) 
 def _best_fixed(record: RunRecord) -> tuple[str, float] | None:
     """Label and value of the fixed prior precision with the lowest test NLL."""
 
-    def nll(model: ModelSummary) -> float:
+    def nll(model: Model) -> float:
         return model.test_nll if model.test_nll is not None and math.isfinite(model.test_nll) else math.inf
 
     models = [m for m in record.fixed if m.prior_precision and nll(m) < math.inf]

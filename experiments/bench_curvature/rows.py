@@ -7,9 +7,9 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from laplace_ws.bench.config import BenchConfig
-from laplace_ws.bench.measure import Item
-from laplace_ws.bench.summary import ratios, straight_line, summarise
+from bench_curvature.config import BenchConfig
+from bench_curvature.measure import Item
+from bench_curvature.summary import ratios, straight_line, summarise
 
 Row = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """A process of its own for some measurements: reads what to measure from standard input, writes a line of JSON for each.
 
-python -m laplace_ws.bench.worker < request.json
+python -m bench_curvature.worker < request.json
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from laplace_ws.bench.config import BenchConfig, CurvesConfig, NetworkConfig, UpdatesConfig
-from laplace_ws.bench.measure import Item, measure
+from bench_curvature.config import BenchConfig, CurvesConfig, NetworkConfig, UpdatesConfig
+from bench_curvature.measure import Item, measure
 
 
 def config_from(values: Item) -> BenchConfig:

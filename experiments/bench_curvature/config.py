@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from laplace_ws.bench.contestants import CONTESTANTS
+from bench_curvature.contestants import CONTESTANTS
 from laplace_ws.curvature import Curvature
+from laplace_ws.errors import InputError
 from laplace_ws.kfac import FactorPrecision, KfacApprox
 from laplace_ws.models import Norm, WideResNet
 from laplace_ws.registry import unknown_name
@@ -17,7 +18,7 @@ CURVATURES = tuple(curvature.value for curvature in Curvature)
 USUAL_CURVATURES = (Curvature.GGN.value, Curvature.GGN_MC.value, Curvature.EF.value)
 
 
-class BenchError(ValueError):
+class BenchError(InputError):
     """The configuration does not allow the benchmark; the message says how to mend it."""
 
 

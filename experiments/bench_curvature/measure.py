@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from laplace_ws.bench.config import BenchConfig, NetworkConfig
-from laplace_ws.bench.contestants import CONTESTANTS
-from laplace_ws.bench.meter import peak_bytes, seconds_of
-from laplace_ws.bench.ours import prepare
-from laplace_ws.bench.setting import NotOffered, Setting, TrainingStep, Work, make_batch, make_network
+from bench_curvature.config import BenchConfig, NetworkConfig
+from bench_curvature.contestants import CONTESTANTS
+from bench_curvature.meter import peak_bytes, seconds_of
+from bench_curvature.ours import prepare
+from bench_curvature.setting import NotOffered, Setting, TrainingStep, Work, make_batch, make_network
 
 Item = dict[str, Any]
 """What to measure (`kind` and its options), and after that what was measured; goes through JSON."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from laplace_ws.bench import ours, peers
-from laplace_ws.bench.setting import Setting, Work
+from bench_curvature import ours, peers
+from bench_curvature.setting import Setting, Work
 
 
 @dataclass(frozen=True)

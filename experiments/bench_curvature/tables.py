@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from laplace_ws.bench.config import BenchError
+from bench_curvature.config import BenchError
 from laplace_ws.experiment.folder import write_whole
 
 Result = dict[str, Any]

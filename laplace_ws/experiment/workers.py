@@ -14,13 +14,16 @@ Result = TypeVar("Result")
 _stop: Event | None = None
 
 
-def side_by_side(function: Callable[..., Result], calls: Sequence[tuple[Any, ...]], n_workers: int) -> Iterator[Result]:
+def side_by_side(
+    function: Callable[..., Result], calls: Sequence[tuple[Any, ...]], n_workers: int, *, progress: bool = False
+) -> Iterator[Result]:
     """The results of a function in the order of its calls; with one worker in this process, each when it is asked for.
 
     Args:
         function: Importable by name, as the workers look it up.
         calls: The arguments of each call.
         n_workers: Processes.
+        progress: Whether the workers may show progress bars, as where one of them has one at most.
 
     Raises:
         BaseException: what a call raised, an interrupt included; calls that have not begun are left out then.
@@ -32,7 +35,7 @@ def side_by_side(function: Callable[..., Result], calls: Sequence[tuple[Any, ...
         return
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    executor = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_begin, initargs=(stop,))
+    executor = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_begin, initargs=(stop, progress))
     try:
         futures = [executor.submit(_call_unless_stopped, function, arguments) for arguments in calls]
         for future in futures:
@@ -51,11 +54,12 @@ class _NoTerminal(io.TextIOBase):
         return 0 if sys.__stderr__ is None else sys.__stderr__.write(text)
 
 
-def _begin(stop: Event) -> None:
+def _begin(stop: Event, progress: bool) -> None:
     """Remember, in a worker, by which event all of them stop."""
     global _stop
     _stop = stop
-    sys.stderr = _NoTerminal()
+    if not progress:
+        sys.stderr = _NoTerminal()
 
 
 def _call_unless_stopped(function: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:

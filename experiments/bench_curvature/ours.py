@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from laplace_ws.bench.setting import Setting, Work
+from bench_curvature.setting import Setting, Work
 from laplace_ws.curvature import Curvature, CurvatureSum, make_backend
 from laplace_ws.kfac import FactorPrecision, KronAccumulator, approximation_by_parameter
 from laplace_ws.likelihoods import Categorical

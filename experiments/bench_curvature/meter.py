@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from laplace_ws.bench.setting import Work
+from bench_curvature.setting import Work
 
-_WINDOW = "laplace_ws.bench.step"
+_WINDOW = "bench_curvature.step"
 _CPU = 0
 
 

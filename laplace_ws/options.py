@@ -1,0 +1,152 @@
+"""Options of a command as a frozen dataclass: read from arguments, YAML files and mappings, with one sentence for a mistyped key."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from laplace_ws.errors import InputError
+from laplace_ws.registry import nearest
+
+T = TypeVar("T")
+_OWN_OPTIONS = ("config", "help", "print_config")
+
+if TYPE_CHECKING:
+    OneOf = str | T
+else:
+
+    class OneOf:
+        """Type of an option that takes one of the strings of an enumeration: `OneOf[Curvature]` is "ggn", "ef", …"""
+
+        def __class_getitem__(cls, choices: type) -> Any:
+            return Literal[tuple(choice.value for choice in choices)]
+
+
+class UnknownKeyError(InputError):
+    """A key that no section of the options has."""
+
+
+class OptionParser(ArgumentParser):
+    """A parser in which every field of a dataclass is an option, in sections by keys with dots.
+
+    Errors are raised: `UnknownKeyError`, or jsonargparse's `ArgumentError` for a value that does not fit its type.
+
+    Args:
+        kind: the dataclass.
+        flags: what further options without a value do, by name.
+        as_positional: whether fields without a default are given by their place, not by name.
+        **kwargs: of jsonargparse's parser.
+    """
+
+    def __init__(
+        self, kind: type, *, flags: Mapping[str, str] | None = None, as_positional: bool = False, **kwargs: Any
+    ):
+        super().__init__(exit_on_error=False, **kwargs)
+        self._kind = kind
+        self._keys = config_keys(kind)
+        self._flags = flags or {}
+        self.add_argument("--config", action="config", help="YAML file; options after it override it")
+        self.add_class_arguments(kind, as_group=False, as_positional=as_positional)
+        for name, meaning in self._flags.items():
+            self.add_argument(f"--{name}", action="store_true", help=meaning)
+
+    def read(self, args: Sequence[str]) -> Any:
+        """The dataclass that arguments give."""
+        return from_values(self._kind, instantiated(self, self.parse_args(list(args))))
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:
+        """Parse after refusing an unknown key, among the arguments or in a file, with the nearest known one."""
+        args = list(sys.argv[1:] if args is None else args)
+        for i, arg in enumerate(args):
+            if not arg.startswith("--"):
+                continue
+            key, equals, value = arg[2:].partition("=")
+            values = [value] if equals else args[i + 1 : i + 2]
+            if key == "config" and values:
+                check_file(Path(values[0]), self._keys)
+            check_keys([key], [*self._keys, *self._flags, *_OWN_OPTIONS])
+        return super().parse_args(args, *more, **kwargs)
+
+
+def instantiated(parser: ArgumentParser, values: Namespace) -> Any:
+    """Parsed values with sections as their dataclasses."""
+    make = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
+    return make(values)
+
+
+def from_values(kind: type[T], values: Mapping[str, Any] | Namespace) -> T:
+    """The dataclass whose fields some values hold, among others."""
+    return kind(**{f.name: values[f.name] for f in fields(kind)})  # pyright: ignore[reportArgumentType]
+
+
+def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass of some keys, sections by name or by keys with dots; what is not given has its default.
+
+    Raises:
+        UnknownKeyError: there is no such key.
+        ArgumentError: a value does not fit its type.
+    """
+    known = config_keys(kind)
+    check_keys(flatten(values, known), known)
+    parser = OptionParser(kind)
+    return from_values(kind, instantiated(parser, parser.parse_object(dict(values))))
+
+
+def config_keys(kind: type, prefix: str = "") -> list[str]:
+    """All keys with dots, sections included: "data", "data.name", …"""
+    hints = get_type_hints(kind)
+    keys = []
+    for name in hints:
+        keys.append(prefix + name)
+        if is_dataclass(hints[name]):
+            keys += config_keys(hints[name], f"{prefix}{name}.")
+    return keys
+
+
+def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a key that is not known.
+
+    Raises:
+        UnknownKeyError: says which, and the nearest known one.
+    """
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            raise UnknownKeyError(f"unknown key '{key}'; did you mean '{nearest(key, known, cutoff=0.0)}'?")
+
+
+def check_file(path: Path, known: Sequence[str]) -> None:
+    """Refuse a YAML file with an unknown key, or one that is no mapping.
+
+    Raises:
+        UnknownKeyError: says which file, and why.
+        OSError: it cannot be read.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UnknownKeyError(f"'{path}' is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UnknownKeyError(f"'{path}' must hold keys and values, such as 'name: demo'")
+    try:
+        check_keys(flatten(values, known), known)
+    except UnknownKeyError as error:
+        raise UnknownKeyError(f"'{path}': {error}") from None
+
+
+def flatten(values: Mapping[str, Any], known: Iterable[str], prefix: str = "") -> dict[str, Any]:
+    """Values by keys with dots, sections included; goes down into sections only, not into a value that is a mapping."""
+    known = list(known)
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        flat[key] = value
+        if isinstance(value, Mapping) and any(k.startswith(f"{key}.") for k in known):
+            flat |= flatten(value, known, f"{key}.")
+    return flat
