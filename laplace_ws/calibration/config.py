@@ -8,9 +8,9 @@ from typing import Literal
 from laplace_ws.curvature import Curvature
 from laplace_ws.data.corruptions import Corruption
 from laplace_ws.kfac import KfacApprox
+from laplace_ws.likelihoods.links import LinkApprox
 from laplace_ws.metrics.ood import OodScore
 from laplace_ws.options import OneOf
-from laplace_ws.posterior.links import LinkApprox
 from laplace_ws.posterior.predict import PredType
 
 

@@ -23,7 +23,7 @@ class Likelihood(ABC):
         is_regression: whether predictions are means and variances of y, see `RegressionLikelihood`; else they are probabilities.
         target_ndim: axes of the targets that belong to one loss term: 1 for a vector as the outputs are, 0 for one label of all outputs of
             the term.
-        links: names of the approximations by which class probabilities follow from Gaussian outputs, see `posterior.links.LinkApprox`; none
+        links: names of the approximations by which class probabilities follow from Gaussian outputs, see `links.LinkApprox`; none
             where predictions have a closed form.
         scores: names of the scores of predictions that `score` knows.
         sigma_noise: σ in the units of the targets; 1 where there is no noise.
@@ -74,6 +74,19 @@ class Likelihood(ABC):
     @abstractmethod
     def predictive_mean(self, f: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
         """E[y | f]: class probabilities, or the regression mean."""
+
+    def needs_covariance(self, link: str) -> bool:
+        """Whether predictions need the covariance of Gaussian outputs, not their variances alone.
+
+        Args:
+            link: the approximation that leads from outputs to probabilities.
+
+        Raises:
+            ValueError: it is not for this likelihood.
+        """
+        if link not in self.links:
+            raise ValueError(f'link_approx={link!r} is for "classification"; use "probit" or "mc".')
+        return link != "probit"
 
     def predictive_nll(self, prediction: Any, y: Tensor) -> Float[Tensor, ""]:
         """Mean negative log probability of targets in nats, differentiable in the prediction.
@@ -141,6 +154,37 @@ class RegressionLikelihood(Likelihood):
         """See `Likelihood.predictive_nll`; of a Gaussian with the predicted moments."""
         mean, variances = prediction
         return 0.5 * ((y - mean).square() / variances + variances.log() + math.log(2 * math.pi)).mean()
+
+    def needs_covariance(self, link: str) -> bool:
+        """See `Likelihood.needs_covariance`: always, as the covariance is what is predicted."""
+        return True
+
+    def target_moments(
+        self, f: Float[Tensor, "N ... C"], spread: Tensor, sigma_noise: Tensor | None, *, joint: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the targets, given those of the outputs.
+
+        Args:
+            f: mean of the outputs.
+            spread: their covariance for each example, their variances, or, with `joint`, the covariance of them all.
+            sigma_noise: σ, if the observation noise is to be added.
+            joint: whether `spread` is over all examples and outputs.
+        """
+        if joint:
+            mean = self.predictive_mean(f)
+            variances = spread.diagonal().reshape(f.shape)
+            # means are the first outputs, where there are others
+            places = torch.arange(f.numel(), device=f.device).reshape(f.shape)
+            of_means = (places if f.ndim == 1 else places[..., : mean.shape[-1]]).flatten()
+            spread, mean = spread[of_means][:, of_means], mean.flatten()
+        else:
+            variances = spread.diagonal(dim1=-2, dim2=-1).reshape(f.shape) if spread.ndim > f.ndim else spread
+            mean, spread = self.moments(f, spread)
+        if sigma_noise is not None:
+            noise = self.noise_variance(f, variances, sigma_noise.to(f.dtype))
+            is_matrix = spread.ndim > mean.ndim
+            spread = spread + (torch.diag_embed(noise.reshape(spread.shape[:-1])) if is_matrix else noise)
+        return mean, spread
 
     @abstractmethod
     def moments(self, f_mean: Float[Tensor, "N ... C"], f_var: Tensor) -> tuple[Float[Tensor, "N ... D"], Tensor]:

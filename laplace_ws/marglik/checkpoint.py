@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_ws.files import FileFormatError, load_tensors, save_tensors
+from laplace_ws.randomness import random_state, set_random_state
 
 FORMAT_VERSION = 1
 _SETTINGS_TO_NAME = 4
@@ -72,27 +73,12 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """State of torch's global random number generators that a run on `device` draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Restore what `rng_state` returned."""
-    torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
 @contextmanager
 def left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore the mode of every module, every `.grad` and the global random state on exit, also after an exception."""
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    rng = rng_state(device)
+    rng = random_state(device)
     try:
         yield
     finally:
@@ -100,4 +86,4 @@ def left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = training
         for parameter, grad in grads:
             parameter.grad = grad
-        set_rng_state(rng, device)
+        set_random_state(rng, device)

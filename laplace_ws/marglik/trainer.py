@@ -24,9 +24,7 @@ from laplace_ws.marglik.checkpoint import (
     check_settings,
     left_as_found,
     load_checkpoint,
-    rng_state,
     save_checkpoint,
-    set_rng_state,
     snapshot,
 )
 from laplace_ws.marglik.checks import DataFacts, one_pass_error
@@ -37,6 +35,7 @@ from laplace_ws.marglik.plain import plain_record
 from laplace_ws.marglik.result import MarglikResult, Progress, Record
 from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 from laplace_ws.posterior import Laplace
+from laplace_ws.randomness import random_state, set_random_state
 
 _STEPS_BETWEEN_LOSS_CHECKS = 20
 
@@ -117,7 +116,7 @@ class Trainer:
                 stacklevel=3,
             )
         with left_as_found(self.model, self.device):
-            set_rng_state(self.rng, self.device)
+            set_random_state(self.rng, self.device)
             self._train()
             start = time.perf_counter()
             self.hyper.assign_to(self.final_la)
@@ -290,7 +289,7 @@ class Trainer:
             "hyper": self.hyper.state_dict(),
             "loader": getattr(self.loader, "state_dict", dict)(),
             "generators": [generator.get_state() for generator in self.generators],
-            "rng": rng_state(self.device),
+            "rng": random_state(self.device),
         }
 
     def resume(self) -> None:

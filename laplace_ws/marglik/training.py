@@ -14,7 +14,7 @@ from laplace_ws.curvature.backend import trainable_parameters
 from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys
 from laplace_ws.likelihoods import Likelihood, make_likelihood
-from laplace_ws.marglik.checkpoint import left_as_found, rng_state
+from laplace_ws.marglik.checkpoint import left_as_found
 from laplace_ws.marglik.checks import check_data
 from laplace_ws.marglik.optimizers import make_optimizer, make_scheduler, scheduler_options
 from laplace_ws.marglik.options import TrainingOptions
@@ -23,6 +23,7 @@ from laplace_ws.marglik.result import MarglikResult, Record
 from laplace_ws.marglik.schedule import Schedule
 from laplace_ws.marglik.settings import run_settings
 from laplace_ws.marglik.trainer import Trainer
+from laplace_ws.randomness import random_state
 
 
 def marglik_training(
@@ -232,7 +233,7 @@ def prepare(
                 scheduler_kwargs=lr_options,
                 hyper=hyper,
             ),
-            rng=rng_state(device),
+            rng=random_state(device),
             checkpoint_path=None if checkpoint_path is None else Path(checkpoint_path),
             on_epoch=on_epoch,
             progress_bar=progress_bar,

@@ -20,12 +20,12 @@ from laplace_ws.curvature.inputs import BatchKeys
 from laplace_ws.errors import NotFittedError
 from laplace_ws.files import load_tensors, save_tensors
 from laplace_ws.likelihoods import Likelihood, likelihood_from_state, make_likelihood
+from laplace_ws.likelihoods.links import LinkApprox
 from laplace_ws.matrices import CurvatureMatrix
 from laplace_ws.posterior import files
 from laplace_ws.posterior.evidence import log_marginal_likelihood, optimal_prior_and_noise
 from laplace_ws.posterior.fit import Fit, all_options, check_network, fit_posterior
 from laplace_ws.posterior.groups import PriorStructure
-from laplace_ws.posterior.links import LinkApprox
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.precision import PosteriorPrecision
 from laplace_ws.posterior.predict import Prediction, PredictionOptions, Predictor, PredType

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws.curvature.inputs import ModelInputs
-from laplace_ws.likelihoods import Likelihood, RegressionLikelihood
+from laplace_ws.likelihoods import RegressionLikelihood
+from laplace_ws.likelihoods.links import LinkApprox, draw_outputs, probabilities
 from laplace_ws.matrices import Damping, Layout
 from laplace_ws.posterior.fit import Fit, check_network
 from laplace_ws.posterior.functional import LinearisedModel
-from laplace_ws.posterior.links import LinkApprox, bridge, probit_scaled, sample_outputs
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.prior import Prior
 from laplace_ws.registry import Choice
@@ -82,17 +82,17 @@ class Predictor:
             if options.joint:
                 raise ValueError('joint=True needs pred_type="glm".')
             return self.mean_over_samples(self.network_outputs(x, options), options)
-        needs_covariance = needs_output_covariance(likelihood, link)
+        needs_covariance = likelihood.needs_covariance(link.value)
         if options.diagonal_output and link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM):
             raise ValueError(
                 f"link_approx={link.value!r} needs the covariance of the outputs; leave out diagonal_output."
             )
         diagonal_output = options.diagonal_output or not needs_covariance
         f, spread = self.moments(x, joint=options.joint, diagonal_output=diagonal_output, backprop=options.backprop)
-        if likelihood.is_regression:
+        if isinstance(likelihood, RegressionLikelihood):
             sigma = self.prior.sigma_noise if options.observation_noise else None
-            return target_moments(likelihood, f, spread, sigma, joint=options.joint)
-        return probabilities(likelihood, f, spread, options)
+            return likelihood.target_moments(f, spread, sigma, joint=options.joint)
+        return probabilities(likelihood, f, spread, link, options.n_samples, options.generator)
 
     def sample(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
         """Weights drawn from the posterior."""
@@ -109,7 +109,7 @@ class Predictor:
         f, spread = self.moments(
             x, joint=options.joint, diagonal_output=options.diagonal_output, backprop=options.backprop
         )
-        return draw_outputs(f, spread, options)
+        return draw_outputs(f, spread, options.n_samples, options.generator, joint=options.joint)
 
     def predictive_samples(self, x: Any, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
         """Probabilities, or regression means, at outputs drawn from the posterior; with `observation_noise` targets."""
@@ -190,69 +190,3 @@ class Predictor:
         deviations = (means - mean).reshape(len(means), len(mean), -1)
         covariance = torch.einsum("snc,snd->ncd", deviations, deviations) / (len(means) - 1)
         return mean, covariance + torch.diag_embed(noise.reshape(covariance.shape[:-1]))
-
-
-# -------------------------------------------------------------------- from outputs to targets
-
-
-def needs_output_covariance(likelihood: Likelihood, link: LinkApprox) -> bool:
-    """Whether variances of the outputs are not enough.
-
-    Raises:
-        ValueError: the likelihood has no such link.
-    """
-    if likelihood.is_regression:
-        return True
-    if link.value not in likelihood.links:
-        raise ValueError(f'link_approx={link.value!r} is for "classification"; use "probit" or "mc".')
-    return link is not LinkApprox.PROBIT
-
-
-def probabilities(
-    likelihood: Likelihood, f: Tensor, spread: Tensor, options: PredictionOptions
-) -> Float[Tensor, "N ..."]:
-    """E[p(y | f)] for outputs with mean f and the given covariances or variances."""
-    with torch.autocast(f.device.type, enabled=False):
-        if options.link is LinkApprox.PROBIT:
-            return likelihood.predictive_mean(probit_scaled(f, spread))
-        if options.link is LinkApprox.MC:
-            return likelihood.predictive_mean(draw_outputs(f, spread, options)).mean(0)
-        return bridge(f, spread, normalised=options.link is LinkApprox.BRIDGE_NORM)
-
-
-def target_moments(
-    likelihood: Likelihood, f: Tensor, spread: Tensor, sigma_noise: Tensor | None, *, joint: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the targets of a regression, given those of the outputs; with the observation noise, if σ is given."""
-    assert isinstance(likelihood, RegressionLikelihood)
-    if joint:
-        mean = likelihood.predictive_mean(f)
-        variances = spread.diagonal().reshape(f.shape)
-        # means are the first outputs, where there are others
-        places = torch.arange(f.numel(), device=f.device).reshape(f.shape)
-        of_means = (places if f.ndim == 1 else places[..., : mean.shape[-1]]).flatten()
-        spread, mean = spread[of_means][:, of_means], mean.flatten()
-    else:
-        variances = spread.diagonal(dim1=-2, dim2=-1).reshape(f.shape) if spread.ndim > f.ndim else spread
-        mean, spread = likelihood.moments(f, spread)
-    if sigma_noise is not None:
-        noise = likelihood.noise_variance(f, variances, sigma_noise.to(f.dtype))
-        is_matrix = spread.ndim > mean.ndim
-        spread = spread + (torch.diag_embed(noise.reshape(spread.shape[:-1])) if is_matrix else noise)
-    return mean, spread
-
-
-def draw_outputs(f: Tensor, spread: Tensor, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
-    """Outputs from N(f, spread), by covariances or, where it has the shape of f, variances."""
-    n_samples, generator = options.n_samples, options.generator
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
-    with torch.autocast(f.device.type, enabled=False):
-        if options.joint:
-            return sample_outputs(f.flatten(), spread, n_samples, generator).reshape(n_samples, *f.shape)
-        if spread.shape == f.shape:
-            noise = torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
-            return f + spread.clamp_min(0).sqrt() * noise  # a variance of zero may be rounded below it
-        if f.ndim == 1:  # one output per example, without an axis of its own
-            return sample_outputs(f[:, None], spread, n_samples, generator)[..., 0]
-        return sample_outputs(f, spread, n_samples, generator)

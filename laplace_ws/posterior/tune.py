@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from laplace_ws.curvature.batches import Batches
+from laplace_ws.likelihoods.links import LinkApprox
 from laplace_ws.posterior.evidence import log_marginal_likelihood, optimal_prior_and_noise
 from laplace_ws.posterior.groups import PriorStructure, prior_groups
-from laplace_ws.posterior.links import LinkApprox
 from laplace_ws.posterior.predict import PredictionOptions, Predictor
 from laplace_ws.posterior.prior import Prior
 from laplace_ws.posterior.scores import make_score

@@ -16,21 +16,16 @@ from torch import Tensor
 from laplace_ws.curvature.batches import Batches
 from laplace_ws.curvature.inputs import ModelInputs
 from laplace_ws.errors import InvalidBatchError
-from laplace_ws.likelihoods import Likelihood
+from laplace_ws.likelihoods import RegressionLikelihood
+from laplace_ws.likelihoods.links import probabilities
 from laplace_ws.matrices import Layout, Pushforward, expand_per_weight
 from laplace_ws.posterior.evidence import BOUNDS
 from laplace_ws.posterior.functional import LinearisedModel
 from laplace_ws.posterior.groups import PriorGroups
-from laplace_ws.posterior.links import LinkApprox
-from laplace_ws.posterior.predict import (
-    PredictionOptions,
-    Predictor,
-    needs_output_covariance,
-    probabilities,
-    target_moments,
-)
+from laplace_ws.posterior.predict import Prediction, PredictionOptions, Predictor
 from laplace_ws.posterior.prior import Prior
 from laplace_ws.posterior.scores import Score
+from laplace_ws.randomness import random_state, set_random_state
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ def grid_scores(
     likelihood, fit = predictor.fit.likelihood, predictor.fit
     options = replace(options, diagonal_output=True, observation_noise=likelihood.is_regression)
     priors = [predictor.prior.changed(precision=delta) for delta in grid]
-    layout = predictor.layout(joint=False, diagonal_output=not needs_output_covariance(likelihood, options.link))
+    layout = predictor.layout(joint=False, diagonal_output=not likelihood.needs_covariance(options.link.value))
     pushforward = fit.H.pushforward([fit.damping(prior) for prior in priors], layout)
     predictions: list[list[Any]] = [[] for _ in grid]
     targets = []
@@ -114,10 +109,10 @@ def _predictions(
     options: PredictionOptions,
 ) -> Iterator[Any]:
     """Predictions at each prior, from one linearisation; by sampling, with the same draws for each."""
-    likelihood, state = predictor.fit.likelihood, _random_state(options.generator, y.device)
+    likelihood, state = predictor.fit.likelihood, random_state(y.device, options.generator)
     if options.by_network:
         for prior in priors:
-            _set_random_state(options.generator, state, y.device)
+            set_random_state(state, y.device, options.generator)
             at_prior = replace(predictor, prior=prior)
             outputs = at_prior.network_outputs(x, options)
             likelihood.check(outputs[0], y)
@@ -126,11 +121,8 @@ def _predictions(
     f, spreads = _moments(predictor, x, pushforward)
     likelihood.check(f, y)
     for spread in spreads:
-        _set_random_state(options.generator, state, y.device)
-        if likelihood.is_regression:
-            yield _target_variances(likelihood, f, spread, predictor.prior.sigma_noise)
-        else:
-            yield probabilities(likelihood, f, spread, options)
+        set_random_state(state, y.device, options.generator)
+        yield _prediction(predictor, f, spread, options)
 
 
 def minimise_validation_nll(predictor: Predictor, batches: Batches, unknowns: Unknowns, n_steps: int) -> Prior:
@@ -151,11 +143,7 @@ def minimise_validation_nll(predictor: Predictor, batches: Batches, unknowns: Un
             for part in _differentiable_parts(predictor, len(x)):
                 f, (spread,) = _moments(predictor, x[part], pushforward)
                 likelihood.check(f, y[part])
-                prediction: Any
-                if likelihood.is_regression:
-                    prediction = _target_variances(likelihood, f, spread, prior.sigma_noise)
-                else:
-                    prediction = probabilities(likelihood, f, spread, PredictionOptions(link=LinkApprox.PROBIT))
+                prediction = _prediction(replace(predictor, prior=prior), f, spread, PredictionOptions())
                 n_targets = likelihood.n_targets(f, y[part])
                 if not n_targets:
                     continue
@@ -198,11 +186,14 @@ def _not_empty(batches: Batches) -> Iterator[tuple[ModelInputs, Tensor]]:
         raise InvalidBatchError("val_loader holds no batch; give an iterable that is not empty or used up.")
 
 
-def _target_variances(likelihood: Likelihood, f: Tensor, spread: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variances of the targets, of one shape."""
+def _prediction(predictor: Predictor, f: Tensor, spread: Tensor, options: PredictionOptions) -> Prediction:
+    """Probabilities; or, for regression, mean and variances of the targets, of one shape."""
+    likelihood = predictor.fit.likelihood
+    if not isinstance(likelihood, RegressionLikelihood):
+        return probabilities(likelihood, f, spread, options.link, options.n_samples, options.generator)
     if spread.ndim > f.ndim:
         spread = spread.diagonal(dim1=-2, dim2=-1).reshape(f.shape)
-    return target_moments(likelihood, f, spread, sigma)
+    return likelihood.target_moments(f, spread, predictor.prior.sigma_noise)
 
 
 def _differentiable_parts(predictor: Predictor, n_examples: int) -> Iterator[slice]:
@@ -224,18 +215,3 @@ def _joined(parts: Sequence[Any]) -> Any:
     if isinstance(parts[0], tuple):
         return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
     return torch.cat(list(parts))
-
-
-def _random_state(generator: torch.Generator | None, device: torch.device) -> Tensor:
-    if generator is not None:
-        return generator.get_state()
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(generator: torch.Generator | None, state: Tensor, device: torch.device) -> None:
-    if generator is not None:
-        generator.set_state(state)
-    elif device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)

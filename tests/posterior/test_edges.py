@@ -14,9 +14,9 @@ from laplace_ws import Categorical, Gaussian, InvalidBatchError, Laplace, Unsupp
 from laplace_ws.curvature import Curvature
 from laplace_ws.files import FileFormatError
 from laplace_ws.kfac import KfacApprox
+from laplace_ws.likelihoods.links import LinkApprox, bridge, probabilities
 from laplace_ws.posterior import prior_groups
-from laplace_ws.posterior.links import LinkApprox, bridge
-from laplace_ws.posterior.predict import PredictionOptions, PredType, probabilities
+from laplace_ws.posterior.predict import PredictionOptions, PredType
 from laplace_ws.posterior.scores import make_score
 from laplace_ws.posterior.validate import Unknowns
 
@@ -146,14 +146,14 @@ def test_autocast_leaves_the_algebra_alone():
     single.fit([(x.float(), y)])
     f, covariance = single.functional_moments(x.float())
     for link in ("mc", "bridge"):
-        expected = probabilities(single.likelihood, f, covariance, _link(link))
+        expected = probabilities(single.likelihood, f, covariance, *_link(link))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = probabilities(single.likelihood, f, covariance, _link(link))
+            found = probabilities(single.likelihood, f, covariance, *_link(link))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def _link(link):
-    return PredictionOptions(PredType.GLM, LinkApprox(link), 50, torch.Generator().manual_seed(0))
+    return LinkApprox(link), 50, torch.Generator().manual_seed(0)
 
 
 # ------------------------------------------------------------------ weights that are shared, hidden or padding

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from laplace_ws import Gaussian, HeteroscedasticGaussian, InvalidBatchError, Laplace, NotFittedError
-from laplace_ws.posterior.links import bridge, probit_scaled, root, sample_outputs
+from laplace_ws.likelihoods.links import bridge, probit_scaled, root, sample_outputs
 
 F64 = torch.float64
 

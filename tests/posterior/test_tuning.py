@@ -9,8 +9,8 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from laplace_ws import InvalidBatchError, Laplace
+from laplace_ws.likelihoods.links import LinkApprox
 from laplace_ws.metrics import evaluate_classification
-from laplace_ws.posterior.links import LinkApprox
 from laplace_ws.posterior.predict import PredictionOptions, PredType
 from laplace_ws.posterior.scores import make_score
 

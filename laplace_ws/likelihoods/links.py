@@ -1,4 +1,4 @@
-"""From a Gaussian over a network's outputs to predicted probabilities.
+"""From a Gaussian over a network's outputs to predicted probabilities, and draws from it.
 
 f is `[..., C]`, its covariance `[..., C, C]`, its variances `[..., C]`.
 """
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws.likelihoods.base import Likelihood
 from laplace_ws.matrices.eigen import eigh
 from laplace_ws.registry import Choice
 
@@ -27,6 +28,49 @@ class LinkApprox(Choice):
     MC = "mc"
     BRIDGE = "bridge"
     BRIDGE_NORM = "bridge_norm"
+
+
+def probabilities(
+    likelihood: Likelihood,
+    f: Float[Tensor, "N ..."],
+    spread: Tensor,
+    link: LinkApprox,
+    n_samples: int = 100,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "N ..."]:
+    """E[p(y | f)] for outputs with mean f and the given covariances or variances.
+
+    Args:
+        likelihood: of classes.
+        f: mean of the outputs.
+        spread: their covariance for each example and term, or, for "probit" and "mc", variances.
+        link: how it is approximated.
+        n_samples: samples, for "mc".
+        generator: source of randomness; default: torch's own.
+    """
+    with torch.autocast(f.device.type, enabled=False):
+        if link is LinkApprox.PROBIT:
+            return likelihood.predictive_mean(probit_scaled(f, spread))
+        if link is LinkApprox.MC:
+            return likelihood.predictive_mean(draw_outputs(f, spread, n_samples, generator)).mean(0)
+        return bridge(f, spread, normalised=link is LinkApprox.BRIDGE_NORM)
+
+
+def draw_outputs(
+    f: Float[Tensor, "N ..."], spread: Tensor, n_samples: int, generator: torch.Generator | None, *, joint: bool = False
+) -> Float[Tensor, "S N ..."]:
+    """Draws from N(f, spread), by covariances or, where it has the shape of f, variances; with `joint` by the covariance of them all."""
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
+    with torch.autocast(f.device.type, enabled=False):
+        if joint:
+            return sample_outputs(f.flatten(), spread, n_samples, generator).reshape(n_samples, *f.shape)
+        if spread.shape == f.shape:
+            noise = torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
+            return f + spread.clamp_min(0).sqrt() * noise  # a variance of zero may be rounded below it
+        if f.ndim == 1:  # one output per example, without an axis of its own
+            return sample_outputs(f[:, None], spread, n_samples, generator)[..., 0]
+        return sample_outputs(f, spread, n_samples, generator)
 
 
 def probit_scaled(f: Float[Tensor, "*S C"], variances: Float[Tensor, "*S C"]) -> Float[Tensor, "*S C"]:
