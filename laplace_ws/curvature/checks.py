@@ -53,24 +53,29 @@ class LinearisationCheck:
             x: the batch.
             parameters: those that are covered, by name.
         """
+        self.begin(parameters)
+        if not self._signatures:
+            self.run(x[:N_PROBED])
+
+    def begin(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Begin a pass: forget what was found if the network or its covered parameters are others."""
         self._parameters = parameters
         self.backend.forget()
         anatomy = _Anatomy.of(self.model, parameters)
         if self._anatomy is None or self._anatomy.facts != anatomy.facts:
             self._anatomy = anatomy
             self._signatures.clear()
-        if not self._signatures:
-            self.run(x[:N_PROBED])
 
     def knows(self, uses: Sequence[Use]) -> bool:
         """Whether a batch with the like uses has been checked."""
         return _signature(uses) in self._signatures
 
-    def run(self, x: ModelInputs) -> None:
-        """Check a batch, see `check_linearisation`."""
-        uses, _, column_bytes = check_linearisation(self.backend, self.model, x, self._parameters)
+    def run(self, x: ModelInputs) -> tuple[Sequence[Use], Tensor]:
+        """Check a batch, see `check_linearisation`; returns its uses and its outputs."""
+        uses, f, column_bytes = check_linearisation(self.backend, self.model, x, self._parameters)
         self._signatures.add(_signature(uses))
         self.column_bytes_per_example = column_bytes / len(x)
+        return uses, f
 
     def n_parts(self, n_examples: int, device: torch.device) -> int:
         """In how many parts to take a batch, so that a column of each takes little memory, by the measure of the last check."""

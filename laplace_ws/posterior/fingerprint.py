@@ -35,7 +35,7 @@ class Fingerprint:
     def of(cls, model: nn.Module, subset: WeightSubset) -> Fingerprint:
         """That of a model as it is."""
         tensors = _not_covered(model, subset)
-        return cls(list(tensors), _sums(tensors))
+        return cls(list(tensors), tensor_sums(tensors))
 
     def check(self, model: nn.Module, subset: WeightSubset) -> None:
         """Raise `ValueError` unless the model is that of the fingerprint."""
@@ -43,7 +43,7 @@ class Fingerprint:
         for name in [*self.names, *tensors]:
             if (name in tensors) != (name in self.names):
                 raise ValueError(f"{name!r} is frozen or covered otherwise than in the fit; fit anew.")
-        for name, found, (total, norm) in zip(self.names, _sums(tensors), self.sums, strict=True):
+        for name, found, (total, norm) in zip(self.names, tensor_sums(tensors), self.sums, strict=True):
             scale = max(norm.item(), found[1].item())
             is_same_norm = abs(found[1] - norm) <= _TOLERANCE * scale
             is_same_sum = abs(found[0] - total) <= _TOLERANCE * scale * math.sqrt(tensors[name].numel())
@@ -117,7 +117,8 @@ def _not_covered(model: nn.Module, subset: WeightSubset) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _sums(tensors: Mapping[str, Tensor]) -> Float[Tensor, "K 2"]:
+def tensor_sums(tensors: Mapping[str, Tensor]) -> Float[Tensor, "K 2"]:
+    """Sum and norm of each tensor, in float64 on the CPU."""
     if not tensors:
         return torch.zeros(0, 2, dtype=torch.float64)
     sums = [

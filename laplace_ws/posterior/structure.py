@@ -13,7 +13,7 @@ from torch import nn
 from laplace_ws.curvature import Curvature, CurvatureSum
 from laplace_ws.curvature.backend import evaluation_mode
 from laplace_ws.curvature.batches import Batches, Pairs
-from laplace_ws.curvature.checks import N_PROBED, check_linearisation
+from laplace_ws.curvature.checks import N_PROBED
 from laplace_ws.curvature.inputs import ModelInputs
 from laplace_ws.curvature.totals import DataTotals
 from laplace_ws.kfac import Accumulator
@@ -85,7 +85,8 @@ class Problem:
         network = self.network
         with evaluation_mode(network.model), network.active():
             parameters = network.parameters()
-            uses, outputs, _ = check_linearisation(network.backend, network.model, x[:N_PROBED], parameters)
+            network.check.begin(parameters)
+            uses, outputs = network.check.run(x[:N_PROBED])
             make_accumulator(parameters).start_batch(uses, outputs.ndim)
 
 
