@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -185,7 +184,7 @@ def is_finished(member: Member) -> bool:
     if not path.exists():
         return False
     wanted = {key: value for key, value in asdict(member.run).items() if key not in NOT_PART_OF_THE_RESULT}
-    check_settings(path, json.loads(path.read_text(encoding="utf-8"))["config"], wanted)
+    check_settings(path, dict(read_run(member.folder).config), wanted)
     return True
 
 
