@@ -28,9 +28,9 @@ from laplace_ws.calibration import (
 )
 from laplace_ws.calibration import write_result as write_calibration
 from laplace_ws.calibration.table import columns
-from laplace_ws.cli import make_parser, parse
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.run import run_experiment
+from laplace_ws.options import Options
 from laplace_ws.report.calibration_page import write_calibration_report
 
 
@@ -116,9 +116,8 @@ def mean_and_error(values: Sequence[float], decimals: int) -> str:
 
 
 def main() -> None:
-    parser = make_parser(StudyConfig, "calibrate.py", "Score predictives of trained networks over several seeds.")
-    values = parse(parser, StudyConfig, sys.argv[1:], ("config", "help", "print_config"))
-    config = StudyConfig(**{key: values[key] for key in StudyConfig.__dataclass_fields__})
+    description = "Score predictives of trained networks over several seeds."
+    config = Options(StudyConfig).read(sys.argv[1:], prog="calibrate.py", description=description)
     results = [calibrate_seed(config, seed) for seed in config.seeds]
     table = collect(results)
     print(as_markdown(table))

@@ -14,9 +14,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from laplace_ws.cli import parse_train
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.run import run_experiment
+from laplace_ws.options import Options
 
 SEEDS = (0, 1, 2)
 FIGURES = ("log_marginal_likelihood", "test_nll", "test_accuracy", "test_ece")
@@ -46,7 +46,8 @@ def as_markdown(table: dict[str, dict[str, list[float]]]) -> str:
 
 
 def main() -> None:
-    config, _ = parse_train(sys.argv[1:])
+    description = __doc__.splitlines()[0]
+    config = Options(RunConfig).read(sys.argv[1:], prog="prior_sweep.py", description=description)
     table = sweep(config)
     path = Path(config.out) / f"{config.name}.json"
     path.write_text(json.dumps({"seeds": SEEDS, "table": table}, indent=2) + "\n")
