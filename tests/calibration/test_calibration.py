@@ -246,10 +246,8 @@ def test_what_cannot_be_is_refused_in_one_sentence(change, message, config, othe
         run_calibration(replace(config, **change))
 
 
-def test_without_validation_images_only_what_needs_none(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "laplace_ws.calibration.trained._validation_images", lambda run, data, n: (data.x_train[:0], data.y_train[:0])
-    )
+def test_without_validation_images_only_what_needs_none(config, tmp_path):
+    config = replace(config, checkpoint=str(train_tiny(tmp_path, n_train=None, batch_size=500)))
     with pytest.raises(ExperimentError, match=r"trained on all of them; train with a smaller data\.n_train, or set"):
         run_calibration(config)
     methods = MethodsConfig(temperature=False, laplace=["last_layer_full"], priors=["marglik"])
