@@ -23,7 +23,6 @@ THIS = "scripts/draw_architecture.py"
 
 LAYERS: tuple[dict[str, int], ...] = (
     {"cli": 2},
-    {"bench": 2},
     {"report": 2},
     {"calibration": 1, "selection": 3},
     {"experiment": 2},
@@ -31,9 +30,10 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"posterior": 2},
     {"curvature": 2},
     {"kfac": 2},
-    {"likelihoods": 0, "matrices": 2, "data": 4},
-    {"models": 1, "metrics": 3},
-    {"_version": 0, "errors": 1, "files": 2, "registry": 3},
+    {"likelihoods": 2},
+    {"matrices": 1, "metrics": 2, "models": 3, "data": 4},
+    {"options": 1, "records": 2, "tables": 3},
+    {"_version": 0, "errors": 1, "files": 2, "randomness": 3, "registry": 4},
 )
 """The parts of the package, each with its column in the picture. A part may import what stands below it, not beside or above it."""
 ENTRY_POINTS = {"__init__", "__main__"}

@@ -21,12 +21,10 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 # ------------------------------------------------------------------ the package
 
 
-@pytest.mark.xfail(strict=True, reason="selection imports report, and parts of the posterior import each other")
 def test_imports_keep_the_order_of_the_layers():
     assert problems(imports(PACKAGE), map(part_of, modules(PACKAGE))) == []
 
 
-@pytest.mark.xfail(strict=True, reason="evidence and files import the posterior for its type")
 def test_the_posterior_imports_nothing_for_types_alone():
     for_types = [i for i in imports(PACKAGE) if i.only_for_types and part_of(i.importer) == "posterior"]
     assert for_types == []
