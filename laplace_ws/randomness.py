@@ -1,4 +1,4 @@
-"""The state of the random number generators that a computation draws from, so that draws can be repeated."""
+"""Random states, so that draws can be repeated."""
 
 from __future__ import annotations
 

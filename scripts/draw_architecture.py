@@ -30,12 +30,14 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"posterior": 2},
     {"curvature": 2},
     {"kfac": 2},
-    {"likelihoods": 2},
-    {"matrices": 1, "metrics": 2, "models": 3, "data": 4},
+    {"likelihoods": 3},
+    {"matrices": 1, "metrics": 3, "models": 0, "data": 4},
     {"options": 1, "records": 2, "tables": 3},
     {"_version": 0, "errors": 1, "files": 2, "randomness": 3, "registry": 4},
 )
 """The parts of the package, each with its column in the picture. A part may import what stands below it, not beside or above it."""
+N_BOTTOM = 2
+"""The lowest layers, which are drawn without arrows: all the others use them."""
 ENTRY_POINTS = {"__init__", "__main__"}
 """Modules that only hand on what others define: they stand above all layers and are not drawn."""
 
@@ -72,8 +74,8 @@ def _goes_down(i: Import, levels: Mapping[str, int]) -> bool:
 
 
 def drawn_arrows(found: Iterable[Import]) -> list[tuple[str, str]]:
-    """The pairs of parts of which one imports the other, without those that a way over others implies, and without the lowest layer."""
-    left_out, levels = ENTRY_POINTS | set(LAYERS[-1]), _levels()
+    """The pairs of parts of which one imports the other, without those that a way over others implies, and without the lowest layers."""
+    left_out, levels = ENTRY_POINTS | {part for layer in LAYERS[-N_BOTTOM:] for part in layer}, _levels()
     pairs = {(part_of(i.importer), part_of(i.imported)) for i in found if _goes_down(i, levels)}
     pairs = {(start, end) for start, end in pairs if start != end and not left_out & {start, end}}
     below: dict[str, set[str]] = {}
@@ -124,7 +126,7 @@ def draw(package: Path = PACKAGE) -> str:
     for level, row in enumerate(rows):
         for part, column in row.items():
             x, y = _MARGIN + _WIDTH / 2 + column * _ACROSS, _MARGIN + _HEIGHT / 2 + level * _DOWN
-            fill = _BOTTOM_FILL if row is rows[-1] else _FILL
+            fill = _BOTTOM_FILL if row in rows[-N_BOTTOM:] else _FILL
             boxes[part] = _Box(part, _about(parts[part]), x, y, fill)
     width = 2 * _MARGIN + _WIDTH + max(max(layer.values()) for layer in LAYERS) * _ACROSS
     height = 2 * _MARGIN + _HEIGHT + (len(rows) - 1) * _DOWN

@@ -63,6 +63,7 @@ def test_separate_circles_are_told_apart():
 @pytest.fixture
 def toy_layers(monkeypatch):
     monkeypatch.setattr(draw_architecture, "LAYERS", ({"top": 0}, {"left": 0, "right": 1}, {"low": 0}, {"base": 0}))
+    monkeypatch.setattr(draw_architecture, "N_BOTTOM", 1)
 
 
 PARTS = ["top", "left", "right", "low", "base"]
