@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from laplace_ws._version import __version__
 from laplace_ws.errors import InputError
 from laplace_ws.marglik.schedule import TrainingDiverged
-from laplace_ws.options import OptionParser, UnknownKeyError, from_values, instantiated
+from laplace_ws.options import Options, UnknownKeyError, instantiated
 from laplace_ws.registry import unknown_name
 
 if TYPE_CHECKING:
@@ -100,15 +100,9 @@ class Command:
     flags: dict[str, str] = field(default_factory=dict)
     as_positional: bool = False
 
-    @property
-    def kind(self) -> type:
-        """The dataclass of its options."""
-        return pkgutil.resolve_name(self.config)
-
-    def parser(self) -> OptionParser:
-        """What reads its options."""
-        description = f"{self.help[0].upper()}{self.help[1:]}."
-        return OptionParser(self.kind, flags=self.flags, as_positional=self.as_positional, description=description)
+    def options(self) -> Options[Any]:
+        """Its options."""
+        return Options(pkgutil.resolve_name(self.config), self.flags, self.as_positional)
 
 
 COMMANDS = {
@@ -152,16 +146,21 @@ def parse(args: Sequence[str]) -> tuple[Command, Any, dict[str, bool]]:
     )
     subcommands = parser.add_subcommands(dest="command")
     chosen = args[0] if args else ""
-    if chosen and not chosen.startswith("-") and chosen not in COMMANDS:
+    options = None
+    if chosen in COMMANDS:
+        options = COMMANDS[chosen].options()
+        options.check(args[1:])
+    elif chosen and not chosen.startswith("-"):
         raise UnknownKeyError(str(unknown_name("command", chosen, COMMANDS)))
     for name, command in COMMANDS.items():
-        # the configuration is imported, with all that it rests on, for its own command alone
-        own = command.parser() if name == chosen else ArgumentParser()
+        # a configuration is imported, with all that it rests on, for its own command alone
+        own = options.parser(description=command.help) if options and name == chosen else ArgumentParser()
         subcommands.add_subcommand(name, own, help=command.help)
-    values = instantiated(parser, parser.parse_args(list(args)))
-    command, given = COMMANDS[values.command], values[values.command]
-    config = from_values(command.kind, given)
-    return command, config, {name: given[name] for name in command.flags}
+    values = parser.parse_args(list(args))
+    if options is None:
+        raise UnknownKeyError(f"name the command first: {', '.join(COMMANDS)}")
+    given = instantiated(parser, values)[chosen]
+    return COMMANDS[chosen], options.of(given), {flag: given[flag] for flag in options.flags}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

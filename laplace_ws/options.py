@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -32,57 +31,66 @@ class UnknownKeyError(InputError):
     """A key that no section of the options has."""
 
 
-class OptionParser(ArgumentParser):
-    """A parser in which every field of a dataclass is an option, in sections by keys with dots.
+@dataclass(frozen=True)
+class Options(Generic[T]):
+    """The options of a command: each field of a dataclass, in sections by keys with dots, and `--config` for a file of them.
 
-    Errors are raised: `UnknownKeyError`, or jsonargparse's `ArgumentError` for a value that does not fit its type.
-
-    Args:
+    Attributes:
         kind: the dataclass.
         flags: what further options without a value do, by name.
         as_positional: whether fields without a default are given by their place, not by name.
-        **kwargs: of jsonargparse's parser.
     """
 
-    def __init__(
-        self, kind: type, *, flags: Mapping[str, str] | None = None, as_positional: bool = False, **kwargs: Any
-    ):
-        super().__init__(exit_on_error=False, **kwargs)
-        self._kind = kind
-        self._keys = config_keys(kind)
-        self._flags = flags or {}
-        self.add_argument("--config", action="config", help="YAML file; options after it override it")
-        self.add_class_arguments(kind, as_group=False, as_positional=as_positional)
-        for name, meaning in self._flags.items():
-            self.add_argument(f"--{name}", action="store_true", help=meaning)
+    kind: type[T]
+    flags: Mapping[str, str] = field(default_factory=dict)
+    as_positional: bool = False
 
-    def read(self, args: Sequence[str]) -> Any:
-        """The dataclass that arguments give."""
-        return from_values(self._kind, instantiated(self, self.parse_args(list(args))))
+    def parser(self, **kwargs: Any) -> ArgumentParser:
+        """A parser with these options, which raises its errors; takes what jsonargparse's takes."""
+        parser = ArgumentParser(exit_on_error=False, **kwargs)
+        parser.add_argument("--config", action="config", help="YAML file; options after it override it")
+        parser.add_class_arguments(self.kind, as_group=False, as_positional=self.as_positional)
+        for name, meaning in self.flags.items():
+            parser.add_argument(f"--{name}", action="store_true", help=meaning)
+        return parser
 
-    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:
-        """Parse after refusing an unknown key, among the arguments or in a file, with the nearest known one."""
-        args = list(sys.argv[1:] if args is None else args)
+    def check(self, args: Sequence[str]) -> None:
+        """Refuse an unknown key, among arguments or in a file that they name, with the nearest known one.
+
+        Raises:
+            UnknownKeyError: says which.
+            OSError: the file cannot be read.
+        """
+        known = config_keys(self.kind)
         for i, arg in enumerate(args):
             if not arg.startswith("--"):
                 continue
             key, equals, value = arg[2:].partition("=")
             values = [value] if equals else args[i + 1 : i + 2]
             if key == "config" and values:
-                check_file(Path(values[0]), self._keys)
-            check_keys([key], [*self._keys, *self._flags, *_OWN_OPTIONS])
-        return super().parse_args(args, *more, **kwargs)
+                check_file(Path(values[0]), known)
+            check_keys([key], [*known, *self.flags, *_OWN_OPTIONS])
+
+    def read(self, args: Sequence[str], **kwargs: Any) -> T:
+        """The dataclass that arguments give; keywords are those of the parser.
+
+        Raises:
+            UnknownKeyError: there is no such key.
+            ArgumentError: a value does not fit its type.
+        """
+        self.check(args)
+        parser = self.parser(**kwargs)
+        return self.of(instantiated(parser, parser.parse_args(list(args))))
+
+    def of(self, values: Namespace) -> T:
+        """The dataclass whose fields some parsed values are, among others."""
+        return self.kind(**{name: values[name] for name in get_type_hints(self.kind)})
 
 
 def instantiated(parser: ArgumentParser, values: Namespace) -> Any:
     """Parsed values with sections as their dataclasses."""
     make = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
     return make(values)
-
-
-def from_values(kind: type[T], values: Mapping[str, Any] | Namespace) -> T:
-    """The dataclass whose fields some values hold, among others."""
-    return kind(**{f.name: values[f.name] for f in fields(kind)})  # pyright: ignore[reportArgumentType]
 
 
 def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -94,8 +102,9 @@ def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
     """
     known = config_keys(kind)
     check_keys(flatten(values, known), known)
-    parser = OptionParser(kind)
-    return from_values(kind, instantiated(parser, parser.parse_object(dict(values))))
+    options = Options(kind)
+    parser = options.parser()
+    return options.of(instantiated(parser, parser.parse_object(dict(values))))
 
 
 def config_keys(kind: type, prefix: str = "") -> list[str]:

@@ -12,7 +12,7 @@ from bench_curvature.files import check_places, load_result, render, write_resul
 from bench_curvature.run import run_bench
 from bench_curvature.tables import Result, as_markdown
 from laplace_ws.cli import OK, exit_status
-from laplace_ws.options import OptionParser
+from laplace_ws.options import Options
 
 NAME = "bench_curvature.py"
 
@@ -31,12 +31,12 @@ class RenderConfig:
 
 
 def parse(args: Sequence[str]) -> BenchConfig:
-    """The benchmark that arguments ask for; raises what `OptionParser` raises."""
+    """The benchmark that arguments ask for; raises what `Options.read` raises."""
     description = (
         "Measure the cost of curvature, ours and other libraries', in units of a training step; "
         f"'{NAME} render --help' says how to print the tables of a measured benchmark."
     )
-    return OptionParser(BenchConfig, prog=NAME, description=description).read(args)
+    return Options(BenchConfig).read(args, prog=NAME, description=description)
 
 
 def measure(args: Sequence[str]) -> int:
@@ -53,8 +53,8 @@ def measure(args: Sequence[str]) -> int:
 def render_again(args: Sequence[str]) -> int:
     """Print the tables of a measured benchmark, and write tables and pictures beside it; returns the exit status."""
     description = "Print the tables of a measured benchmark; write tables and pictures anew beside it."
-    parser = OptionParser(RenderConfig, prog=f"{NAME} render", description=description, as_positional=True)
-    config = parser.read(args)
+    options = Options(RenderConfig, as_positional=True)
+    config = options.read(args, prog=f"{NAME} render", description=description)
     result = load_result(Path(config.result))
     print_result(result, render(result, Path(config.result).parent, config.docs and Path(config.docs)))
     return OK
