@@ -1,6 +1,6 @@
 """Build the wheel and the source distribution; fails on a warning, and where one of them lacks a file of the package.
 
-    python scripts/check_dist.py dist
+python scripts/check_dist.py dist
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@ from laplace_ws.posterior import structures  # noqa: F401 - registers them
 from laplace_ws.posterior.evidence import log_marginal_likelihood
 from laplace_ws.posterior.fit import Fit
 from laplace_ws.posterior.groups import PriorGroups, PriorStructure, prior_groups
-from laplace_ws.posterior.laplace import (
+from laplace_ws.posterior.laplace import Laplace
+from laplace_ws.posterior.load import (
     DiagLaplace,
     EkfacLaplace,
     FullLaplace,
     KronLaplace,
-    Laplace,
     LowRankLaplace,
     load_posterior,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +17,8 @@ from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.curvature_sum import default_generator
 from laplace_ws.curvature.inputs import BatchKeys
 from laplace_ws.errors import NotFittedError
-from laplace_ws.files import load_tensors, save_tensors
-from laplace_ws.likelihoods import Likelihood, likelihood_from_state, make_likelihood
+from laplace_ws.files import save_tensors
+from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.likelihoods.links import LinkApprox
 from laplace_ws.matrices import CurvatureMatrix
 from laplace_ws.posterior import files
@@ -28,24 +27,15 @@ from laplace_ws.posterior.fit import Fit, all_options, check_network, fit_poster
 from laplace_ws.posterior.groups import PriorStructure
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.precision import PosteriorPrecision
-from laplace_ws.posterior.predict import Prediction, PredictionOptions, Predictor, PredType
+from laplace_ws.posterior.predict import PredictionOptions, Predictor, PredType
+from laplace_ws.posterior.predictive import Predictive
 from laplace_ws.posterior.prior import Prior
-from laplace_ws.posterior.structure import STRUCTURES, Problem, make_structure
+from laplace_ws.posterior.structure import Problem, make_structure
 from laplace_ws.posterior.subset import WeightSubset, make_subset
 from laplace_ws.posterior.tune import Method, TuningOptions, tuned_prior
-from laplace_ws.registry import nearest
-
-_BY_CURVATURE = "choose by curvature=, kfac_approx=, mc_samples= and backend="
-_IN_LAPLACE_TORCH = {
-    "enable_backprop": "pass backprop=True to the prediction",
-    "backend_kwargs": _BY_CURVATURE,
-    "asdl_fisher_kwargs": _BY_CURVATURE,
-    "feature_reduction": "reduce the features in the model",
-}
-"""Options that users of laplace-torch know, and what takes their place."""
 
 
-class Laplace:
+class Laplace(Predictive):
     """Laplace approximation over weights of a network: all that require grad, or some of them.
 
     With L the summed negative log likelihood, H its curvature (sum over the data), Δ the diagonal prior precision and τ the temperature,
@@ -113,8 +103,8 @@ class Laplace:
         class_names: Sequence[str] | None = None,
         **structure_options: Any,
     ):
-        _check_option_names(structure_options)
-        structure = make_structure(hessian_structure, structure_options)
+        own_options = inspect.signature(type(self).__init__).parameters
+        structure = make_structure(hessian_structure, structure_options, other_options=own_options)
         for name, value in (("mc_samples", mc_samples), ("memory_budget", memory_budget)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -429,133 +419,13 @@ class Laplace:
         prediction = PredictionOptions(PredType(pred_type), LinkApprox(link_approx), n_samples, generator)
         title = "prior precision" if progress_bar else None
         batches = None if val_loader is None else Batches.of(val_loader, self.model, self.keys, progress=title)
-        self.prior = tuned_prior(self._predictor, options, batches, prediction)
+        self.prior = tuned_prior(self.predictor, options, batches, prediction)
         return self.prior_precision
 
-    # ---------------------------------------------------------------- prediction
-
     @property
-    def _predictor(self) -> Predictor:
+    def predictor(self) -> Predictor:
+        """The present posterior, as far as predictions need to know it; raises `NotFittedError` before a fit."""
         return Predictor(self.network, self.fitted, self.prior, self.memory_budget)
-
-    def __call__(
-        self,
-        x: Any,
-        pred_type: str = "glm",
-        link_approx: str = "probit",
-        n_samples: int = 100,
-        *,
-        joint: bool = False,
-        diagonal_output: bool = False,
-        observation_noise: bool = False,
-        backprop: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Prediction:
-        """The posterior predictive of a batch; the model is run in eval mode and left as it was.
-
-        Args:
-            x: inputs, as in the batches of the fit: a tensor, a mapping, or a row (x1, x2, …) for `model(x1, x2, …)`.
-            pred_type: "glm" or "nn", see `PredType`.
-            link_approx: for "glm" and classes: "probit", "mc", "bridge" or "bridge_norm", see `LinkApprox`.
-            n_samples: samples, for "nn" and "mc".
-            joint: for regression by "glm": the covariance over all inputs and outputs.
-            diagonal_output: variances alone, without the covariance between outputs; for "mc" and regression.
-            observation_noise: for regression: add the variance of the observation noise, so that it is that of a target.
-            backprop: keep the graph to the inputs ("native" backend), and to the weights, whose `.grad` a backward pass fills.
-            generator: source of randomness; default: torch's own.
-
-        Returns:
-            For classes, probabilities in the shape of the outputs. For regression, mean `[N, D]` and covariance `[N, D, D]`; with `joint`,
-            `[N·D]` and `[N·D, N·D]`; with `diagonal_output`, and for outputs of more than two dimensions, mean and variance of one shape.
-
-        Raises:
-            NotFittedError: there is no fit.
-            InvalidBatchError: the inputs do not fit the model.
-        """
-        options = PredictionOptions(
-            PredType(pred_type),
-            LinkApprox(link_approx),
-            n_samples,
-            generator,
-            joint,
-            diagonal_output,
-            observation_noise,
-            backprop,
-        )
-        return self._predictor.predict(x, options)
-
-    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "S P"]:
-        """Weights drawn from the posterior.
-
-        Args:
-            n_samples: S.
-            generator: source of randomness; default: torch's own.
-        """
-        return self._predictor.sample(n_samples, generator)
-
-    def functional_moments(
-        self, x: Any, *, joint: bool = False, diagonal_output: bool = False, backprop: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of the outputs of the linearised network.
-
-        Returns:
-            f `[N, C]` and `[N, C, C]`; for outputs `[N, T, C]`, `[N, T, C, C]`; with `diagonal_output`, and for outputs of more dimensions,
-            variances in the shape of f; with `joint`, `[N·C]` and `[N·C, N·C]`.
-        """
-        f, spread = self._predictor.moments(x, joint=joint, diagonal_output=diagonal_output, backprop=backprop)
-        return (f.flatten(), spread) if joint else (f, spread)
-
-    def functional_samples(
-        self,
-        x: Any,
-        pred_type: str = "glm",
-        n_samples: int = 100,
-        *,
-        joint: bool = False,
-        diagonal_output: bool = False,
-        backprop: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "S N ..."]:
-        """Outputs drawn from the posterior; for the arguments see `__call__`.
-
-        Those of one sample belong together across inputs with "nn" and with `joint`, so that each sample is a function.
-        """
-        options = PredictionOptions(
-            PredType(pred_type),
-            n_samples=n_samples,
-            generator=generator,
-            joint=joint,
-            diagonal_output=diagonal_output,
-            backprop=backprop,
-        )
-        return self._predictor.functional_samples(x, options)
-
-    def predictive_samples(
-        self,
-        x: Any,
-        pred_type: str = "glm",
-        n_samples: int = 100,
-        *,
-        joint: bool = False,
-        diagonal_output: bool = False,
-        observation_noise: bool = False,
-        backprop: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "S N ..."]:
-        """Class probabilities or regression means at outputs drawn from the posterior; for the arguments see `__call__`.
-
-        With `observation_noise` (regression), targets: noise is drawn for each.
-        """
-        options = PredictionOptions(
-            PredType(pred_type),
-            n_samples=n_samples,
-            generator=generator,
-            joint=joint,
-            diagonal_output=diagonal_output,
-            observation_noise=observation_noise,
-            backprop=backprop,
-        )
-        return self._predictor.predictive_samples(x, options)
 
     # ---------------------------------------------------------------- files
 
@@ -585,73 +455,3 @@ class Laplace:
         fitted = "not fitted" if self._fit is None else f"fitted to {self.n_data} examples"
         covered = f"{len(self.shapes)} parameters, {self.n_params} weights"
         return f"Laplace({self.hessian_structure}, {self.likelihood.name}, {covered}, {fitted})"
-
-
-KronLaplace = functools.partial(Laplace, hessian_structure="kron")
-"""`Laplace` with Kronecker factors, by its name in laplace-torch."""
-EkfacLaplace = functools.partial(Laplace, hessian_structure="ekfac")
-"""`Laplace` with eigenvalue-corrected Kronecker factors."""
-DiagLaplace = functools.partial(Laplace, hessian_structure="diag")
-"""`Laplace` with a diagonal curvature, by its name in laplace-torch."""
-FullLaplace = functools.partial(Laplace, hessian_structure="full")
-"""`Laplace` with the full curvature, by its name in laplace-torch."""
-LowRankLaplace = functools.partial(Laplace, hessian_structure="lowrank")
-"""`Laplace` with the leading eigenpairs of the curvature, by its name in laplace-torch."""
-
-
-def load_posterior(
-    path: str | Path,
-    model: nn.Module,
-    *,
-    likelihood: Likelihood | None = None,
-    backend: str | Backend | None = None,
-) -> Laplace:
-    """The posterior that `Laplace.save` wrote, with its options, beside a model like its own.
-
-    Args:
-        path: the file.
-        model: a network with the same parameters; its weights are left alone (`load_mean` puts those of the fit in their place).
-        likelihood: where it is a class of your own that is not registered.
-        backend: who runs the model; default: as saved.
-
-    Raises:
-        FileFormatError: the file is damaged, no posterior, or one of another format.
-        ValueError: the model has other parameters.
-    """
-    state = load_tensors(path, "a posterior")
-    files.check_format(state, f"'{path}'")
-    with files.damage_explained():
-        files.check_model(model, state)
-        options = dict(state["options"])
-        saved_likelihood = options.pop("likelihood")
-        la = Laplace(
-            model,
-            likelihood or _saved_likelihood(saved_likelihood),
-            subset_of_weights=files.saved_subset(state, next(model.parameters()).device),
-            backend=backend or state["backend"],
-            dict_key_x=state["dict_key_x"],
-            dict_key_y=state["dict_key_y"],
-            memory_budget=state["memory_budget"],
-            **options,
-        )
-    la.load_state_dict(state)
-    return la
-
-
-def _saved_likelihood(state: Mapping[str, Any]) -> Likelihood:
-    try:
-        return likelihood_from_state(state)
-    except ValueError as error:
-        raise ValueError(
-            f"the saved posterior has a likelihood of your own, {state['name']!r}; pass one like it as likelihood=, or register it."
-        ) from error
-
-
-def _check_option_names(options: Mapping[str, Any]) -> None:
-    """Raise `TypeError` for an option that no posterior has, with what might be meant."""
-    of_structures = {name for structure in STRUCTURES.values() for name in structure.option_names()}
-    for option in options:
-        if option not in of_structures:
-            near = nearest(option, {*inspect.signature(Laplace.__init__).parameters, *of_structures})
-            mend = _IN_LAPLACE_TORCH.get(option) or ("see Laplace" if near is None else f"did you mean {near!r}")
-            raise TypeError(f"Laplace has no option {option!r}; {mend}.")

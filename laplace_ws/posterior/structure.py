@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,7 +21,7 @@ from laplace_ws.likelihoods import Likelihood
 from laplace_ws.matrices import CurvatureMatrix
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.precision import PosteriorPrecision
-from laplace_ws.registry import Registry
+from laplace_ws.registry import Registry, nearest
 
 MakeAccumulator = Callable[[Mapping[str, nn.Parameter]], Accumulator]
 """From the covered parameters by name, the sums of a pass over the data."""
@@ -148,15 +148,36 @@ def register_structure(structure: type[Structure]) -> type[Structure]:
     return structure
 
 
-def make_structure(name: str, options: Mapping[str, Any]) -> Structure:
+_BY_CURVATURE = "choose by curvature=, kfac_approx=, mc_samples= and backend="
+_IN_LAPLACE_TORCH = {
+    "enable_backprop": "pass backprop=True to the prediction",
+    "backend_kwargs": _BY_CURVATURE,
+    "asdl_fisher_kwargs": _BY_CURVATURE,
+    "feature_reduction": "reduce the features in the model",
+}
+"""Options that users of laplace-torch know, and what takes their place."""
+
+
+def make_structure(name: str, options: Mapping[str, Any], other_options: Iterable[str] = ()) -> Structure:
     """A structure with its options.
 
+    Args:
+        name: of the structure.
+        options: of the structure, by name.
+        other_options: of posteriors of any structure, which may be meant by a mistyped one.
+
     Raises:
-        ValueError: there is none of this name, or it does not have such an option.
+        TypeError: no structure has such an option.
+        ValueError: there is no structure of this name, or it does not have an option that others have.
     """
     structure = STRUCTURES[name]
     for option in options:
-        if option not in structure.option_names():
-            owners = [repr(other) for other, s in STRUCTURES.items() if option in s.option_names()]
+        if option in structure.option_names():
+            continue
+        owners = [repr(other) for other, s in STRUCTURES.items() if option in s.option_names()]
+        if owners:
             raise ValueError(f"{option} is for hessian_structure={' and '.join(owners)}, not {name!r}; leave it out.")
+        near = nearest(option, {*other_options, *(o for s in STRUCTURES.values() for o in s.option_names())})
+        mend = _IN_LAPLACE_TORCH.get(option) or ("see Laplace" if near is None else f"did you mean {near!r}")
+        raise TypeError(f"Laplace has no option {option!r}; {mend}.")
     return structure(**options)

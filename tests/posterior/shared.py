@@ -9,7 +9,6 @@ from torch import Tensor
 from laplace_ws import Laplace
 from laplace_ws.curvature import exact
 from laplace_ws.curvature.batches import Batches
-from laplace_ws.posterior.predict import Predictor
 from laplace_ws.posterior.validate import grid_scores
 
 STRUCTURES = ["kron", "ekfac", "diag", "full", "lowrank"]
@@ -43,5 +42,4 @@ def dense_moments(la: Laplace, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def scores_of_grid(la: Laplace, data, grid, score, options) -> list[float]:
     """The scores by which `optimize_prior_precision("gridsearch")` chooses."""
-    predictor = Predictor(la.network, la.fitted, la.prior, la.memory_budget)
-    return grid_scores(predictor, Batches.of(data, la.model), grid, score, options)
+    return grid_scores(la.predictor, Batches.of(data, la.model), grid, score, options)

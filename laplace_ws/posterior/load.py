@@ -1,0 +1,75 @@
+"""Posteriors by the names of laplace-torch, and from files."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from laplace_ws.curvature import Backend
+from laplace_ws.files import load_tensors
+from laplace_ws.likelihoods import Likelihood, likelihood_from_state
+from laplace_ws.posterior import files
+from laplace_ws.posterior.laplace import Laplace
+
+KronLaplace = functools.partial(Laplace, hessian_structure="kron")
+"""`Laplace` with Kronecker factors, by its name in laplace-torch."""
+EkfacLaplace = functools.partial(Laplace, hessian_structure="ekfac")
+"""`Laplace` with eigenvalue-corrected Kronecker factors."""
+DiagLaplace = functools.partial(Laplace, hessian_structure="diag")
+"""`Laplace` with a diagonal curvature, by its name in laplace-torch."""
+FullLaplace = functools.partial(Laplace, hessian_structure="full")
+"""`Laplace` with the full curvature, by its name in laplace-torch."""
+LowRankLaplace = functools.partial(Laplace, hessian_structure="lowrank")
+"""`Laplace` with the leading eigenpairs of the curvature, by its name in laplace-torch."""
+
+
+def load_posterior(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    likelihood: Likelihood | None = None,
+    backend: str | Backend | None = None,
+) -> Laplace:
+    """The posterior that `Laplace.save` wrote, with its options, beside a model like its own.
+
+    Args:
+        path: the file.
+        model: a network with the same parameters; its weights are left alone (`load_mean` puts those of the fit in their place).
+        likelihood: where it is a class of your own that is not registered.
+        backend: who runs the model; default: as saved.
+
+    Raises:
+        FileFormatError: the file is damaged, no posterior, or one of another format.
+        ValueError: the model has other parameters.
+    """
+    state = load_tensors(path, "a posterior")
+    files.check_format(state, f"'{path}'")
+    with files.damage_explained():
+        files.check_model(model, state)
+        options = dict(state["options"])
+        saved_likelihood = options.pop("likelihood")
+        la = Laplace(
+            model,
+            likelihood or _saved_likelihood(saved_likelihood),
+            subset_of_weights=files.saved_subset(state, next(model.parameters()).device),
+            backend=backend or state["backend"],
+            dict_key_x=state["dict_key_x"],
+            dict_key_y=state["dict_key_y"],
+            memory_budget=state["memory_budget"],
+            **options,
+        )
+    la.load_state_dict(state)
+    return la
+
+
+def _saved_likelihood(state: Mapping[str, Any]) -> Likelihood:
+    try:
+        return likelihood_from_state(state)
+    except ValueError as error:
+        raise ValueError(
+            f"the saved posterior has a likelihood of your own, {state['name']!r}; pass one like it as likelihood=, or register it."
+        ) from error
