@@ -18,10 +18,9 @@ from laplace_ws.calibration.trained import TrainedRun
 from laplace_ws.data import TensorLoader
 from laplace_ws.experiment.evaluate import outputs
 from laplace_ws.experiment.folder import ExperimentError, Json
-from laplace_ws.posterior import Laplace
+from laplace_ws.posterior import STRUCTURES, Laplace
 
 MAP, TEMPERATURE = "map", "temperature"
-_KRONECKER = ("kron", "ekfac")
 
 Predict = Callable[[Float[Tensor, "N C H W"]], Float[Tensor, "N K"]]
 """Class probabilities of normalised images."""
@@ -133,7 +132,8 @@ def make_posterior(config: CalibrateConfig, trained: TrainedRun, structure: str)
     m = config.methods
     last_layer = structure.startswith("last_layer_")
     hessian_structure = structure.removeprefix("last_layer_")
-    kronecker = {"kfac_approx": m.kfac_approx} if hessian_structure in _KRONECKER else {}
+    has_factors = "kfac_approx" in STRUCTURES[hessian_structure].option_names()
+    own: dict[str, Any] = {"kfac_approx": m.kfac_approx} if has_factors else {}
     device = trained.data.x_train.device
     return Laplace(
         trained.model,
@@ -143,7 +143,7 @@ def make_posterior(config: CalibrateConfig, trained: TrainedRun, structure: str)
         curvature=m.curvature,
         backend=m.backend,
         generator=torch.Generator(device).manual_seed(config.seed),
-        **kronecker,
+        **own,
     )
 
 
