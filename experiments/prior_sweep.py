@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
-from laplace_ws.cli import parse_train
+from study import read_config
+
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.run import run_experiment
 
@@ -47,7 +47,7 @@ def as_markdown(table: dict[str, dict[str, list[float]]]) -> str:
 
 
 def main() -> None:
-    config, _ = parse_train(sys.argv[1:])
+    config = read_config(RunConfig, __doc__)
     table = sweep(config)
     path = Path(config.out) / f"{config.name}.json"
     path.write_text(json.dumps({"seeds": SEEDS, "table": table}, indent=2) + "\n")

@@ -7,6 +7,8 @@ import calibrate
 import pytest
 import yaml
 
+from laplace_ws.options import Options
+
 SETTINGS = {
     "seeds": [0, 1],
     "train": {
@@ -57,13 +59,8 @@ def test_a_figure_that_one_seed_lacks_is_a_dash():
 
 
 def test_configuration_of_the_repository_is_read():
-    values = calibrate.parse(
-        calibrate.make_parser(calibrate.StudyConfig, "calibrate.py", ""),
-        calibrate.StudyConfig,
-        ["--config", "configs/calibrate.yaml"],
-        ("config",),
-    )
-    assert values["train"].model.name == "lenet"
-    assert values["methods"].priors == ["marglik", "validation"]
-    assert values["data"].ood == "mnist"
-    assert values["train"].marglik.prior_prec_init == pytest.approx(5e-4 * values["train"].data.n_train)
+    config = Options(calibrate.StudyConfig).read(["--config", "configs/calibrate.yaml"])
+    assert config.train.model.name == "lenet"
+    assert config.methods.priors == ["marglik", "validation"]
+    assert config.data.ood == "mnist"
+    assert config.train.marglik.prior_prec_init == pytest.approx(5e-4 * config.train.data.n_train)
