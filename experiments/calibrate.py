@@ -12,12 +12,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from study import write_result
+from study import read_config, write_result
 
 from laplace_ws.calibration import (
     CalibrateConfig,
@@ -30,7 +29,6 @@ from laplace_ws.calibration import write_result as write_calibration
 from laplace_ws.calibration.table import columns
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.run import run_experiment
-from laplace_ws.options import Options
 from laplace_ws.report.calibration_page import write_calibration_report
 
 
@@ -116,8 +114,7 @@ def mean_and_error(values: Sequence[float], decimals: int) -> str:
 
 
 def main() -> None:
-    description = "Score predictives of trained networks over several seeds."
-    config = Options(StudyConfig).read(sys.argv[1:], prog="calibrate.py", description=description)
+    config = read_config(StudyConfig, "Score predictives of trained networks over several seeds.")
     results = [calibrate_seed(config, seed) for seed in config.seeds]
     table = collect(results)
     print(as_markdown(table))

@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import sys
 from pathlib import Path
+
+from study import read_config
 
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.run import run_experiment
-from laplace_ws.options import Options
 
 SEEDS = (0, 1, 2)
 FIGURES = ("log_marginal_likelihood", "test_nll", "test_accuracy", "test_ece")
@@ -46,8 +46,7 @@ def as_markdown(table: dict[str, dict[str, list[float]]]) -> str:
 
 
 def main() -> None:
-    description = __doc__.splitlines()[0]
-    config = Options(RunConfig).read(sys.argv[1:], prog="prior_sweep.py", description=description)
+    config = read_config(RunConfig, __doc__)
     table = sweep(config)
     path = Path(config.out) / f"{config.name}.json"
     path.write_text(json.dumps({"seeds": SEEDS, "table": table}, indent=2) + "\n")

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jsonargparse
 import torch
+from jsonargparse import ArgumentError
+
+from laplace_ws.errors import InputError
+from laplace_ws.options import Options
 
 Config = TypeVar("Config")
 
 
 def read_config(kind: type[Config], description: str | None) -> Config:
     """The configuration of a study from the command line: `--config file.yaml`, and options that override it."""
-    parser = jsonargparse.ArgumentParser(description=description)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(kind)
-    arguments = parser.parse_args()
-    del arguments["config"]
-    return kind(**arguments.as_dict())
+    try:
+        return Options(kind).read(sys.argv[1:], description=description)
+    except (InputError, ArgumentError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def write_result(config: Any, name: str, found: Any) -> Path:
