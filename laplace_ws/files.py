@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -43,4 +43,4 @@ def load_tensors(path: str | Path, kind: str, map_location: torch.device | str =
         raise FileFormatError(f"'{path}' cannot be read as {kind}: it is damaged, or another kind of file.") from error
     if not isinstance(state, dict):
         raise FileFormatError(f"'{path}' holds a {type(state).__name__} and not {kind}.")
-    return state
+    return cast(dict[str, Any], state)

@@ -194,8 +194,8 @@ def jacobians(
             f = linearisation.outputs.reshape(len(x), -1)
             columns = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
             columns = columns[:, None].expand(-1, len(x), -1).reshape(-1, *linearisation.outputs.shape)
-            rows = []
-            for chunk in columns.split(linearisation.columns_at_once):
+            rows: list[Tensor] = []
+            for chunk in torch.split(columns, linearisation.columns_at_once):
                 g = linearisation.pullback(chunk)
                 of_each = [example_gradients(name, linearisation.uses, g).flatten(2) for name in parameters]
                 rows.append(torch.cat(of_each, dim=2))  # [K, N, P]

@@ -1,5 +1,8 @@
 """The contract of a likelihood, and what several of them share."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch leaves the types of split, tolist and cholesky_ex open
+
 from __future__ import annotations
 
 import math

@@ -1,5 +1,8 @@
 """Softmax over classes."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch leaves the types of split, tolist and cholesky_ex open
+
 from __future__ import annotations
 
 from collections.abc import Iterator

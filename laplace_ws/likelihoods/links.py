@@ -3,6 +3,9 @@
 f is `[..., C]`, its covariance `[..., C, C]`, its variances `[..., C]`.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch leaves the types of split, tolist and cholesky_ex open
+
 from __future__ import annotations
 
 import math

@@ -19,9 +19,9 @@ class Progress:
     """What a run has done so far; plain numbers, model snapshots apart."""
 
     epoch: int = 0
-    losses: list[float] = field(default_factory=list)
-    margliks: list[float] = field(default_factory=list)
-    history: list[Record] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list[float])
+    margliks: list[float] = field(default_factory=list[float])
+    history: list[Record] = field(default_factory=list[Record])
     best: dict[str, Any] | None = None
     train_seconds: float = 0.0
     curvature_seconds: float = 0.0

@@ -1,5 +1,8 @@
 """What every curvature matrix can do, whatever its structure."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch leaves the types of split, tolist and cholesky_ex open
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod

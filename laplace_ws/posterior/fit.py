@@ -116,15 +116,15 @@ def fit_posterior(
 
     with network.active():
         batches = replace(batches, on_first=look_at_first)
-        H, totals = structure.curvature(problem, batches, None if before is None else before.H)
+        found, totals = structure.curvature(problem, batches, None if before is None else before.H)
     if n_data is not None and n_data != totals.n_examples:
-        H, totals = H * (n_data / totals.n_examples), totals.scaled_to(n_data)
+        found, totals = found * (n_data / totals.n_examples), totals.scaled_to(n_data)
     if before is not None:
         _check_same_form(before.output_shape, totals.output_shape)
-        H, totals = before.H + H, before.totals + totals
+        found, totals = before.H + found, before.totals + totals
     network.forget()
     return Fit(
-        H=H,
+        H=found,
         totals=totals,
         mean=network.flat_weights(),
         likelihood=problem.unit_likelihood,

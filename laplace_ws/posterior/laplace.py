@@ -121,7 +121,7 @@ class Laplace(Predictive):
                 f'hessian_structure={structure.name!r} covers parameters whole; a subnetwork needs "diag" or "full".'
             )
         is_guess = subset_of_weights == "last_layer" and last_layer_name is None
-        among = frozenset(trainable_parameters(model)) if is_guess else frozenset()
+        among: frozenset[str] = frozenset(trainable_parameters(model) if is_guess else ())
         self.network = Network(model, subset, make_backend(backend), BatchKeys(dict_key_x, dict_key_y), among)
         self.structure = structure.bound(self.parameter_names)
         self.likelihood = make_likelihood(likelihood)

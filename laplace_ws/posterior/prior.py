@@ -1,5 +1,8 @@
 """The prior of the weights, with the noise and the temperature of the likelihood: what the evidence of a fit is a function of."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch leaves the types of split, tolist and cholesky_ex open
+
 from __future__ import annotations
 
 import math
