@@ -1,4 +1,5 @@
-# make demo: tune a Wide ResNet by its marginal likelihood.  make test: the test suite.  make docs: the pages, in $(DOCS).
+# make demo: tune a Wide ResNet by its marginal likelihood.  make test: the test suite.  make test-fast: a part of it, under a minute.
+# make lint, make types: ruff and pyright.  make docs: the pages, in $(DOCS).  make architecture: the picture of the layers.
 # All create the environment that they need; run again, they are quick.
 
 PYTHON ?= python3
@@ -6,13 +7,27 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DOCS ?= build/docs
 
-.PHONY: demo test lint format docs clean
+# the rungs of the ladder in CONTRIBUTING.md, in small
+FAST := tests/test_registration.py tests/test_looked_at_once.py tests/test_architecture.py tests/test_likelihoods.py tests/kfac tests/matrices \
+	tests/curvature/test_kron_exactness.py tests/curvature/test_native.py tests/posterior/test_posterior.py tests/posterior/test_newton.py \
+	tests/marglik/test_objective.py tests/marglik/test_checkpoint.py
+
+.PHONY: demo test test-fast lint types format docs architecture clean
 
 demo: $(VENV)/.installed
 	$(BIN)/laplace-ws train --config configs/demo.yaml
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 $(FAST)
+
+types: $(VENV)/.installed-test
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+
+architecture: $(VENV)/.installed-test
+	$(BIN)/python scripts/draw_architecture.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
