@@ -44,9 +44,15 @@ def pytest_configure(config):
         second_device.register()
 
 
-def on_the_cpu(item):
-    """Why a test has no use for a device, or None."""
-    return ON_THE_CPU.get(item.path.relative_to(TESTS).parts[0])
+def on_the_cpu(node):
+    """Why a test, or a file of tests, has no use for a device, or None."""
+    return ON_THE_CPU.get(node.path.relative_to(TESTS).parts[0]) if node.path.is_relative_to(TESTS) else None
+
+
+def placed_for(node):
+    """What a test makes is on the device that was asked for."""
+    device = node.config.getoption("device")
+    return contextlib.nullcontext() if device == "cpu" or on_the_cpu(node) else placed(device)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -57,9 +63,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    with placed_for(collector):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    device = item.config.getoption("device")
-    with contextlib.nullcontext() if device == "cpu" or on_the_cpu(item) else placed(device):
+    with placed_for(item):
         return (yield)
 
 

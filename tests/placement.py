@@ -74,7 +74,8 @@ class _Placement(TorchFunctionMode):
         generator = kwargs.get("generator")
         if generator is not None and generator.device.type == "cuda":  # draws there, where nothing else could
             return func(*args, **kwargs, device=generator.device, requires_grad=requires_grad)
-        return func(*args, **kwargs).to(self.device).requires_grad_(requires_grad)
+        made = func(*args, **kwargs).to(self.device)
+        return made.requires_grad_() if requires_grad else made
 
 
 def _draw_in_place(func: Callable, args: Any, kwargs: dict[str, Any]) -> Tensor:

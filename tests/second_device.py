@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -49,9 +49,6 @@ INDEXING = {
 
 TAKING_SCALARS = INDEXING | {"aten::fill_", "aten::fill", "aten::masked_fill", "aten::masked_fill_", "aten::index_fill"}
 """Operations, besides the pointwise ones, that take a tensor of no dimension from the CPU."""
-
-RESIZING_MAKERS = ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "randperm", "randperm.generator")
-"""Operations that torch would do by making an empty tensor and giving it another shape."""
 
 counts: Counter[str] = Counter()
 """What has happened since the start: "wait: …" by operation, "copy from the CPU"."""
@@ -108,12 +105,16 @@ class SecondTensor(torch.Tensor):
 
     @property
     def data(self) -> torch.Tensor:
-        return self.detach()
+        return SecondTensor(self.raw.detach())  # with a version counter of its own
 
     @data.setter
     def data(self, new: SecondTensor) -> None:
         torch.Tensor.data.__set__(self, new)
         self.raw = new.raw
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        index = tuple(map(_index, index)) if isinstance(index, tuple) else _index(index)
+        return super().__getitem__(index)
 
     def data_ptr(self) -> int:
         return self.raw.data_ptr()
@@ -142,6 +143,11 @@ class SecondTensor(torch.Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], *rest: Any) -> SecondTensor:
         return SecondTensor(inner["raw"])
+
+
+def _index(index: Any) -> Any:
+    """Lists of places as tensors on the device, which torch would make itself on another one."""
+    return torch.tensor(list(index), device=NAME) if isinstance(index, (list, range)) else index
 
 
 def _leaves(values: Any) -> Iterator[Any]:
@@ -217,9 +223,10 @@ def _wrapped(output: Any, known: dict[int, SecondTensor]) -> Any:
     if isinstance(output, torch.Tensor):
         if id(output) not in known:
             return SecondTensor(output)
-        if known[id(output)].shape != output.shape:
-            raise NotImplementedError(f"a tensor on {NAME} cannot change its shape in place")
-        return known[id(output)]
+        same = known[id(output)]
+        if same.shape != output.shape or same.stride() != output.stride():  # as `squeeze_` does
+            same.data = SecondTensor(output)
+        return same
     if isinstance(output, (list, tuple)):
         return type(output)(_wrapped(value, known) for value in output)
     return output
@@ -269,14 +276,10 @@ def _constructor(original: Callable[..., torch.Tensor]) -> Callable[..., torch.T
             return original(data, device=device, **options | ({"requires_grad": True} if requires_grad else {}))
         if not isinstance(data, SecondTensor):
             data = original(data, **options)
-        return data.to(device=NAME, dtype=options.get("dtype")).requires_grad_(requires_grad)
+        placed = data.to(device=NAME, dtype=options.get("dtype"))
+        return placed.requires_grad_() if requires_grad else placed
 
     return construct
-
-
-def _make(name: str, *args: Any, **kwargs: Any) -> Any:
-    operator, _, overload = name.partition(".")
-    return _run(getattr(getattr(torch.ops.aten, operator), overload or "default"), args, kwargs)
 
 
 def _generator(original: type) -> Callable[..., torch.Generator]:
@@ -315,10 +318,7 @@ def register() -> None:
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), dispatch_key="PrivateUse1")
     library.fallback(torch.library.fallthrough_kernel, dispatch_key="AutocastPrivateUse1")  # autocast changes nothing
-    whole = torch.library.Library("aten", "IMPL")
-    for maker in RESIZING_MAKERS:
-        whole.impl(maker, partial(_make, maker), "PrivateUse1")
-    register.kept = library, whole  # they end with their last reference
+    register.kept = library  # it ends with its last reference
     torch.tensor, torch.as_tensor = _constructor(torch.tensor), _constructor(torch.as_tensor)
     SecondTensor.new_tensor = lambda self, data, **options: torch.tensor(
         data, **{"dtype": self.dtype, "device": self.device} | options
