@@ -31,6 +31,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "not_simulated(reason): the simulated device lacks something that a GPU has")
     device = config.getoption("device")
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what chooses its device by itself, too
@@ -58,7 +59,9 @@ def placed_for(node):
 def pytest_collection_modifyitems(config, items):
     device = config.getoption("device")
     for item in items:
-        if device == second_device.NAME and (reason := second_device.why_not() or on_the_cpu(item)):
+        mark = item.get_closest_marker("not_simulated")
+        reason = second_device.why_not() or on_the_cpu(item) or (mark and mark.args[0])
+        if device == second_device.NAME and reason:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

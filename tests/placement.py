@@ -16,13 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import laplace_ws
 import second_device
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 TESTS = Path(__file__).parent
-MODELS = TESTS.parent / "laplace_ws" / "models"
+PACKAGE = Path(laplace_ws.__file__).parent
 TORCH = Path(torch.__file__).parent
 
 MAKERS = {
@@ -61,8 +62,11 @@ class _Placement(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in MAKERS and kwargs.get("device") is None and _is_made_by_a_test(func):
-            return self._make(func, args, kwargs)
+        if func in MAKERS and kwargs.get("device") is None:
+            if _is_made_by_a_test(func):
+                return self._make(func, args, kwargs)
+            if isinstance(kwargs.get("generator"), second_device.SecondGenerator):  # torch itself sees one of the CPU
+                raise RuntimeError(f"Expected a 'cpu' device type for generator but found '{second_device.NAME}'")
         if func in DRAWS_LIKE and kwargs.get("device") is None and _is_made_by_a_test(func):
             return func(args[0].detach().cpu(), *args[1:], **kwargs).to(args[0].device)
         if func in DRAWS_IN_PLACE and _is_made_by_a_test(func):
@@ -90,7 +94,7 @@ def _draw_in_place(func: Callable, args: Any, kwargs: dict[str, Any]) -> Tensor:
 
 
 def _is_made_by_a_test(func: Callable | None = None) -> bool:
-    """Whether the innermost caller outside of torch is a test, or a model that it builds."""
+    """Whether a test, or a model that it builds, is nearer on the stack than the package; other libraries work for their caller."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         makes = _makes(frame.f_code.co_filename)
@@ -107,10 +111,10 @@ def _hands_on(frame: FrameType, func: Callable | None) -> bool:
 
 @cache
 def _makes(file: str) -> bool | None:
-    """Whether code of a file is a test's; None for code that works on behalf of its caller."""
+    """Whether code of a file is a test's or a model's (True), or the package's (False); None for code that works for its caller."""
     path = Path(file)
     if path.is_relative_to(TORCH / "utils" / "data"):
         return False  # loaders draw their order on the CPU
-    if path.is_relative_to(TORCH) or path in (Path(__file__), Path(second_device.__file__)):
+    if path in (Path(__file__), Path(second_device.__file__)) or not (path.is_relative_to(TESTS) or path.is_relative_to(PACKAGE)):
         return None
-    return path.is_relative_to(TESTS) or path.is_relative_to(MODELS)
+    return not path.is_relative_to(PACKAGE) or path.is_relative_to(PACKAGE / "models")

@@ -113,8 +113,10 @@ class SecondTensor(torch.Tensor):
         self.raw = new.raw
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        index = tuple(map(_index, index)) if isinstance(index, tuple) else _index(index)
-        return super().__getitem__(index)
+        return super().__getitem__(_index(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_index(index), value)
 
     def data_ptr(self) -> int:
         return self.raw.data_ptr()
@@ -147,6 +149,8 @@ class SecondTensor(torch.Tensor):
 
 def _index(index: Any) -> Any:
     """Lists of places as tensors on the device, which torch would make itself on another one."""
+    if isinstance(index, tuple):
+        return tuple(map(_index, index))
     return torch.tensor(list(index), device=NAME) if isinstance(index, (list, range)) else index
 
 
