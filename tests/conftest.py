@@ -1,5 +1,6 @@
 import contextlib
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,13 @@ def pytest_addoption(parser):
         default="cpu",
         help="where the tests' tensors and models live: the CPU, a GPU, or a second device that is simulated on the CPU",
     )
+    parser.addoption(
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run each test with the first, and then every N-th, of its sets of parameters: a cross-section in little time",
+    )
 
 
 def pytest_configure(config):
@@ -47,7 +55,7 @@ def pytest_configure(config):
 
 def on_the_cpu(node):
     """Why a test, or a file of tests, has no use for a device, or None."""
-    return ON_THE_CPU.get(node.path.relative_to(TESTS).parts[0]) if node.path.is_relative_to(TESTS) else None
+    return next((why for part, why in ON_THE_CPU.items() if node.path.is_relative_to(TESTS / part)), None)
 
 
 def placed_for(node):
@@ -63,6 +71,15 @@ def pytest_collection_modifyitems(config, items):
         reason = second_device.why_not() or on_the_cpu(item) or (mark and mark.args[0])
         if device == second_device.NAME and reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+    places = Counter()
+    chosen = []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        if places[function] % config.getoption("every") == 0:
+            chosen.append(item)
+        places[function] += 1
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 @pytest.hookimpl(wrapper=True)
