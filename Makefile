@@ -6,13 +6,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DOCS ?= build/docs
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test test-device lint format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/laplace-ws train --config configs/demo.yaml
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+# A cross-section on the simulated second device. All of it: pytest --device second, with the files or folders to run; on a GPU: --device cuda.
+test-device: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --device second --every 29 tests/test_second_device.py tests/curvature/test_conformance.py tests/posterior \
+		tests/marglik/test_training.py tests/marglik/test_checkpoint.py tests/marglik/test_hyper_optimizers.py \
+		-k "not asdl-conv2d and not adam and not mackays_updates and not small_parts and not closed_form and not go_on and not finds_the_noise"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -16,23 +16,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import laplace_ws
 import second_device
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+import laplace_ws
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(laplace_ws.__file__).parent
 TORCH = Path(torch.__file__).parent
 
 MAKERS = {
-    getattr(torch, name)
-    for name in (
-        "arange as_tensor asarray empty eye full linspace logspace ones rand randint randn randperm scalar_tensor tensor "
-        "tril_indices triu_indices zeros"
-    ).split()
-}
+    torch.arange, torch.as_tensor, torch.asarray, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones,
+    torch.rand, torch.randint, torch.randn, torch.randperm, torch.scalar_tensor, torch.tensor, torch.tril_indices,
+    torch.triu_indices, torch.zeros,
+}  # fmt: skip
 DRAWS_LIKE = {torch.rand_like, torch.randint_like, torch.randn_like}
 DRAWS_IN_PLACE = {Tensor.bernoulli_, Tensor.exponential_, Tensor.normal_, Tensor.random_, Tensor.uniform_} | {
     function for name, function in vars(torch.nn.init).items() if name.endswith("_") and not name.startswith("_")
@@ -44,8 +43,10 @@ def placed(device: torch.device | str) -> Iterator[None]:
     """What tests make inside is on `device`."""
     original = torch.Generator
 
-    def generator(on: Any = None) -> torch.Generator:
-        return original(on if on is not None else device if _is_made_by_a_test() else "cpu")
+    where = device
+
+    def generator(device: Any = None) -> torch.Generator:
+        return original(device if device is not None else where if _is_made_by_a_test() else "cpu")
 
     torch.Generator = second_device.replaced(original, generator)
     try:
@@ -115,6 +116,8 @@ def _makes(file: str) -> bool | None:
     path = Path(file)
     if path.is_relative_to(TORCH / "utils" / "data"):
         return False  # loaders draw their order on the CPU
-    if path in (Path(__file__), Path(second_device.__file__)) or not (path.is_relative_to(TESTS) or path.is_relative_to(PACKAGE)):
+    if path in (Path(__file__), Path(second_device.__file__)) or not (
+        path.is_relative_to(TESTS) or path.is_relative_to(PACKAGE)
+    ):
         return None
     return not path.is_relative_to(PACKAGE) or path.is_relative_to(PACKAGE / "models")

@@ -139,7 +139,9 @@ class SecondTensor(torch.Tensor):
         arguments = (self.detach().cpu(), self.dtype, str(self.device), self.requires_grad)
         return torch._utils._rebuild_device_tensor_from_cpu_tensor, arguments
 
-    def __tensor_flatten__(self) -> tuple[list[str], None]:  # makes `module.to` swap tensors, which keeps ties and `raw` right
+    def __tensor_flatten__(
+        self,
+    ) -> tuple[list[str], None]:  # makes `module.to` swap tensors, which keeps ties and `raw` right
         return ["raw"], None
 
     @staticmethod
@@ -211,7 +213,9 @@ def _check_meeting(func: Any, name: str, args: Any, here: list[Any], elsewhere: 
     writes_elsewhere = func._schema.is_mutable and not isinstance(args[0], (SecondTensor, list, tuple))
     wrong = [t for t in elsewhere if writes_elsewhere or t.ndim > 0 or not takes_scalars]
     if wrong:
-        shapes = f"{[tuple(t.shape) for t in here]} on {NAME} and {[tuple(t.shape) for t in wrong]} on {wrong[0].device}"
+        shapes = (
+            f"{[tuple(t.shape) for t in here]} on {NAME} and {[tuple(t.shape) for t in wrong]} on {wrong[0].device}"
+        )
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got {shapes}")
 
 
@@ -242,7 +246,9 @@ def _wrapped(output: Any, known: dict[int, SecondTensor]) -> Any:
 class SecondGenerator(torch.Generator):
     """A generator of the device; its numbers are those of one of the CPU."""
 
-    known: ClassVar[WeakValueDictionary[int, SecondGenerator]] = WeakValueDictionary()  # torch hands operations a bare one
+    known: ClassVar[WeakValueDictionary[int, SecondGenerator]] = (
+        WeakValueDictionary()
+    )  # torch hands operations a bare one
 
     def __init__(self) -> None:
         super().__init__()

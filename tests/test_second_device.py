@@ -3,13 +3,13 @@
 import copy
 import warnings
 
-import laplace_ws
 import pytest
 import second_device
 import torch
 from cases import CASES
 from torch import nn
 
+import laplace_ws
 from laplace_ws import Laplace, kron_factors
 
 
@@ -59,7 +59,14 @@ def test_a_draw_needs_a_generator_of_its_device(code):
 
 @pytest.mark.parametrize(
     ("code", "n_waits"),
-    [("x.sum().item()", 1), ("x.tolist()", 1), ("x.cpu()", 1), ("bool(x[0] > 0)", 1), ("x[x > 0]", 1), ("x.exp() + 1", 0)],
+    [
+        ("x.sum().item()", 1),
+        ("x.tolist()", 1),
+        ("x.cpu()", 1),
+        ("bool(x[0] > 0)", 1),
+        ("x[x > 0]", 1),
+        ("x.exp() + 1", 0),
+    ],
 )
 def test_waits_are_counted(code, n_waits):
     x = torch.ones(3)

@@ -82,7 +82,9 @@ def test_layerwise_without_any_matrix_is_one_group_that_starts_as_told():
 )
 def test_structures_expand_to_what_the_posterior_takes(structure, n_groups, length):
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
-    hyper = Hyperparameters(prior_groups(shapes_of(model), structure), prior_precision=3.0, device=model[0].weight.device)
+    hyper = Hyperparameters(
+        prior_groups(shapes_of(model), structure), prior_precision=3.0, device=model[0].weight.device
+    )
     assert hyper.log_prior_precision.shape == (n_groups,)
     torch.testing.assert_close(hyper.prior_precision(), torch.full((length,), 3.0, dtype=torch.float64))
     named = list(trainable_parameters(model).items())
