@@ -12,7 +12,7 @@ FAST := tests/test_registration.py tests/test_looked_at_once.py tests/test_archi
 	tests/curvature/test_kron_exactness.py tests/curvature/test_native.py tests/posterior/test_posterior.py tests/posterior/test_newton.py \
 	tests/marglik/test_objective.py tests/marglik/test_checkpoint.py
 
-.PHONY: demo test test-fast lint types format docs architecture clean
+.PHONY: demo test test-fast test-device lint types format docs architecture clean
 
 demo: $(VENV)/.installed
 	$(BIN)/laplace-ws train --config configs/demo.yaml
@@ -28,6 +28,12 @@ types: $(VENV)/.installed-test
 
 architecture: $(VENV)/.installed-test
 	$(BIN)/python scripts/draw_architecture.py
+
+# A cross-section on the simulated second device. All of it: pytest --device second, with the files or folders to run; on a GPU: --device cuda.
+test-device: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --device second --every 29 tests/test_second_device.py tests/curvature/test_conformance.py tests/posterior \
+		tests/marglik/test_training.py tests/marglik/test_checkpoint.py tests/marglik/test_hyper_optimizers.py \
+		-k "not asdl-conv2d and not adam and not mackays_updates and not small_parts and not closed_form and not go_on and not finds_the_noise"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

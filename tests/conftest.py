@@ -1,5 +1,97 @@
+import contextlib
+import os
+from collections import Counter
+from pathlib import Path
+
 import pytest
+import second_device
 import torch
+from placement import placed
+
+TESTS = Path(__file__).parent
+ON_THE_CPU = {
+    "bench": "measures in processes of its own",
+    "calibration": "a command, which chooses its device by its configuration",
+    "data": "files and pictures, which are read on the CPU",
+    "experiments": "programs, which run in processes of their own",
+    "report": "pages and pictures",
+    "selection": "a command, which chooses its device by its configuration",
+    "test_cli.py": "commands, which choose their device by their configuration",
+    "test_docs.py": "examples of the pages, as a reader runs them",
+}
+"""Tests that gain nothing from a device, and why. With `--device cuda` they run as always, with the simulated device not at all."""
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda", second_device.NAME],
+        default="cpu",
+        help="where the tests' tensors and models live: the CPU, a GPU, or a second device that is simulated on the CPU",
+    )
+    parser.addoption(
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run each test with the first, and then every N-th, of its sets of parameters: a cross-section in little time",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "not_simulated(reason): the simulated device lacks something that a GPU has")
+    device = config.getoption("device")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what chooses its device by itself, too
+    elif device == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch sees no GPU")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # runs are compared with their repetition, bit by bit
+        torch.backends.cudnn.allow_tf32 = False
+    elif second_device.why_not() is None:
+        second_device.register()
+
+
+def on_the_cpu(node):
+    """Why a test, or a file of tests, has no use for a device, or None."""
+    return next((why for part, why in ON_THE_CPU.items() if node.path.is_relative_to(TESTS / part)), None)
+
+
+def placed_for(node):
+    """What a test makes is on the device that was asked for."""
+    device = node.config.getoption("device")
+    return contextlib.nullcontext() if device == "cpu" or on_the_cpu(node) else placed(device)
+
+
+def pytest_collection_modifyitems(config, items):
+    device = config.getoption("device")
+    for item in items:
+        mark = item.get_closest_marker("not_simulated")
+        reason = second_device.why_not() or on_the_cpu(item) or (mark and mark.args[0])
+        if device == second_device.NAME and reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+    places = Counter()
+    chosen = []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        if places[function] % config.getoption("every") == 0:
+            chosen.append(item)
+        places[function] += 1
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    with placed_for(collector):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    with placed_for(item):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -152,7 +152,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.inner(x))
-        first_query_sees_first_key_alone = torch.tensor([[False, True]] + [[False, False]] * (x.shape[1] - 1))
+        rows = [[False, True]] + [[False, False]] * (x.shape[1] - 1)
+        first_query_sees_first_key_alone = torch.tensor(rows, device=x.device)
         a, weights = self.attention(h, h[:, :2], h[:, :2] ** 2, attn_mask=first_query_sees_first_key_alone)
         return self.head(a.mean(1)) + weights.sum((1, 2))[:, None] ** 2
 
@@ -169,8 +170,12 @@ class Positions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n_tokens = x.shape[1]
-        h = self.tokens(x) + self.look_up(self.positions, torch.arange(n_tokens)) + self.shift[:, 1 : n_tokens + 1]
-        relative = torch.arange(n_tokens**2).reshape(n_tokens, n_tokens) % 5
+        h = (
+            self.tokens(x)
+            + self.look_up(self.positions, torch.arange(n_tokens, device=x.device))
+            + self.shift[:, 1 : n_tokens + 1]
+        )
+        relative = torch.arange(n_tokens**2, device=x.device).reshape(n_tokens, n_tokens) % 5
         q = h.unflatten(-1, (2, 2)).transpose(1, 2)
         scores = torch.tanh(q @ q.mT) + self.table[relative].permute(2, 0, 1).unsqueeze(0)
         return self.head(torch.tanh(scores.softmax(-1) @ q).transpose(1, 2).flatten(2).mean(1))

@@ -187,22 +187,22 @@ def test_softmax_columns_survive_confident_logits():
 
 def test_nll_against_scipy():
     f, y = outputs_and_targets("regression", (5, 2))
-    expected = -stats.norm(f.numpy(), 0.7).logpdf(y.numpy()).sum()
+    expected = -stats.norm(f.cpu().numpy(), 0.7).logpdf(y.cpu().numpy()).sum()
     assert Gaussian(0.7).nll_sum(f, y).item() == pytest.approx(expected, rel=1e-12)
     unit = Gaussian().nll_sum(f, y)
     assert Gaussian().nll_at_noise(unit, y.numel(), torch.tensor(0.7)).item() == pytest.approx(expected, rel=1e-6)
     f, y = outputs_and_targets("regression", (5, 4, 3))
     by_output = Gaussian(0.7, SCALES)
-    expected = -stats.norm(f.numpy(), 0.7 * np.array(SCALES)).logpdf(y.numpy()).sum()
+    expected = -stats.norm(f.cpu().numpy(), 0.7 * np.array(SCALES)).logpdf(y.cpu().numpy()).sum()
     assert by_output.nll_sum(f, y).item() == pytest.approx(expected, rel=1e-12)
     unit = by_output.at_noise(1.0).nll_sum(f, y)
     sigma = torch.tensor(0.7, dtype=torch.float64)
     assert by_output.nll_at_noise(unit, y.numel(), sigma).item() == pytest.approx(expected, rel=1e-12)
     f, y = outputs_and_targets("heteroscedastic", (5, 4, 3))
-    expected = -stats.norm(f[..., :3].numpy(), (f[..., 3:] / 2).exp().numpy()).logpdf(y.numpy()).sum()
+    expected = -stats.norm(f[..., :3].cpu().numpy(), (f[..., 3:] / 2).exp().cpu().numpy()).logpdf(y.cpu().numpy()).sum()
     assert HeteroscedasticGaussian().nll_sum(f, y).item() == pytest.approx(expected, rel=1e-12)
     f, y = outputs_and_targets("binary", (5, 2))
-    expected = -stats.bernoulli(f.sigmoid().numpy()).logpmf(y.numpy()).sum()
+    expected = -stats.bernoulli(f.sigmoid().cpu().numpy()).logpmf(y.cpu().numpy()).sum()
     assert Bernoulli().nll_sum(f, y).item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -273,9 +273,9 @@ def test_noise_variance_of_regressions():
     assert torch.equal(Gaussian().noise_variance(mean, var, 0.5), torch.full((5, 4), 0.25).double())
     by_output = Gaussian(9.0, [1.0, 2.0, 3.0, 4.0]).noise_variance(mean, var, torch.tensor(0.5))
     torch.testing.assert_close(by_output, torch.tensor([0.25, 1.0, 2.25, 4.0]).double().expand(5, 4))
-    log_normal = stats.lognorm(s=var[:, 2:].sqrt().numpy(), scale=mean[:, 2:].exp().numpy()).mean()
+    log_normal = stats.lognorm(s=var[:, 2:].sqrt().cpu().numpy(), scale=mean[:, 2:].exp().cpu().numpy()).mean()
     found = HeteroscedasticGaussian().noise_variance(mean, var, 1.0)
-    torch.testing.assert_close(found, torch.from_numpy(log_normal), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, torch.as_tensor(log_normal), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -73,7 +73,7 @@ def test_resumed_equals_uninterrupted(tmp_path, stop, kind):
     def loader():
         if kind == "tensor loader":
             return blobs()
-        generator = torch.Generator().manual_seed(5) if "generator" in kind else None
+        generator = torch.Generator("cpu").manual_seed(5) if "generator" in kind else None
         return DataLoader(TensorDataset(*blobs().dataset.tensors), batch_size=16, shuffle=True, generator=generator)
 
     whole = long_run(tmp_path / "whole.pt", loader())

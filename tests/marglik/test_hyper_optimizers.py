@@ -29,7 +29,7 @@ def fitted(structure: str = "kron"):
 
 
 def hyperparameters(la, prior: str = "layerwise", **options) -> Hyperparameters:
-    return Hyperparameters(prior_groups(la.shapes, prior), **{"tune_sigma": True} | options)
+    return Hyperparameters(prior_groups(la.shapes, prior), **{"tune_sigma": True, "device": la.mean.device} | options)
 
 
 @pytest.mark.parametrize("hyper_optimizer", CLOSED)

@@ -82,7 +82,9 @@ def test_layerwise_without_any_matrix_is_one_group_that_starts_as_told():
 )
 def test_structures_expand_to_what_the_posterior_takes(structure, n_groups, length):
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
-    hyper = Hyperparameters(prior_groups(shapes_of(model), structure), prior_precision=3.0)
+    hyper = Hyperparameters(
+        prior_groups(shapes_of(model), structure), prior_precision=3.0, device=model[0].weight.device
+    )
     assert hyper.log_prior_precision.shape == (n_groups,)
     torch.testing.assert_close(hyper.prior_precision(), torch.full((length,), 3.0, dtype=torch.float64))
     named = list(trainable_parameters(model).items())
@@ -113,7 +115,7 @@ def ascend(n_steps: int, **options) -> tuple[Hyperparameters, float, float]:
     la = Laplace(model, "regression", hessian_structure="full")
     la.fit(data)
     groups = prior_groups(shapes_of(model), "scalar")
-    hyper = Hyperparameters(groups, tune_sigma=True, lr=0.2)
+    hyper = Hyperparameters(groups, tune_sigma=True, lr=0.2, device=la.mean.device)
     hyper.assign_to(la)
     before = la.log_marginal_likelihood().item()
     hyper.ascend(la, n_steps, **options)
@@ -145,7 +147,7 @@ def test_what_is_not_tuned_stays():
     model, data = linear_gaussian()
     la = Laplace(model, "regression", hessian_structure="full")
     la.fit(data)
-    hyper = Hyperparameters(prior_groups(shapes_of(model), "scalar"), sigma_noise=0.5)
+    hyper = Hyperparameters(prior_groups(shapes_of(model), "scalar"), sigma_noise=0.5, device=la.mean.device)
     hyper.ascend(la, 20)
     assert hyper.sigma_noise().item() == pytest.approx(0.5, rel=1e-12)
     assert la.sigma_noise.item() == pytest.approx(0.5, rel=1e-12)
@@ -160,7 +162,7 @@ def test_collapse_is_reported_once_by_name():
     x = torch.randn(20, 3, dtype=torch.float64)
     la = Laplace(model, "regression", hessian_structure="diag")
     la.fit([(x, torch.randn(20, 1, dtype=torch.float64))])
-    hyper = Hyperparameters(prior_groups(shapes_of(model), "layerwise"), lr=1.0)
+    hyper = Hyperparameters(prior_groups(shapes_of(model), "layerwise"), lr=1.0, device=la.mean.device)
     with pytest.warns(PriorCollapseWarning, match=r"'0\.weight'") as caught:
         hyper.ascend(la, 40, max_log_step=100.0, stiffness=50.0)
     assert len(caught) == 1
@@ -184,7 +186,7 @@ def test_state_restores_the_next_step_exactly():
     la = Laplace(model, "regression", hessian_structure="full")
     la.fit(data)
     groups = prior_groups(shapes_of(model), "scalar")
-    first, second, without_adam = (Hyperparameters(groups, tune_sigma=True) for _ in range(3))
+    first, second, without_adam = (Hyperparameters(groups, tune_sigma=True, device=la.mean.device) for _ in range(3))
     first.ascend(la, 7)
     second.load_state_dict(first.state_dict())
     without_adam.load_state_dict({k: v for k, v in first.state_dict().items() if "extra" not in k}, strict=False)

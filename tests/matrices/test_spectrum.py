@@ -85,4 +85,4 @@ def test_no_curvature_is_exactly_no_parameter():
         torch.ones((), dtype=F64), torch.tensor([0.3, 0.7], dtype=F64), torch.arange(2)
     )
     assert gamma[1] == 0
-    assert gamma[0] == pytest.approx(2 / 1.3)
+    assert gamma[0].item() == pytest.approx(2 / 1.3)

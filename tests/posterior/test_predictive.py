@@ -277,7 +277,7 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             la(x, **options)
-    with pytest.raises(InvalidBatchError, match="the batch is on meta and the model on cpu"):
+    with pytest.raises(InvalidBatchError, match=f"the batch is on meta and the model on {x.device}"):
         la(x.to("meta"))
     with pytest.raises(InvalidBatchError, match="x must be a tensor of inputs"):
         la("images")

@@ -91,7 +91,7 @@ def test_grid_of_a_regression_scores_targets_with_their_noise():
 def test_a_metric_is_turned_round_where_higher_is_better():
     la, x, y = fitted("kron", "cnn")
     data = validation(x, y)
-    metric = MulticlassAccuracy(num_classes=3, average="micro")
+    metric = MulticlassAccuracy(num_classes=3, average="micro").to(la.mean.device)
     options = PredictionOptions(PredType.GLM, LinkApprox.PROBIT, 1, None)
     found = scores_of_grid(la, data, GRID.tolist(), make_score(metric, la.likelihood), options)
     for delta, score in zip(GRID, found, strict=True):
