@@ -1,7 +1,7 @@
 """Laplace approximations and marginal likelihoods for PyTorch networks with weight sharing."""
 
 from laplace_ws._version import __version__
-from laplace_ws.curvature import Curvature, kron_factors
+from laplace_ws.curvature import Backend, Curvature, kron_factors, register_backend
 from laplace_ws.errors import InvalidBatchError, NotFittedError, NumericalRepairWarning, UnsupportedParameterError
 from laplace_ws.files import FileFormatError
 from laplace_ws.kfac import KfacApprox, row_examples
@@ -13,6 +13,7 @@ from laplace_ws.likelihoods import (
     Likelihood,
     likelihood_from_state,
     make_likelihood,
+    register_likelihood,
 )
 from laplace_ws.marglik import marglik_training
 from laplace_ws.matrices import Kron
@@ -23,10 +24,13 @@ from laplace_ws.posterior import (
     KronLaplace,
     Laplace,
     LowRankLaplace,
+    Structure,
     load_posterior,
+    register_structure,
 )
 
 __all__ = [
+    "Backend",
     "Bernoulli",
     "Categorical",
     "Curvature",
@@ -45,6 +49,7 @@ __all__ = [
     "LowRankLaplace",
     "NotFittedError",
     "NumericalRepairWarning",
+    "Structure",
     "UnsupportedParameterError",
     "__version__",
     "kron_factors",
@@ -52,5 +57,8 @@ __all__ = [
     "load_posterior",
     "make_likelihood",
     "marglik_training",
+    "register_backend",
+    "register_likelihood",
+    "register_structure",
     "row_examples",
 ]
