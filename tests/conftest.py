@@ -61,7 +61,8 @@ def on_the_cpu(node):
 def placed_for(node):
     """What a test makes is on the device that was asked for."""
     device = node.config.getoption("device")
-    return contextlib.nullcontext() if device == "cpu" or on_the_cpu(node) else placed(device)
+    is_missing = device == second_device.NAME and second_device.why_not()
+    return contextlib.nullcontext() if device == "cpu" or is_missing or on_the_cpu(node) else placed(device)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -71,14 +72,12 @@ def pytest_collection_modifyitems(config, items):
         reason = second_device.why_not() or on_the_cpu(item) or (mark and mark.args[0])
         if device == second_device.NAME and reason:
             item.add_marker(pytest.mark.skip(reason=reason))
-    places = Counter()
-    chosen = []
+    places, chosen, others = Counter(), [], []
     for item in items:
         function = item.nodeid.partition("[")[0]
-        if places[function] % config.getoption("every") == 0:
-            chosen.append(item)
+        (others if places[function] % config.getoption("every") else chosen).append(item)
         places[function] += 1
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    config.hook.pytest_deselected(items=others)
     items[:] = chosen
 
 
