@@ -1,6 +1,6 @@
-"""A second device for machines that have none: tensors on it meet no tensor of the CPU, and every wait for it is counted.
+"""A second device, simulated for machines that have none: tensors on it meet no tensor of the CPU, and every wait for it is counted.
 
-`register()` makes the device `second` known to torch through its Python backend for PrivateUse1 (torch 2.14; experimental there).
+`register()` makes the device `simulated` known to torch through its Python backend for PrivateUse1 (torch 2.14; experimental there).
 A tensor on it wraps one of the CPU, where its operations are done, in the same order and from the same random numbers: results
 equal those of the CPU to the last bit. What it adds is what a GPU would: an error where tensors of two devices meet, or where a
 generator is of another device than the draw, and a count of what makes the CPU wait or copies between the two.
@@ -20,7 +20,7 @@ import torch
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_map_only
 
-NAME = "second"
+NAME = "simulated"
 CPU = torch.device("cpu")
 
 WAITING = {

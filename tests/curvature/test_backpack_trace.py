@@ -122,10 +122,10 @@ def test_examples_of_rows_that_the_model_declares():
             self.node, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
 
         def forward(self, x):
-            example = torch.tensor([0, 0, 0, 1])
+            example = torch.tensor([0, 0, 0, 1], device=x.device)
             with row_examples(example):
                 h = self.node(x.flatten(0, 1)).tanh()
-            return self.head(torch.zeros(2, 4, dtype=h.dtype).index_add(0, example, h))
+            return self.head(h.new_zeros(2, 4).index_add(0, example, h))
 
     model, x, y = Graphs().double(), torch.randn(2, 2, 3, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
     for kfac_approx in ("expand", "reduce"):

@@ -45,7 +45,7 @@ def test_ggn_mc_is_unbiased_for_every_number_of_samples(curvature, likelihood, m
         if block.A is not None:
             torch.testing.assert_close(estimate[name].A, block.A)
         # 20,000 draws in all: a relative standard error of about 1 %
-        assert (estimate[name].B / n).trace() / block.B.trace() == pytest.approx(1, abs=0.05), name
+        assert ((estimate[name].B / n).trace() / block.B.trace()).item() == pytest.approx(1, abs=0.05), name
         assert (estimate[name].B / n - block.B).norm() / block.B.norm() < 0.06, name
 
 
