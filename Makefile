@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/laplace-ws train --config configs/demo.yaml
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 $(FAST)

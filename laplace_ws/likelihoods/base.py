@@ -148,9 +148,14 @@ class Likelihood(ABC):
 
 
 class RegressionLikelihood(Likelihood):
-    """A likelihood of real targets, whose predictions are means and variances."""
+    """A likelihood of real targets, whose predictions are means and variances.
+
+    Attributes:
+        has_linear_mean: whether E[y | f] is some of the outputs f themselves, so that their joint covariance is that of the means.
+    """
 
     is_regression = True
+    has_linear_mean = False
     links = ()
 
     def predictive_nll(self, prediction: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
@@ -174,6 +179,8 @@ class RegressionLikelihood(Likelihood):
             joint: whether `spread` is over all examples and outputs.
         """
         if joint:
+            if not self.has_linear_mean:
+                raise ValueError(f"joint=True needs a mean that is linear in the outputs, which {self.name!r} does not say it has.")
             mean = self.predictive_mean(f)
             variances = spread.diagonal().reshape(f.shape)
             # means are the first outputs, where there are others

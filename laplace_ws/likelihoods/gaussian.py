@@ -38,6 +38,7 @@ class Gaussian(RegressionLikelihood):
 
     name = "regression"
     has_noise = True
+    has_linear_mean = True
 
     def __init__(self, sigma_noise: float = 1.0, output_scales: Sequence[float] | Tensor | None = None):
         if not sigma_noise > 0:
@@ -139,6 +140,7 @@ class HeteroscedasticGaussian(RegressionLikelihood):
     """
 
     name = "heteroscedastic_regression"
+    has_linear_mean = True
 
     def check(self, f: Tensor, y: Tensor) -> None:
         """See `Likelihood.check`."""
