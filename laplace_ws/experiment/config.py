@@ -14,6 +14,7 @@ from laplace_ws.curvature import Curvature
 from laplace_ws.errors import InputError
 from laplace_ws.kfac import KfacApprox
 from laplace_ws.marglik import Schedule, TrainingOptions
+from laplace_ws.marglik.schedule import ScheduleOptions
 from laplace_ws.marglik.hyperparameters import HyperOptimizer
 from laplace_ws.marglik.optimizers import SGD_DEFAULTS
 from laplace_ws.models import Norm
@@ -77,18 +78,12 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class MarglikConfig:
+class MarglikConfig(ScheduleOptions):
     """Training, and the tuning in it; see `laplace_ws.marglik.marglik_training`.
 
     Attributes:
-        n_epochs: epochs of gradient steps.
-        n_epochs_burnin: epochs before the first tuning; a fifth of them all and at most 20 if not given.
-        marglik_frequency: epochs between two tunings.
-        n_hypersteps: steps on the hyperparameters at each tuning; newton takes as many as it needs.
         hyper_optimizer: adam, newton (to the optimum within max_log_step) or mackay; tune_temperature needs adam.
         lr_hyp: step size of adam on their logarithms.
-        max_log_step: largest change of a logarithm at one tuning.
-        fit_fraction: share of the batches that a tuning sees.
         prior_structure: which parameters share a prior precision; weight is for diag and full.
         prior_prec_init: start of the prior precisions; 0.01 times the number of images if not given. With layerwise, the
             elementwise scales and biases of norms and Fixup start at 1 whatever is given.
@@ -105,14 +100,8 @@ class MarglikConfig:
         momentum: Nesterov momentum of sgd.
     """
 
-    n_epochs: int = _DEFAULTS["n_epochs"]
-    n_epochs_burnin: int | None = _DEFAULTS["n_epochs_burnin"]
-    marglik_frequency: int = _DEFAULTS["marglik_frequency"]
-    n_hypersteps: int = _DEFAULTS["n_hypersteps"]
     hyper_optimizer: OneOf[HyperOptimizer] = _DEFAULTS["hyper_optimizer"]
     lr_hyp: float = _DEFAULTS["lr_hyp"]
-    max_log_step: float = _DEFAULTS["max_log_step"]
-    fit_fraction: float = _DEFAULTS["fit_fraction"]
     prior_structure: OneOf[PriorStructure] = _DEFAULTS["prior_structure"]
     prior_prec_init: float | None = _DEFAULTS["prior_prec_init"]
     temperature_init: float = _DEFAULTS["temperature_init"]

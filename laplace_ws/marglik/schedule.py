@@ -32,7 +32,7 @@ class TrainingDiverged(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ScheduleOptions:
     """When a run tunes, and how far.
 
     Attributes:
@@ -50,6 +50,15 @@ class Schedule:
     n_hypersteps: int = 50
     fit_fraction: float = 1.0
     max_log_step: float = 1.0
+
+
+@dataclass(frozen=True)
+class Schedule(ScheduleOptions):
+    """`ScheduleOptions` that are in their ranges.
+
+    Raises:
+        ValueError: one of them is not.
+    """
 
     def __post_init__(self) -> None:
         for name, least in (("n_epochs", 1), ("n_epochs_burnin", 0), ("marglik_frequency", 1), ("n_hypersteps", 0)):
