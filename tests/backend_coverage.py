@@ -91,14 +91,14 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "backends.md")
 
 def refusal(backend: str, case: Case | LinearCase) -> str | None:
     """The error that a backend gives on a case, None where it covers it."""
-    return REFUSED[backend].get(case.name)
+    return REFUSED.get(backend, {}).get(case.name)
 
 
 def table() -> str:
     """What each backend covers, in Markdown."""
     lines = [f"| | {' | '.join(BACKEND_NAMES)} |", "|---" * (len(BACKEND_NAMES) + 1) + "|"]
     for label, cases in ROWS.items():
-        refused = [sum(name in REFUSED[backend] for name in cases) for backend in BACKEND_NAMES]
+        refused = [sum(name in REFUSED.get(backend, {}) for name in cases) for backend in BACKEND_NAMES]
         cells = [
             "yes" if n == 0 else "refused" if n == len(cases) else f"{len(cases) - n} of {len(cases)}" for n in refused
         ]

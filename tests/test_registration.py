@@ -10,7 +10,7 @@ import torch
 from cases import double
 from torch import Tensor, nn
 
-from laplace_ws import Laplace, Likelihood, load_posterior
+from laplace_ws import Gaussian, Laplace, Likelihood, load_posterior
 from laplace_ws.curvature import BACKENDS, Backend, NativeBackend, exact, register_backend
 from laplace_ws.kfac import DiagAccumulator
 from laplace_ws.likelihoods import LIKELIHOODS, register_likelihood
@@ -162,3 +162,16 @@ def test_a_backend_from_outside(tmp_path):
     other = restored(la, model, tmp_path)
     assert other.backend.name == "counting"
     assert torch.equal(other(x), la(x))
+
+
+def test_joint_moments_of_a_likelihood_that_does_not_say_that_its_mean_is_linear():
+    class Squared(Gaussian):
+        name = "squared"
+        has_linear_mean = False
+
+    model, x, y = network(), torch.randn(9, 3, dtype=F64), torch.randn(9, 2, dtype=F64)
+    la = Laplace(model, Squared())
+    la.fit([(x, y)])
+    la(x)
+    with pytest.raises(ValueError, match="joint=True needs a mean that is linear in the outputs, which 'squared'"):
+        la(x, joint=True)

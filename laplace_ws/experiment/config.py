@@ -14,9 +14,9 @@ from laplace_ws.curvature import Curvature
 from laplace_ws.errors import InputError
 from laplace_ws.kfac import KfacApprox
 from laplace_ws.marglik import Schedule, TrainingOptions
-from laplace_ws.marglik.schedule import ScheduleOptions
 from laplace_ws.marglik.hyperparameters import HyperOptimizer
 from laplace_ws.marglik.optimizers import SGD_DEFAULTS
+from laplace_ws.marglik.schedule import ScheduleOptions
 from laplace_ws.models import Norm
 from laplace_ws.options import OneOf, UnknownKeyError, from_mapping
 from laplace_ws.posterior import PriorStructure

@@ -180,7 +180,9 @@ class RegressionLikelihood(Likelihood):
         """
         if joint:
             if not self.has_linear_mean:
-                raise ValueError(f"joint=True needs a mean that is linear in the outputs, which {self.name!r} does not say it has.")
+                raise ValueError(
+                    f"joint=True needs a mean that is linear in the outputs, which {self.name!r} does not say it has."
+                )
             mean = self.predictive_mean(f)
             variances = spread.diagonal().reshape(f.shape)
             # means are the first outputs, where there are others

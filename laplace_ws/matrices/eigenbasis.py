@@ -25,6 +25,15 @@ class EigenBasis:
     sizes: tuple[int, ...]
     transposed: bool = False
 
+    def equals(self, other: EigenBasis) -> bool:
+        """Whether the eigenvectors are the same numbers."""
+        if self is other:
+            return True
+        pairs = ((self.Q_B, other.Q_B), (self.Q_A, other.Q_A))
+        return (self.sizes, self.transposed) == (other.sizes, other.transposed) and all(
+            a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
+        )
+
     def rotate(self, vectors: Float[Tensor, "*S D"]) -> Float[Tensor, "*S *G O I"]:
         """Coordinates Qᵀ v, in the precision of the vectors."""
         *groups, n_out, n_in = self.sizes

@@ -59,7 +59,7 @@ class Ekfac(BlockMatrix[EkfacBlock]):
         """See `CurvatureMatrix.__add__`; both must have the same eigenvectors, so that the values add up."""
         self._check_same_parameters(other)
         assert isinstance(other, Ekfac)
-        if any(block.eigenbasis is not other[name].eigenbasis for name, block in self.blocks.items()):
+        if any(not block.eigenbasis.equals(other[name].eigenbasis) for name, block in self.blocks.items()):
             raise ValueError("cannot add eigenvalue-corrected curvatures in different eigenvectors.")
         return Ekfac({n: replace(block, values=block.values + other[n].values) for n, block in self.blocks.items()})
 

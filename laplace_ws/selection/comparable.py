@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.folder import ExperimentError
 
 _SAMPLED = (Curvature.GGN_MC.value, Curvature.GGN_MC_RADEMACHER.value)
+
+
+_LEFT_OUT = ("root", "download", "n_train", "n_test", "batch_size")
+"""Options of the data that change no image, or are compared in another form."""
 
 
 def yardstick(run: RunConfig, n_train: int, n_test: int) -> dict[str, Any]:
@@ -22,12 +27,10 @@ def yardstick(run: RunConfig, n_train: int, n_test: int) -> dict[str, Any]:
     curvature = marglik.final_curvature or marglik.curvature
     is_subset = data.n_train is not None or data.n_test is not None
     return {
-        "data.name": data.name,
+        **{f"data.{f.name}": getattr(data, f.name) for f in fields(data) if f.name not in _LEFT_OUT},
         "data.root": Path(data.root).absolute().as_posix() if data.name == "image-folder" else None,
         "data.n_train": n_train,
         "data.n_test": n_test,
-        "data.held_out": data.held_out,
-        "data.augment": data.augment,
         "seed (which chooses the images)": run.seed if is_subset else None,
         "likelihood": run.likelihood,
         "marglik.temperature_init": marglik.temperature_init,
