@@ -17,14 +17,16 @@ def nearest(name: object, known: Iterable[str], cutoff: float = 0.6) -> str | No
     return found[0] if found else None
 
 
-def unknown_name(kind: str, name: object, known: Iterable[str], *, cutoff: float = 0.6) -> ValueError:
-    """The error for a name that is not among the known ones: says which kind of thing was named, what may be meant, and what there is."""
+def unknown_name(kind: str, name: object, known: Iterable[str], *, cutoff: float = 0.6, hint: str = "") -> ValueError:
+    """The error for a name that is not among the known ones: which kind of thing was named, what may be meant, what there is, and what else
+    may be given.
+    """
     known = list(known)
     if not known:
         return ValueError(f"unknown {kind} {name!r}; there is none to choose.")
     near = nearest(name, known, cutoff)
     lead = ": choose" if near is None else f"; did you mean {near!r}? Choose"
-    return ValueError(f"unknown {kind} {name!r}{lead} one of {', '.join(map(repr, known))}.")
+    return ValueError(f"unknown {kind} {name!r}{lead} one of {', '.join(map(repr, known))}{hint}.")
 
 
 class Registry(Mapping[str, T]):
@@ -33,10 +35,12 @@ class Registry(Mapping[str, T]):
     Args:
         kind: what they are, for messages.
         members: those that are known from the start.
+        hint: what else may be given, as in ", or pass a `Backend`".
     """
 
-    def __init__(self, kind: str, members: Mapping[str, T] | None = None):
+    def __init__(self, kind: str, members: Mapping[str, T] | None = None, hint: str = ""):
         self.kind = kind
+        self.hint = hint
         self._members = dict(members or {})
 
     def register(self, name: str, member: T) -> None:
@@ -58,7 +62,7 @@ class Registry(Mapping[str, T]):
     def __getitem__(self, name: str) -> T:
         """The member of a name; raises `ValueError` with the names that there are."""
         if name not in self._members:
-            raise unknown_name(self.kind, name, self._members)
+            raise unknown_name(self.kind, name, self._members, hint=self.hint)
         return self._members[name]
 
     def __contains__(self, name: object) -> bool:
@@ -83,4 +87,9 @@ class Choice(str, Enum):
     @classmethod
     def _missing_(cls, value: object) -> Choice:
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
-        raise unknown_name(kind, value, [member.value for member in cls])
+        raise unknown_name(kind, value, [member.value for member in cls], hint=cls._hint())
+
+    @classmethod
+    def _hint(cls) -> str:
+        """What else may be given, see `Registry`."""
+        return ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from cases import double
 from torch import nn
 
-from laplace_ws import Laplace, UnsupportedParameterError, marglik_training
+from laplace_ws import InvalidBatchError, Laplace, UnsupportedParameterError, marglik_training
 from laplace_ws.curvature import batches, checks, inputs
 from laplace_ws.posterior import fingerprint
 
@@ -120,14 +123,96 @@ def test_a_module_that_is_put_in_later_is_checked(calls):
     model, train = Scaled().double(), data()
     la = Laplace(model, "classification")
     for _ in range(2):
-        la.fit(train)
+        la.fit(train, recheck=False)
     assert calls["check_linearisation"] == 1
     model.is_hidden = True
     with pytest.raises(UnsupportedParameterError, match="'scale' is used by mul, but not by that alone"):
-        la.fit(train)
+        la.fit(train, recheck=False)
     model.is_hidden = False
-    la.fit(train)
+    la.fit(train, recheck=False)
     model.inner = nn.Linear(3, 3).double()
     before = calls["check_linearisation"]
-    la.fit(train)
+    la.fit(train, recheck=False)
     assert calls["check_linearisation"] == before + 1
+    la.fit(train)
+    assert calls["check_linearisation"] == before + 2
+
+
+def centred(module, arguments):
+    return (arguments[0] - arguments[0].mean(0),)
+
+
+def mix_by_hook(model):
+    model[3].register_forward_pre_hook(centred)
+
+
+def mix_by_function(model):
+    model.between = lambda x: x - x.mean(0)
+
+
+def mix_by_statistics(model):
+    model[1].running_mean = model[1].running_var = None
+
+
+class WithFunction(nn.Sequential):
+    """A network that calls a function which is its attribute."""
+
+    def __init__(self, *modules):
+        super().__init__(*modules)
+        self.between = torch.tanh
+
+    def forward(self, x):
+        return self[3](self.between(self[1](self[0](x))))
+
+
+@pytest.mark.parametrize("change", [mix_by_hook, mix_by_function, mix_by_statistics])
+@pytest.mark.parametrize("then", ["predict", "fit"])
+def test_what_mixes_examples_later_is_refused(change, then):
+    model, train = double(WithFunction(*network())), data()
+    la = Laplace(model, "classification")
+    la.fit(train)
+    change(model)
+    with pytest.raises((UnsupportedParameterError, ValueError), match=r"not grouped by example|than in the fit"):
+        la(train[0][0]) if then == "predict" else la.fit(train, recheck=False)
+
+
+def test_one_weight_that_is_written_past_torch_is_seen():
+    model, train = network(), data()
+    la = Laplace(model, "classification")
+    la.fit(train)
+    la(train[0][0])
+    model[0].weight.data[1, 2] += 1
+    with pytest.raises(ValueError, match=r"'0\.weight' differs by up to 1"):
+        la(train[0][0])
+
+
+def test_larger_images_are_taken_in_parts_though_small_ones_were_fitted():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    la = Laplace(model, "classification", memory_budget=2**22)
+    la.fit([(torch.randn(8, 1, 8, 8), torch.arange(8) % 3)])
+    sizes = []
+    model.register_forward_hook(lambda module, x, f: sizes.append(len(f)))
+    la(torch.randn(40, 1, 64, 64))
+    assert max(sizes) < 40
+
+
+def test_predictions_that_are_not_finite_are_refused():
+    model, train = network(), data()
+    la = Laplace(model, "classification")
+    la.fit(train)
+    with pytest.raises(InvalidBatchError, match="outputs that are not finite"):
+        la(train[0][0] * torch.nan)
+
+
+def test_an_old_fit_is_let_go():
+    model, train = network(), data()
+    la = Laplace(model, "classification", hessian_structure="full")
+    la.fit(train)
+    la(train[0][0])
+    old = weakref.ref(la.H)
+    la.fit(train)
+    gc.collect()
+    assert old() is None

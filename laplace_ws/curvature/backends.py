@@ -22,7 +22,7 @@ def _backpack() -> Backend:
 
 
 BACKENDS: Registry[Callable[[], Backend]] = Registry(
-    "backend", {"native": NativeBackend, "asdl": _asdl, "backpack": _backpack}
+    "backend", {"native": NativeBackend, "asdl": _asdl, "backpack": _backpack}, ", or pass an instance of a `Backend`"
 )
 """Makers of the backends by name; a library is imported by the backend that is made of it, and not before."""
 

@@ -15,8 +15,6 @@ from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, ch
 
 Data = Iterable[Any]
 """What users give: batches of one of the forms that `inputs.split_batch` knows, or `Batches`."""
-Pairs = Iterable[tuple[ModelInputs, Tensor]]
-"""Inputs and targets of batches; can be iterated over again where the user's data can."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import Backend, memory_for_columns
-from laplace_ws.curvature.inputs import ModelInputs, call_model, own_copy
+from laplace_ws.curvature.inputs import ModelInputs, call_model, leaves, own_copy
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import Use, example_gradients
 
@@ -28,8 +28,9 @@ class LinearisationCheck:
     """Holds what a backend says of a model against autograd: on a few examples of the first batch, and again whenever the model uses its
     parameters otherwise than in any batch before.
 
-    What was found is kept from pass to pass, and forgotten when modules, their settings or the parameters are others. What it does not see
-    are rows of a layer that belong to examples otherwise from one batch to the next while their number stays.
+    What was found is kept from pass to pass, and forgotten when modules, their hooks, their attributes or the parameters are others. What
+    it does not see are changes within an object that a module refers to, such as a dictionary of settings (`forget` sees to them), and
+    rows of a layer that belong to other examples from one batch to the next while their number stays.
 
     Args:
         backend: who runs the model.
@@ -45,6 +46,7 @@ class LinearisationCheck:
         self._parameters: Mapping[str, nn.Parameter] = {}
         self._anatomy: _Anatomy | None = None
         self._signatures: set[tuple[Any, ...]] = set()
+        self._most_examples = self._largest_example = 0
 
     def start(self, x: ModelInputs, parameters: Mapping[str, nn.Parameter]) -> None:
         """Check a few examples of the first batch of a pass, before any work is done on it, unless the network is known.
@@ -54,17 +56,24 @@ class LinearisationCheck:
             parameters: those that are covered, by name.
         """
         self.begin(parameters)
-        if not self._signatures:
-            self.run(x[:N_PROBED])
+        probe = x[:N_PROBED]
+        # one example does not show whether examples are kept apart, and a small one not what memory a large one takes
+        if len(probe) > self._most_examples or _example_size(x) > self._largest_example:
+            self.run(probe)
 
     def begin(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Begin a pass: forget what was found if the network or its covered parameters are others."""
         self._parameters = parameters
-        self.backend.forget()
         anatomy = _Anatomy.of(self.model, parameters)
         if self._anatomy is None or self._anatomy.facts != anatomy.facts:
             self._anatomy = anatomy
-            self._signatures.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """Check anew at the next pass."""
+        self.backend.forget()
+        self._signatures.clear()
+        self._most_examples = self._largest_example = 0
 
     def knows(self, uses: Sequence[Use]) -> bool:
         """Whether a batch with the like uses has been checked."""
@@ -75,6 +84,8 @@ class LinearisationCheck:
         uses, f, column_bytes = check_linearisation(self.backend, self.model, x, self._parameters)
         self._signatures.add(_signature(uses))
         self.column_bytes_per_example = column_bytes / len(x)
+        self._most_examples = max(self._most_examples, min(len(x), N_PROBED))
+        self._largest_example = _example_size(x)
         return uses, f
 
     def n_parts(self, n_examples: int, device: torch.device) -> int:
@@ -98,23 +109,42 @@ class _Anatomy:
     @classmethod
     def of(cls, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> _Anatomy:
         modules = tuple(model.modules())
+        attributes = [list(_attributes(m)) for m in modules]
         facts = (
-            *((id(m), id(type(m)), id(vars(m).get("forward")), len(m._forward_hooks), *_settings(m)) for m in modules),
+            *(
+                (id(m), id(type(m)), *(fact for *fact, _ in found))
+                for m, found in zip(modules, attributes, strict=True)
+            ),
             *((name, id(p), p.shape, p.dtype, p.device) for name, p in parameters.items()),
         )
-        forwards = tuple(vars(m).get("forward") for m in modules)
-        return cls(facts, (modules, forwards, tuple(parameters.values())))
+        held = [value for found in attributes for *_, value in found]
+        return cls(facts, (modules, held, tuple(parameters.values())))
 
 
 _PLAIN = (int, float, str, type(None))
+_OF_TORCH = ("training", "_parameters", "_modules", "_buffers")
 
 
-def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Plain attributes of a module, such as the stride of a convolution."""
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Name, fact and value of what decides how a module works: plain attributes, such as a stride, by their value; hooks, functions and
+    other objects by identity; of buffers, whether they are there.
+    """
     for name, value in vars(module).items():
         parts = value if isinstance(value, tuple) else (value,)
-        if name != "training" and all(isinstance(part, _PLAIN) for part in parts):
-            yield name, value
+        if name in _OF_TORCH or any(isinstance(part, Tensor) for part in parts):
+            continue
+        if all(isinstance(part, _PLAIN) for part in parts):
+            yield name, value, None
+        elif name.endswith("_hooks"):
+            yield name, tuple(map(id, value.values())), tuple(value.values())
+        else:
+            yield name, id(value), value
+    yield "buffers", tuple(name for name, buffer in module._buffers.items() if buffer is not None), None
+
+
+def _example_size(x: ModelInputs) -> int:
+    """Entries that one example has in the inputs; of examples of unequal size, their mean."""
+    return sum(leaf.numel() for leaf in leaves(x) if isinstance(leaf, Tensor)) // len(x)
 
 
 def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:

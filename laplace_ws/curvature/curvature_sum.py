@@ -19,12 +19,12 @@ from laplace_ws.curvature.backend import (
     trainable_parameters,
 )
 from laplace_ws.curvature.backends import make_backend
-from laplace_ws.curvature.batches import Batches, Data, Pairs
+from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.checks import LinearisationCheck, check_finite, check_linearisation
 from laplace_ws.curvature.columns import Curvature, loss_columns
 from laplace_ws.curvature.inputs import BatchKeys, ModelInputs, as_inputs, check_devices, own_copy
 from laplace_ws.curvature.totals import DataTotals
-from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
+from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import (
     Accumulator,
     FactorPrecision,
@@ -91,14 +91,14 @@ class CurvatureSum:
         self.totals = DataTotals()
         self._check = check or LinearisationCheck(backend, model)
 
-    def add_all(self, pairs: Pairs) -> None:
-        """Add all batches.
+    def add_all(self, data: Data) -> None:
+        """Add all batches, of one of the forms that `inputs.split_batch` knows.
 
         Raises:
             InvalidBatchError: no batch, or one that does not fit the model or the likelihood.
             UnsupportedParameterError: a parameter cannot be covered.
         """
-        for x, y in pairs:
+        for x, y in Batches.of(data, self.model):
             self.add(x, y)
         self.totals.check_not_empty(self.likelihood)
 
@@ -106,6 +106,7 @@ class CurvatureSum:
         """Add one batch: the inputs of the model and the targets."""
         with evaluation_mode(self.model):
             if not self.totals.n_examples:
+                self.backend.forget()
                 self._check.start(x, self.parameters)
             for part in self._parts(x, y):
                 self._add_checked(x[part], y[part])
@@ -137,14 +138,11 @@ class CurvatureSum:
             if not self._check.knows(linearisation.uses):
                 return False
             f = linearisation.outputs
+            if not self.totals.n_examples:
+                check_finite(self.model, f)
             self.likelihood.check(f, y)
             of_batch = DataTotals()
-            try:
-                of_batch.add(self.likelihood, f, y)
-            except InvalidBatchError:
-                if not self.totals.n_examples:  # of the first batch it is the model that is in doubt, not the batch
-                    check_finite(self.model, f)
-                raise
+            of_batch.add(self.likelihood, f, y)
             with torch.autocast(x.device.type, enabled=False):
                 self._add_curvature(linearisation, y)
         self.totals += of_batch

@@ -19,6 +19,10 @@ class KfacApprox(Choice):
     EXPAND = "expand"
     REDUCE = "reduce"
 
+    @classmethod
+    def _hint(cls) -> str:
+        return ", or map patterns of names to them"
+
 
 KfacApproxSpec = str | KfacApprox | Mapping[str, str | KfacApprox]
 

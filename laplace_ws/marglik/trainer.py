@@ -120,7 +120,7 @@ class Trainer:
             self._train()
             start = time.perf_counter()
             self.hyper.assign_to(self.final_la)
-            self.final_la.fit(self.batches, n_data=self.n_data)
+            self.final_la.fit(self.batches, n_data=self.n_data, recheck=False)
             return self._result(time.perf_counter() - start)
 
     def _train(self) -> None:
@@ -255,7 +255,7 @@ class Trainer:
     def _fit_and_ascend(self) -> float:
         """Tune at the present weights; returns the log marginal likelihood after it."""
         with same_order_after(self.loader):
-            self.la.fit(self._some_batches(), n_data=self.n_data)
+            self.la.fit(self._some_batches(), n_data=self.n_data, recheck=False)
         self.hyper.ascend(
             self.la, self.schedule.n_hypersteps, max_log_step=self.schedule.max_log_step, stiffness=self.stiffness
         )

@@ -15,8 +15,8 @@ from laplace_ws.posterior.subset import WeightSubset
 
 _TOLERANCE = 1e-5
 """Relative change of a tensor that its rounding on another device may make."""
-_LOOKED_AT = 8
-"""Entries of each tensor that are looked at every time."""
+_READ_WHOLE, _LOOKED_AT = 2**16, 2**10
+"""Most entries of a tensor that is read whole every time, and how many are looked at of a larger one."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class StateVersion:
 
     Attributes:
         writes: of each tensor, which one it is and how often it was written.
-        entries: a few entries of each tensor: writes through `.data` are not counted by torch.
+        entries: all or many entries of each tensor: writes through `.data` are not counted by torch.
         held: the tensors, so that none of their identities can be another's.
     """
 
@@ -88,7 +88,7 @@ class StateVersion:
         tensors = (*model.parameters(), *model.buffers())
         writes = tuple((id(t), None if t.is_inference() else t._version, t.shape) for t in tensors)
         with torch.no_grad():
-            parts = [_few(t.detach()).double() for t in tensors if t.numel()]
+            parts = [_entries(t.detach()).double() for t in tensors if t.numel()]
             entries = torch.cat(parts) if parts else torch.zeros(0)
         return cls(writes, entries, tensors)
 
@@ -97,11 +97,12 @@ class StateVersion:
         return self.writes == other.writes and torch.equal(self.entries, other.entries)
 
 
-def _few(tensor: Tensor) -> Float[Tensor, " k"]:
-    """Some entries of a tensor, from its beginning to its end."""
-    n, k = tensor.numel(), min(tensor.numel(), _LOOKED_AT)
-    places = [n * i // k for i in range(k)]
-    return tensor.take(torch.tensor(places, device=tensor.device))
+def _entries(tensor: Tensor) -> Float[Tensor, " K"]:
+    """All entries of a tensor, or many of a large one, from its beginning to its end."""
+    n = tensor.numel()
+    if n <= _READ_WHOLE:
+        return tensor.flatten()
+    return tensor.take(torch.arange(_LOOKED_AT, device=tensor.device) * (n // _LOOKED_AT))
 
 
 def _not_covered(model: nn.Module, subset: WeightSubset) -> dict[str, Tensor]:

@@ -79,6 +79,7 @@ def fit_posterior(
     before: Fit | None = None,
     n_data: int | None = None,
     progress_bar: bool = False,
+    recheck: bool = True,
 ) -> Fit:
     """Take the curvature at the present weights.
 
@@ -89,6 +90,7 @@ def fit_posterior(
         before: a fit to which the data are added; None for one of these data alone.
         n_data: N that the data stand for; default: their number.
         progress_bar: show one, if stderr is a terminal.
+        recheck: whether to check the backend against autograd anew, whatever is known of the network.
 
     Raises:
         InvalidBatchError: the data do not fit.
@@ -107,6 +109,8 @@ def fit_posterior(
     if before is not None:
         _check_same_options(options, before.options)
         check_network(network, before)
+    if recheck:
+        network.check.forget()
     n_arguments = 1
 
     def look_at_first(x: ModelInputs) -> None:

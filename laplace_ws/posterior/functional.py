@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import Linearisation, differentiable_twice, evaluation_mode
+from laplace_ws.curvature.checks import check_finite
 from laplace_ws.curvature.inputs import ModelInputs, own_copy
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.kfac import EmbeddingUse, MatrixUse, Use, rotated_gradients
@@ -82,6 +83,7 @@ class LinearisedModel:
                     self.network.check.run(x)
                     continue
                 f = linearisation.outputs
+                check_finite(self.network.model, f)
                 with torch.autocast(f.device.type, enabled=False):
                     parts = [
                         self._covariances(linearisation, columns, H, pushforward)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Laplace(Predictive):
         network: the model, the covered weights, and who runs it.
         structure: of the curvature, with its options.
         prior: hyperparameters.
-        likelihood, curvature, mc_samples, generator: of the next fit.
+        curvature, mc_samples, generator: of the next fit.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Laplace(Predictive):
         among: frozenset[str] = frozenset(trainable_parameters(model) if is_guess else ())
         self.network = Network(model, subset, make_backend(backend), BatchKeys(dict_key_x, dict_key_y), among)
         self.structure = structure.bound(self.parameter_names)
-        self.likelihood = make_likelihood(likelihood)
+        self._likelihood = make_likelihood(likelihood)
         self.curvature = Curvature(curvature)
         self.mc_samples = mc_samples
         weights = self.network.flat_weights()
@@ -133,7 +134,7 @@ class Laplace(Predictive):
         self.class_names = None if class_names is None else tuple(class_names)
         self.prior = Prior.of(
             self.shapes,
-            self.likelihood,
+            self._likelihood,
             self.structure,
             weights.device,
             precision=prior_precision,
@@ -165,6 +166,16 @@ class Laplace(Predictive):
     def keys(self) -> BatchKeys:
         """Of batches that are mappings."""
         return self.network.keys
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """p(y | f), of the next fit."""
+        return self._likelihood
+
+    @likelihood.setter
+    def likelihood(self, likelihood: Likelihood) -> None:
+        self._likelihood = likelihood
+        self.prior = replace(self.prior, likelihood=likelihood)
 
     @property
     def hessian_structure(self) -> str:
@@ -270,7 +281,13 @@ class Laplace(Predictive):
     # ---------------------------------------------------------------- fit
 
     def fit(
-        self, train_loader: Data, *, n_data: int | None = None, override: bool = True, progress_bar: bool = False
+        self,
+        train_loader: Data,
+        *,
+        n_data: int | None = None,
+        override: bool = True,
+        progress_bar: bool = False,
+        recheck: bool = True,
     ) -> None:
         """Take the curvature at the present weights, in one pass over the data ("ekfac": two, "lowrank": many).
 
@@ -279,6 +296,8 @@ class Laplace(Predictive):
             n_data: N that the data stand for, where they are a sample of a larger set: likelihood and curvature are scaled up to it.
             override: whether the fit replaces the one before; else the data are added to those of that fit, at the same weights.
             progress_bar: show one, if stderr is a terminal.
+            recheck: whether to check the backend's gradients against autograd even if the network, as far as its modules show, is the one
+                that was checked before. A training that refits one network again and again may leave it out.
 
         Raises:
             UnsupportedParameterError: a parameter that is to be covered cannot be.
@@ -287,7 +306,13 @@ class Laplace(Predictive):
         """
         before = None if override else self._fit
         self._fit = fit_posterior(
-            self.structure, self._problem, train_loader, before=before, n_data=n_data, progress_bar=progress_bar
+            self.structure,
+            self._problem,
+            train_loader,
+            before=before,
+            n_data=n_data,
+            progress_bar=progress_bar,
+            recheck=recheck,
         )
 
     def check(self, x: Any) -> None:
@@ -417,7 +442,7 @@ class Laplace(Predictive):
             optimize_temperature,
         )
         prediction = PredictionOptions(PredType(pred_type), LinkApprox(link_approx), n_samples, generator)
-        title = "prior precision" if progress_bar else None
+        title = "prior precision" if progress_bar and options.method is Method.GRIDSEARCH else None
         batches = None if val_loader is None else Batches.of(val_loader, self.model, self.keys, progress=title)
         self.prior = tuned_prior(self.predictor, options, batches, prediction)
         return self.prior_precision
@@ -444,6 +469,7 @@ class Laplace(Predictive):
         """
         found = files.restored(state, self.structure, self._problem, self.prior)
         self._fit, self.prior = found.fit, found.prior
+        self.network.forget()
         if self.class_names is None:
             self.class_names = found.class_names
 

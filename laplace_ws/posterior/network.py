@@ -128,5 +128,6 @@ class Network:
         return torch.stack(outputs)
 
     def forget(self) -> None:
-        """Check anew whether the model runs on other weights than its own."""
+        """Look anew at the weights: whether they are those of a fit, and whether the model runs on others than its own."""
+        self.verified = None
         self._is_replaceable = False

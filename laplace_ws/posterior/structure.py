@@ -12,7 +12,7 @@ from torch import nn
 
 from laplace_ws.curvature import Curvature, CurvatureSum
 from laplace_ws.curvature.backend import evaluation_mode
-from laplace_ws.curvature.batches import Batches, Pairs
+from laplace_ws.curvature.batches import Batches
 from laplace_ws.curvature.checks import N_PROBED
 from laplace_ws.curvature.inputs import ModelInputs
 from laplace_ws.curvature.totals import DataTotals
@@ -65,7 +65,7 @@ class Problem:
             "mc_samples": self.mc_samples,
         }
 
-    def accumulate(self, pairs: Pairs, make_accumulator: MakeAccumulator) -> DataCurvature:
+    def accumulate(self, batches: Batches, make_accumulator: MakeAccumulator) -> DataCurvature:
         """One pass over the data, with what a backend hands out."""
         total = CurvatureSum(
             self.network.model,
@@ -77,7 +77,7 @@ class Problem:
             generator=self.generator,
             check=self.network.check,
         )
-        total.add_all(pairs)
+        total.add_all(batches)
         return DataCurvature(total.accumulator.result(), total.totals)
 
     def check(self, x: ModelInputs, make_accumulator: MakeAccumulator) -> None:
