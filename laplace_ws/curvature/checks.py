@@ -135,7 +135,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
             continue
         if all(isinstance(part, _PLAIN) for part in parts):
             yield name, value, None
-        elif name.endswith("_hooks"):
+        elif name.endswith("_hooks") and isinstance(value, dict):
             yield name, tuple(map(id, value.values())), tuple(value.values())
         else:
             yield name, id(value), value
