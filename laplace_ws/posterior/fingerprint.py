@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from laplace_ws.posterior.subset import WeightSubset
 
 _TOLERANCE = 1e-5
-"""Relative change of a tensor that its rounding on another device may make."""
+"""Relative change of a tensor that rounding on another device may cause."""
 _LOOKED_AT = 8
-"""Entries of each tensor that are looked at every time."""
+"""Number of entries of each tensor that are compared every time."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Of the parameters and buffers that a posterior does not cover, or not whole, what they are known again by.
+    """What identifies the parameters and buffers that a posterior does not cover, or covers only in part.
 
     Attributes:
         names: of the tensors.
@@ -33,7 +33,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module, subset: WeightSubset) -> Fingerprint:
-        """That of a model as it is."""
+        """The fingerprint of a model as it is."""
         tensors = _not_covered(model, subset)
         return cls(list(tensors), tensor_sums(tensors))
 
@@ -70,12 +70,12 @@ def check_covered_weights(
 
 @dataclass(frozen=True)
 class StateVersion:
-    """What tells, without reading all of it, that a model's parameters and buffers may have changed.
+    """What reveals, without a full read, that a model's parameters and buffers may have changed.
 
     Attributes:
-        writes: of each tensor, which one it is and how often it was written.
+        writes: identity of each tensor, and how often it was written to.
         entries: a few entries of each tensor: writes through `.data` are not counted by torch.
-        held: the tensors, so that none of their identities can be another's.
+        held: the tensors, kept alive so that none of their identities is reused.
     """
 
     writes: tuple[tuple[Any, ...], ...]
@@ -84,7 +84,7 @@ class StateVersion:
 
     @classmethod
     def of(cls, model: nn.Module) -> StateVersion:
-        """That of a model as it is."""
+        """The state of a model as it is."""
         tensors = (*model.parameters(), *model.buffers())
         writes = tuple((id(t), None if t.is_inference() else t._version, t.shape) for t in tensors)
         with torch.no_grad():
@@ -98,14 +98,14 @@ class StateVersion:
 
 
 def _few(tensor: Tensor) -> Float[Tensor, " k"]:
-    """Some entries of a tensor, from its beginning to its end."""
+    """Some entries of a tensor, spread from its beginning to its end."""
     n, k = tensor.numel(), min(tensor.numel(), _LOOKED_AT)
     places = [n * i // k for i in range(k)]
     return tensor.take(torch.tensor(places, device=tensor.device))
 
 
 def _not_covered(model: nn.Module, subset: WeightSubset) -> dict[str, Tensor]:
-    """The tensors of a model's state that a posterior does not cover, or not whole."""
+    """The tensors of a model's state that a posterior does not cover, or covers only in part."""
     parameters = subset.parameters(model)
     whole = {id(p) for name, p in parameters.items() if name not in subset.selection}
     state = model.state_dict(keep_vars=True)
