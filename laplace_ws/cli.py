@@ -87,11 +87,11 @@ class Command:
     """A command of the command line.
 
     Attributes:
-        run: does it, given its configuration and each flag by name; returns the exit status.
+        run: executes it, given its configuration and each flag by name; returns the exit status.
         config: the dataclass of its options, as "module:name", which is imported only when they are read.
         help: what it does.
         flags: what further options without a value do, by name.
-        as_positional: whether options without a default are given by their place.
+        as_positional: whether options without a default are positional.
     """
 
     run: Callable[..., int]
@@ -130,7 +130,7 @@ COMMANDS = {
 
 
 def parse(args: Sequence[str]) -> tuple[Command, Any, dict[str, bool]]:
-    """The command that arguments name, its configuration, and its flags.
+    """The command that the arguments name, its configuration, and its flags.
 
     Raises:
         UnknownKeyError: a command, an option or a key of the YAML file does not exist.
@@ -153,7 +153,7 @@ def parse(args: Sequence[str]) -> tuple[Command, Any, dict[str, bool]]:
     elif chosen and not chosen.startswith("-"):
         raise UnknownKeyError(str(unknown_name("command", chosen, COMMANDS)))
     for name, command in COMMANDS.items():
-        # a configuration is imported, with all that it rests on, for its own command alone
+        # a configuration, with all that it imports, is imported only for its own command
         own = options.parser(description=command.help) if options and name == chosen else ArgumentParser()
         subcommands.add_subcommand(name, own, help=command.help)
     values = parser.parse_args(list(args))
@@ -179,12 +179,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_status(run: Callable[[], int], name: str, kept: str) -> int:
-    """Run a command; what its user can mend is said in one line, without traceback.
+    """Run a command; errors that the user can fix are reported in one line, without a traceback.
 
     Args:
         run: does the work; returns the exit status.
         name: of the command.
-        kept: what is left of the work where it is interrupted.
+        kept: what remains of the work when it is interrupted.
     """
     try:
         return run()

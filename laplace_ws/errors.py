@@ -1,12 +1,12 @@
-"""Errors and warnings of the toolkit: each names the thing and the way out."""
+"""Errors and warnings of the toolkit: each message names the cause and the remedy."""
 
 
 class InputError(ValueError):
-    """What a command was given, its options or its files, does not allow its work; the message says how to mend it."""
+    """A command cannot run with the given options or files; the message says how to fix this."""
 
 
 class UnsupportedParameterError(ValueError):
-    """A parameter that requires grad has no curvature block of the kind that was asked for."""
+    """A parameter that requires grad has no curvature block of the requested kind."""
 
 
 class InvalidBatchError(ValueError):

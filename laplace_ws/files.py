@@ -10,7 +10,7 @@ import torch
 
 
 class FileFormatError(RuntimeError):
-    """A file is damaged, or is not of the kind that was asked for."""
+    """A file is damaged, or is not of the requested kind."""
 
 
 def save_tensors(path: str | Path, state: dict[str, Any]) -> None:
@@ -33,13 +33,13 @@ def load_tensors(path: str | Path, kind: str, map_location: torch.device | str =
         map_location: where its tensors are put.
 
     Raises:
-        FileFormatError: it cannot be read, or holds something else than a dictionary.
+        FileFormatError: it cannot be read, or holds something other than a dictionary.
     """
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # whatever the bytes of another kind of file lead the reader to
+    except Exception as error:  # whatever the bytes of another kind of file make the reader raise
         raise FileFormatError(f"'{path}' cannot be read as {kind}: it is damaged, or another kind of file.") from error
     if not isinstance(state, dict):
         raise FileFormatError(f"'{path}' holds a {type(state).__name__} and not {kind}.")

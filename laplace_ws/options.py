@@ -1,4 +1,4 @@
-"""Options of a command as a frozen dataclass: read from arguments, YAML files and mappings, with one sentence for a mistyped key."""
+"""Options of a command as a frozen dataclass: read from arguments, YAML files and mappings, with one clear error for a mistyped key."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class UnknownKeyError(InputError):
 
 @dataclass(frozen=True)
 class Options(Generic[T]):
-    """The options of a command: each field of a dataclass, in sections by keys with dots, and `--config` for a file of them.
+    """The options of a command: each field of a dataclass, in sections by dotted keys, and `--config` for a file of them.
 
     Attributes:
         kind: the dataclass.
         flags: what further options without a value do, by name.
-        as_positional: whether fields without a default are given by their place, not by name.
+        as_positional: whether fields without a default are given by position, not by name.
     """
 
     kind: type[T]
@@ -46,7 +46,7 @@ class Options(Generic[T]):
     as_positional: bool = False
 
     def parser(self, **kwargs: Any) -> ArgumentParser:
-        """A parser with these options, which raises its errors; takes what jsonargparse's takes."""
+        """A parser with these options that raises its errors; takes the arguments of jsonargparse's."""
         parser = ArgumentParser(exit_on_error=False, **kwargs)
         parser.add_argument("--config", action="config", help="YAML file; options after it override it")
         parser.add_class_arguments(self.kind, as_group=False, as_positional=self.as_positional)
@@ -55,7 +55,7 @@ class Options(Generic[T]):
         return parser
 
     def check(self, args: Sequence[str]) -> None:
-        """Refuse an unknown key, among arguments or in a file that they name, with the nearest known one.
+        """Reject an unknown key, among arguments or in a file that they name, and suggest the nearest known one.
 
         Raises:
             UnknownKeyError: says which.
@@ -72,7 +72,7 @@ class Options(Generic[T]):
             check_keys([key], [*known, *self.flags, *_OWN_OPTIONS])
 
     def read(self, args: Sequence[str], **kwargs: Any) -> T:
-        """The dataclass that arguments give; keywords are those of the parser.
+        """The dataclass that the arguments specify; keywords are those of the parser.
 
         Raises:
             UnknownKeyError: there is no such key.
@@ -94,7 +94,7 @@ def instantiated(parser: ArgumentParser, values: Namespace) -> Any:
 
 
 def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
-    """The dataclass of some keys, sections by name or by keys with dots; what is not given has its default.
+    """The dataclass of some keys, sections by name or by dotted keys; fields that are not given have their defaults.
 
     Raises:
         UnknownKeyError: there is no such key.
@@ -108,7 +108,7 @@ def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def config_keys(kind: type, prefix: str = "") -> list[str]:
-    """All keys with dots, sections included: "data", "data.name", …"""
+    """All dotted keys, sections included: "data", "data.name", …"""
     hints = get_type_hints(kind)
     keys = []
     for name in hints:
@@ -119,7 +119,7 @@ def config_keys(kind: type, prefix: str = "") -> list[str]:
 
 
 def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a key that is not known.
+    """Reject an unknown key.
 
     Raises:
         UnknownKeyError: says which, and the nearest known one.
@@ -131,7 +131,7 @@ def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
 
 
 def check_file(path: Path, known: Sequence[str]) -> None:
-    """Refuse a YAML file with an unknown key, or one that is no mapping.
+    """Reject a YAML file with an unknown key, or one that is not a mapping.
 
     Raises:
         UnknownKeyError: says which file, and why.
@@ -150,7 +150,7 @@ def check_file(path: Path, known: Sequence[str]) -> None:
 
 
 def flatten(values: Mapping[str, Any], known: Iterable[str], prefix: str = "") -> dict[str, Any]:
-    """Values by keys with dots, sections included; goes down into sections only, not into a value that is a mapping."""
+    """Values by dotted keys, sections included; goes down into sections only, not into a value that is a mapping."""
     known = list(known)
     flat: dict[str, Any] = {}
     for name, value in values.items():

@@ -9,7 +9,7 @@ State = dict[str, Tensor]
 
 
 def random_state(device: torch.device, generator: torch.Generator | None = None) -> State:
-    """The state of a generator; of torch's global ones that a computation on `device` draws from, if none is given."""
+    """The state of a generator; if none is given, of torch's global generators that a computation on `device` draws from."""
     if generator is not None:
         return {"generator": generator.get_state()}
     state = {"cpu": torch.get_rng_state()}
@@ -19,7 +19,7 @@ def random_state(device: torch.device, generator: torch.Generator | None = None)
 
 
 def set_random_state(state: State, device: torch.device, generator: torch.Generator | None = None) -> None:
-    """Take back what `random_state` gave for the same generator."""
+    """Restore what `random_state` returned for the same generator."""
     if generator is not None:
         generator.set_state(state["generator"].cpu())
         return

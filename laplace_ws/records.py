@@ -1,4 +1,4 @@
-"""Results as frozen dataclasses in JSON files: what a file holds is said by its dataclass, which writes and reads it."""
+"""Results as frozen dataclasses in JSON files: the dataclass defines what a file holds, and writes and reads it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORDS = {float: "a number", int: "a whole number", str: "a text", bool: "true o
 
 
 class RecordError(InputError):
-    """A file of results is missing, broken or of another format; the message names the file, what is wrong and how to mend it."""
+    """A file of results is missing, broken or of another format; the message names the file, what is wrong and how to fix it."""
 
 
 def read_text(path: Path, absent: str) -> str:
@@ -65,7 +65,7 @@ def read_record(cls: type[T], path: Path, *, version: int, absent: str, broken: 
 def from_dict(cls: type[T], values: Any, where: str) -> T:
     """A dataclass from the plain values that `dataclasses.asdict` gives, each checked against the type of its field.
 
-    A field that is missing or null has its default; what is no field is passed over, so that a file may hold more.
+    A field that is missing or null gets its default; entries that are not fields are ignored, so that a file may hold more.
 
     Args:
         cls: the dataclass.

@@ -1,4 +1,4 @@
-"""Things that are chosen by name: registries that others can add to, closed choices, and what is said of an unknown name."""
+"""Things that are chosen by name: registries that others can add to, closed choices, and the error for an unknown name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def nearest(name: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that is most like another; None where none is more alike than `cutoff`, from 0 to 1."""
+    """The known name that is most similar to another; None where no similarity exceeds `cutoff`, from 0 to 1."""
     found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
     return found[0] if found else None
 
@@ -30,7 +30,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str], *, cutoff: float
 
 
 class Registry(Mapping[str, T]):
-    """Things of one kind by name; another one is added by one call of `register`.
+    """Things of one kind by name; another is added by one call to `register`.
 
     Args:
         kind: what they are, for messages.
@@ -47,20 +47,20 @@ class Registry(Mapping[str, T]):
         """Add a member.
 
         Raises:
-            ValueError: another one has the name.
+            ValueError: the name is already taken.
         """
         if self._members.get(name, member) is not member:
             raise ValueError(f"there is another {self.kind} {name!r}; choose another name.")
         self._members[name] = member
 
     def unregister(self, name: str) -> T:
-        """Take a member out again, and return it; raises `ValueError` where there is none of the name."""
+        """Remove a member and return it; raises `ValueError` where there is none of that name."""
         member = self[name]
         del self._members[name]
         return member
 
     def __getitem__(self, name: str) -> T:
-        """The member of a name; raises `ValueError` with the names that there are."""
+        """The member of a name; raises `ValueError`, with the names that exist, for an unknown one."""
         if name not in self._members:
             raise unknown_name(self.kind, name, self._members, hint=self.hint)
         return self._members[name]
@@ -79,9 +79,9 @@ class Registry(Mapping[str, T]):
 
 
 class Choice(str, Enum):
-    """An option that takes one of a few strings; another string raises `ValueError` with those that there are.
+    """An option that takes one of a few strings; any other string raises `ValueError` with the valid ones.
 
-    In messages it goes by the name of its class in the way of options, `PredType` as "pred_type".
+    In messages it is named after its class, written as options are, `PredType` as "pred_type".
     """
 
     @classmethod

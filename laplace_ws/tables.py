@@ -1,4 +1,4 @@
-"""Tables of results: columns that know how to write a value and which is the best, and their text in aligned columns."""
+"""Tables of results: columns that know how to write a value and which value is best, and the table as aligned text."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Column(Generic[Row]):
     Attributes:
         title: of the column.
         unit: of its numbers; "" for none.
-        value: of a row: a number, a text (a second line is set small on a page), or None where there is none.
+        value: of a row: a number, a text (whose second line is set small on a page), or None where there is none.
         decimals: of its numbers.
         higher_is_better: None where values are not judged.
         scale: factor from the value to what is written.
-        is_left: whether texts are aligned to the left.
+        is_left: whether texts are left-aligned.
     """
 
     title: str
@@ -50,12 +50,12 @@ class Column(Generic[Row]):
 
 
 def shown_columns(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> list[Column[Row]]:
-    """The columns of which some row has a value."""
+    """The columns for which some row has a value."""
     return [column for column in columns if any(column.value(row) is not None for row in rows)]
 
 
 def as_text(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> str:
-    """One line per row under two lines of titles and units, in columns as wide as they need be."""
+    """One line per row under two lines of titles and units, in columns as wide as necessary."""
     cells = [
         [column.title, column.unit and f"[{column.unit}]", *(column.text(row) for row in rows)] for column in columns
     ]

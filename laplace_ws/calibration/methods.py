@@ -44,10 +44,10 @@ class Method:
 
 
 def check_validation(config: CalibrateConfig, trained: TrainedRun) -> None:
-    """Refuse a choice on validation images where there are none.
+    """Reject a choice based on validation images where there are none.
 
     Raises:
-        ExperimentError: says what to do without.
+        ExperimentError: says what to do without them.
     """
     m = config.methods
     if (m.temperature or (m.laplace and "validation" in m.priors)) and not len(trained.y_validation):
@@ -75,7 +75,7 @@ def scaled_predict(trained: TrainedRun, temperature: float) -> Predict:
 
 
 def laplace_methods(config: CalibrateConfig, trained: TrainedRun, structure: str) -> Iterator[Method]:
-    """Fit a posterior, and predict by it under each choice of the prior precision; take them in turn, the posterior is shared.
+    """Fit a posterior, and predict with it under each choice of the prior precision; use them in turn, as the posterior is shared.
 
     Raises:
         UnsupportedParameterError: a parameter has no block of this structure.
@@ -99,7 +99,7 @@ def laplace_methods(config: CalibrateConfig, trained: TrainedRun, structure: str
 
 
 def laplace_predict(la: Laplace, config: CalibrateConfig) -> Predict:
-    """The posterior predictive, batch by batch; the same draws at every call, where it draws any."""
+    """The posterior predictive, batch by batch; with the same draws at every call, where it draws any."""
     m = config.methods
 
     def predict(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a calibration run finds: plain numbers, with the names that calibration.json has."""
+"""The results of a calibration run: plain numbers, under the names used in calibration.json."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """All that a calibration run writes.
+    """Everything that a calibration run writes.
 
     Attributes:
         config: of the calibration.
@@ -73,7 +73,7 @@ class CalibrationResult:
         trained: checkpoint, epoch and configuration of the network.
         data: names and numbers of images, and the parameters of the corruptions.
         methods: the network as it is, then the others.
-        total_seconds: wall time of it all.
+        total_seconds: total wall time.
     """
 
     config: Mapping[str, Any]

@@ -28,7 +28,7 @@ RESULT = "calibration.json"
 def run_calibration(config: CalibrateConfig) -> CalibrationResult:
     """Score everything that `config` asks for; writes nothing.
 
-    Data, checkpoint and methods are tried before the work starts.
+    Data, checkpoint and methods are checked before the work starts.
 
     Raises:
         ExperimentError: something does not allow the run; says what to do.
@@ -58,14 +58,14 @@ def run_calibration(config: CalibrateConfig) -> CalibrationResult:
 
 
 def _scored(method: Method, images: ScoredImages, config: CalibrateConfig, start: float) -> MethodResult:
-    """The scores of a method; says on stderr that it is done, as all of them take minutes."""
+    """The scores of a method; reports on stderr when it is done, as all of them together take minutes."""
     result = score(method, images, config)
     print(f"{time.perf_counter() - start:6.0f} s  {method.label}", file=sys.stderr, flush=True)
     return result
 
 
 def check_config(config: CalibrateConfig) -> None:
-    """Refuse values that cannot work, before anything is done."""
+    """Reject invalid values before anything is done."""
     for name, value in (
         ("threads", config.threads),
         ("n_bins", config.n_bins),
@@ -95,7 +95,7 @@ def output_folder(config: CalibrateConfig) -> Path:
 
 
 def write_result(result: CalibrationResult, folder: Path) -> Path:
-    """Write calibration.json into a folder; says where."""
+    """Write calibration.json into a folder; returns its path."""
     path = folder / RESULT
     write_whole(path, json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
     return path

@@ -1,4 +1,4 @@
-"""Scores of one method on test images, damaged test images, and images of other things."""
+"""Scores of one method on test images, damaged test images, and out-of-distribution images."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ScoredImages:
 
     Attributes:
         data: the network's training and test images.
-        x_ood: images of other things; None where none were asked for.
-        x_damaged: the test images that are damaged, before that.
+        x_ood: out-of-distribution images; None where none were requested.
+        x_damaged: the test images that will be damaged, as yet undamaged.
         y_damaged: their classes.
     """
 
@@ -41,7 +41,7 @@ def load_scored_images(config: CalibrateConfig, trained: TrainedRun) -> ScoredIm
 
     Raises:
         DatasetNotFoundError: the out-of-distribution data are not there.
-        ValueError: they have another shape, or a subset is larger than what there is.
+        ValueError: they have another shape, or a subset is larger than its data set.
     """
     data, n = trained.data, config.data.n_corrupted
     if n is not None and not 1 <= n <= len(data.y_test):
@@ -51,7 +51,7 @@ def load_scored_images(config: CalibrateConfig, trained: TrainedRun) -> ScoredIm
 
 
 def score(method: Method, images: ScoredImages, config: CalibrateConfig) -> MethodResult:
-    """Predict all images by a method, and score the predictions."""
+    """Predict all images with a method, and score the predictions."""
     data = images.data
     start = time.perf_counter()
     probs = method.predict(data.x_test)

@@ -1,4 +1,4 @@
-"""The columns by which methods are compared: the registered metrics, what was found of other things, and times."""
+"""The columns by which methods are compared: the registered metrics, detection of out-of-distribution images, and times."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def columns() -> list[Column[MethodResult]]:
 
 
 def shown_columns(methods: Sequence[MethodResult]) -> list[Column[MethodResult]]:
-    """The columns of which some method has a value."""
+    """The columns for which some method has a value."""
     return tables.shown_columns(columns(), methods)
 
 

@@ -1,4 +1,4 @@
-"""Temperature scaling: one number that makes a trained classifier less sure, or more."""
+"""Temperature scaling: one number that makes a trained classifier less confident, or more."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _TOLERANCE = 1e-8
 def fit_temperature(logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
     """Temperature T at which softmax(f / T) gives the labels the lowest negative log likelihood [Guo et al. 2017].
 
-    The likelihood is log-concave in 1/T, so its only optimum in log T is the best; it is sought from 0.01 to 100.
+    The likelihood is log-concave in 1/T, so its only optimum in log T is the best; it is searched for between 0.01 and 100.
 
     Args:
         logits: f, of images that the network was not trained on.
         labels: their classes.
 
     Warns:
-        NumericalRepairWarning: the optimum is at a limit, as where every label has the largest logit.
+        NumericalRepairWarning: the optimum is at a limit, as when every label has the largest logit.
     """
     f = logits.double()
 

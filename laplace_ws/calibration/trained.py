@@ -50,13 +50,13 @@ class TrainedRun:
 
 
 def load_trained(config: CalibrateConfig) -> TrainedRun:
-    """Rebuild network and data of a training run; no code is run from its files.
+    """Rebuild network and data of a training run; no code from its files is run.
 
     Raises:
         ExperimentError: there is no checkpoint or configuration, or they do not fit together.
         CheckpointError: the checkpoint is damaged.
         DatasetNotFoundError: the data are not there.
-        ValueError: a subset is larger than what there is.
+        ValueError: a subset is larger than its data set.
     """
     path = checkpoint_path(config.checkpoint)
     run = read_config(path.with_name(CONFIG))

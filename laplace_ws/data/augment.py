@@ -1,4 +1,4 @@
-"""Random crops and flips of a batch at once."""
+"""Random crops and flips of a whole batch at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def random_crop_flip(
 ) -> Float[Tensor, "N C H W"]:
     """Shift every image by its own random offset and mirror half of them left to right.
 
-    Same as padding by reflection (the edge pixel is not repeated, as in `torch.nn.functional.pad(mode="reflect")`),
+    The same as padding by reflection (the edge pixel is not repeated, as in `torch.nn.functional.pad(mode="reflect")`),
     taking a random H×W crop of each image, and flipping it with probability ½. Reflection, unlike zeros, needs no
     knowledge of how the images were normalised.
 

@@ -1,4 +1,4 @@
-"""Damaged images: noise, blur and loss of contrast at five strengths, to see what a network says when its inputs drift.
+"""Damaged images: noise, blur and loss of contrast at five strengths, to see what a network predicts when its inputs drift.
 
 | strength | 1 | 2 | 3 | 4 | 5 |
 |---|---|---|---|---|---|
@@ -6,8 +6,8 @@
 | blur: standard deviation of a Gaussian blur, in pixels | 0.5 | 0.75 | 1 | 1.5 | 2 |
 | contrast: factor on the distance of a pixel to its image's mean | 0.75 | 0.5 | 0.4 | 0.3 | 0.15 |
 
-The noise is that of ImageNet-C, the contrast that of CIFAR-10-C [Hendrycks & Dietterich 2019]; the blur is spread for images of about 30
-pixels a side.
+The noise is that of ImageNet-C, the contrast that of CIFAR-10-C [Hendrycks & Dietterich 2019]; the strengths of the blur suit
+images of about 30 pixels per side.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PARAMETERS: dict[Corruption, tuple[float, ...]] = {
     Corruption.BLUR: (0.5, 0.75, 1.0, 1.5, 2.0),
     Corruption.CONTRAST: (0.75, 0.5, 0.4, 0.3, 0.15),
 }
-"""What torchvision is given at strengths 1 to 5, see the table of this module."""
+"""Parameter that torchvision gets at strengths 1 to 5, see the table of this module."""
 
 STRENGTHS = (1, 2, 3, 4, 5)
 

@@ -45,7 +45,7 @@ class ImageData:
 
     @property
     def n_classes(self) -> int:
-        """Number of classes, also of those that a small subset may lack."""
+        """Number of classes, including any that a small subset lacks."""
         return len(self.classes)
 
     @property
@@ -55,7 +55,7 @@ class ImageData:
         return channels, height, width
 
     def to_pixels(self, x: Float[Tensor, "*batch C H W"]) -> Float[Tensor, "*batch C H W"]:
-        """Undo the normalisation: pixels in [0, 1]; what rounding puts outside is put back to the border."""
+        """Undo the normalisation: pixels in [0, 1]; values that rounding puts outside are clamped to the limits."""
         return (x * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
 
     def from_pixels(self, pixels: Float[Tensor, "*batch C H W"]) -> Float[Tensor, "*batch C H W"]:
@@ -84,7 +84,7 @@ def load_dataset(
             `root/train/CLASS/*` and `root/test/CLASS/*`, all images of one size.
         root: Folder of the data.
         download: Whether a missing torchvision data set may be downloaded into `root`.
-        n_train: Size of a random, class-balanced subset of the training split; all of it by default.
+        n_train: Size of a random, class-balanced subset of the training split; the whole split by default.
         n_test: The same for the test split.
         held_out: Whether the training images that `n_train` leaves out take the place of the test split: what to look
             at while choosing settings, so that the test set is kept for the end.

@@ -14,7 +14,7 @@ from laplace_ws.errors import InvalidBatchError
 
 @dataclass(frozen=True, eq=False)
 class GraphBatch:
-    """Several graphs side by side, as a disconnected one; an example is a graph.
+    """Several graphs combined into one disconnected graph; an example is a graph.
 
     A layer on nodes or edges says so where the forward pass calls it, `with row_examples(batch.graph):` or
     `with row_examples(batch.graph_of_edge):`.

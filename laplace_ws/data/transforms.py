@@ -14,7 +14,7 @@ from laplace_ws.errors import NumericalRepairWarning
 def balanced_indices(y: Int[Tensor, " N"], n: int, *, seed: int) -> Int[Tensor, " n"]:
     """Choose `n` examples at random, as evenly over the classes as the labels allow.
 
-    Class counts differ by one at most, except that a class with too few examples gives all that it has. With one seed,
+    Class counts differ by at most one, except that a class with too few examples contributes all of them. With the same seed,
     a smaller choice is contained in a larger one.
 
     Returns:
@@ -33,7 +33,7 @@ def balanced_indices(y: Int[Tensor, " N"], n: int, *, seed: int) -> Int[Tensor, 
     _, counts = torch.unique_consecutive(y[by_class], return_counts=True)
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     round_of_draw = torch.arange(len(y)) - first
-    # Each round takes one example of every class left; a random class order decides who is cut off in the last round.
+    # Each round takes one example of every remaining class; a random class order decides who is cut off in the last round.
     turn = torch.repeat_interleave(torch.randperm(len(counts), generator=generator), counts)
     chosen = torch.argsort(round_of_draw * len(counts) + turn)[:n]
     return torch.sort(by_class[chosen]).values
@@ -42,7 +42,7 @@ def balanced_indices(y: Int[Tensor, " N"], n: int, *, seed: int) -> Int[Tensor, 
 def channel_statistics(x: UInt8[Tensor, "N C H W"]) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
     """Mean and (biased) standard deviation of every channel, in units where 255 is 1, exact and in float64.
 
-    A channel of zero deviation is given 1 and a `NumericalRepairWarning`.
+    A channel of zero deviation gets a deviation of 1, with a `NumericalRepairWarning`.
     """
     histogram = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in x.unbind(1)]).double()
     value = torch.arange(256, dtype=torch.float64, device=x.device) / 255

@@ -19,7 +19,7 @@ TEST_SHARE = 0.1
 class UciSplit:
     """One random split of a table; inputs and targets are standardised by the training part.
 
-    `y * target_std + target_mean` gives targets in their own units back. A density of standardised targets is `target_std` times that in
+    `y * target_std + target_mean` converts targets back to their own units. A density of standardised targets is `target_std` times that in
     the target's own units: subtract `log(target_std)` from a log-likelihood per example to report it there.
 
     Attributes:
@@ -40,17 +40,17 @@ class UciSplit:
 
 
 def load_uci(path: str | Path, split: int = 0, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> UciSplit:
-    """Read a table of numbers whose last column is the target, and put aside a tenth of its rows for testing.
+    """Read a table of numbers whose last column is the target, and set aside a tenth of its rows for testing.
 
     Args:
-        path: text file of numbers with blanks between them, one example a line.
+        path: text file of numbers separated by blanks, one example per line.
         split: number of the split, from 0; each is a random choice of its own.
         seed: of all splits. The global random state is neither used nor changed.
         dtype: of the tensors; means and deviations are taken in float64.
 
     Raises:
         DatasetNotFoundError: there is no such file.
-        ValueError: the file is no table of finite numbers, too small, its target is constant, or the split is negative.
+        ValueError: the file is not a table of finite numbers or is too small, its target is constant, or the split is negative.
     """
     table = _read_table(Path(path))
     if split < 0:

@@ -1,4 +1,4 @@
-"""What a result was made with: the environment that every file of results records."""
+"""What a result was obtained with: the environment that every file of results records."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ TEST_BATCH = 500
 def epoch_logger(
     config: RunConfig, run: str, model: nn.Module, data: ImageData, path: Path
 ) -> Callable[[Record], None]:
-    """Completes the record of an epoch by the test set's scores and appends it to the metrics file."""
+    """Adds the test set's scores to the record of an epoch and appends it to the metrics file."""
 
     def log(record: Record) -> None:
         tested: Json = {}

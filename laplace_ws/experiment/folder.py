@@ -44,7 +44,7 @@ def make_writable(folder: Path, options: str) -> None:
 
     Args:
         folder: where results will go.
-        options: what sets it, for the message.
+        options: the options that set it, for the message.
 
     Raises:
         ExperimentError: it cannot be written.
@@ -62,7 +62,7 @@ def make_writable(folder: Path, options: str) -> None:
 def prepare_folder(folder: Path, config: RunConfig, tasks: Sequence[Task], resume: bool) -> None:
     """Make the run folder and write into it, so that what could fail at the end fails now.
 
-    A finished run of the same name is replaced; an unfinished one only resumed.
+    A finished run of the same name is replaced; an unfinished one can only be resumed.
     """
     flat = flatten(config.settings(), config_keys(RunConfig))
     settings = {key: value for key, value in flat.items() if not any(k.startswith(f"{key}.") for k in flat)}
@@ -93,7 +93,7 @@ def write_metrics(folder: Path, histories: Sequence[Sequence[Record]]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is at every moment the old one or the new one."""
+    """Write a file atomically: at every moment it is the old one or the new one."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -25,7 +25,7 @@ class EpochRecord:
     Attributes:
         run: "tuned", or "fixed-" and the prior precision.
         epoch: from 1.
-        train_nll, train_accuracy: means as training went along.
+        train_nll, train_accuracy: running means over the epoch.
         test_nll, test_accuracy: after the epoch.
         loss: objective of the training, regulariser included.
         log_marginal_likelihood: of the fit in this epoch.
@@ -106,9 +106,9 @@ class RunResult:
         config: settings by section.
         environment: versions, threads and device.
         data: what was trained and tested on.
-        total_seconds: wall time of it all.
+        total_seconds: total wall time.
         tuned: the network whose prior precision was tuned.
-        fixed: the others, by their prior precision as a text.
+        fixed: the others, by their prior precision as text.
     """
 
     name: str
@@ -131,7 +131,7 @@ def read_run(folder: Path) -> RunResult:
 
 
 def read_epochs(folder: Path) -> tuple[list[EpochRecord], list[str]]:
-    """The epochs of all networks in the order of the file, and what a reader should know of the file.
+    """The epochs of all networks in the order of the file, and what a reader should know about the file.
 
     Raises:
         RecordError: naming the line, what is wrong and how to mend it.

@@ -30,7 +30,7 @@ from laplace_ws.models import build_model
 def run_experiment(config: RunConfig, *, resume: bool = False) -> tuple[Path, RunResult]:
     """Train everything that `config` asks for; returns the run folder and what its summary.json says.
 
-    The folder, the data and the model are tried before training starts.
+    The folder, the data and the model are checked before training starts.
 
     Raises:
         ExperimentError: something does not allow the run.
@@ -63,7 +63,7 @@ def run_experiment(config: RunConfig, *, resume: bool = False) -> tuple[Path, Ru
 
 @contextmanager
 def explained(*errors: type[Exception]) -> Iterator[None]:
-    """Turn the errors that a user can mend into an `ExperimentError`."""
+    """Turn the errors that a user can fix into an `ExperimentError`."""
     try:
         yield
     except errors as error:
@@ -105,14 +105,14 @@ def make_model(config: RunConfig, data: ImageData) -> nn.Module:
         model = build_model(
             config.model.name, in_channels=channels, image_size=(height, width), n_classes=data.n_classes, **options
         )
-    # On a CPU, convolutions run half as fast again on weights that lie channel by channel.
+    # On a CPU, convolutions run one and a half times as fast on weights that lie channel by channel.
     return model.to(device_of(config)).to(memory_format=torch.channels_last)
 
 
 def train_all(
     config: RunConfig, tasks: Sequence[Task], folder: Path, data: ImageData, resume: bool
 ) -> list[tuple[ModelResult, list[Record]]]:
-    """Train one network per task, in order or side by side; the numbers are the same."""
+    """Train one network per task, one after another or in parallel; the results are the same."""
     if config.workers == 1 or len(tasks) == 1:
         return [train_one(config, task, folder, resume, True, data) for task in tasks]
     calls = [(config, task, folder, resume, task.prior_precision is None) for task in tasks]
@@ -152,7 +152,7 @@ def named_in_errors(run: str) -> Iterator[None]:
 
 @contextmanager
 def torch_settings(threads: int, seed: int) -> Iterator[None]:
-    """Number of threads and global seed for a while."""
+    """Set number of threads and global seed temporarily."""
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def check_config(config: RunConfig, tasks: Sequence[Task]) -> None:
-    """Refuse values that cannot work, before the data are loaded.
+    """Reject invalid values before the data are loaded.
 
     Raises:
         ValueError: names the key and its value.
@@ -41,7 +41,7 @@ def check_config(config: RunConfig, tasks: Sequence[Task]) -> None:
 
 
 def check_training(config: RunConfig, model: nn.Module, data: ImageData) -> None:
-    """Refuse what the training of the tuned network would refuse before its first gradient step.
+    """Reject what the training of the tuned network would reject before its first gradient step.
 
     Raises:
         ValueError: an option is out of its range, or does not fit the model or the data.
@@ -68,7 +68,7 @@ def training_options(config: RunConfig, task: Task) -> tuple[Schedule, TrainingO
 
 
 def _from_values(cls: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass from those of the values that are fields of it."""
+    """A dataclass from those values that are fields of it."""
     return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})  # pyright: ignore[reportArgumentType]
 
 

@@ -1,4 +1,4 @@
-"""Calls side by side in processes of their own, that stop together."""
+"""Calls in parallel, each in its own process, which stop together."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def side_by_side(
         function: Importable by name, as the workers look it up.
         calls: The arguments of each call.
         n_workers: Processes.
-        progress: Whether the workers may show progress bars, as where one of them has one at most.
+        progress: Whether the workers may show progress bars, as when at most one of them has one.
 
     Raises:
-        BaseException: what a call raised, an interrupt included; calls that have not begun are left out then.
+        BaseException: what a call raised, an interrupt included; calls that have not started are then skipped.
         BrokenProcessPool: a worker was killed.
     """
     n_workers = min(n_workers, len(calls))
@@ -48,14 +48,14 @@ def side_by_side(
 
 
 class _NoTerminal(io.TextIOBase):
-    """Standard error that no progress bar takes for a terminal: those of several processes would write over each other."""
+    """Standard error that no progress bar takes for a terminal: the bars of several processes would overwrite each other."""
 
     def write(self, text: str, /) -> int:
         return 0 if sys.__stderr__ is None else sys.__stderr__.write(text)
 
 
 def _begin(stop: Event, progress: bool) -> None:
-    """Remember, in a worker, by which event all of them stop."""
+    """Remember, in a worker, the event by which all of them stop."""
     global _stop
     _stop = stop
     if not progress:

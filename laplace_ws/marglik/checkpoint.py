@@ -23,7 +23,7 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and primitives) so that `path` is always whole: the old file or the new one."""
+    """Write `state` (tensors and primitives) so that `path` is always a complete file: the old one or the new one."""
     save_tensors(path, {"format_version": FORMAT_VERSION, **state})
 
 
@@ -31,7 +31,7 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
     """Read what `save_checkpoint` wrote; runs no code from the file.
 
     Raises:
-        CheckpointError: the file is damaged, or is no checkpoint of this format.
+        CheckpointError: the file is damaged, or is not a checkpoint in this format.
     """
     try:
         state = load_tensors(path, "a checkpoint", map_location)

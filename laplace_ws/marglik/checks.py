@@ -1,4 +1,4 @@
-"""What is checked before the first gradient step, so that no training is lost to bad input."""
+"""Checks before the first gradient step, so that no training is lost to bad input."""
 
 from __future__ import annotations
 

@@ -44,11 +44,11 @@ class Hyperparameters(nn.Module):
     """Log prior precisions by group, log noise and log temperature, with the optimiser that tunes them.
 
     Everything is float64, on `device`. `state_dict` holds the values, the state of Adam and the names already
-    reported as collapsed, so that a resumed run goes on as an uninterrupted one.
+    reported as collapsed, so that a resumed run continues as an uninterrupted one would.
 
     Args:
         groups: which prior precision governs which parameter.
-        prior_precision: the value that every group starts from, except `ELEMENTWISE`, which beside other groups starts from
+        prior_precision: the value that every group starts from, except `ELEMENTWISE`, which next to other groups starts from
             `ELEMENTWISE_START` and stays there unless `ascend` changes it.
         sigma_noise: standard deviation of Gaussian observation noise at the start.
         temperature: of the likelihood, at the start.
@@ -132,7 +132,7 @@ class Hyperparameters(nn.Module):
         return {name: part.mean().exp().item() for (name, _), part in zip(named_parameters, parts, strict=True)}
 
     def assign_to(self, la: Laplace) -> None:
-        """Set the hyperparameters of `la` to the present values, detached."""
+        """Set the hyperparameters of `la` to the current values, detached."""
         la.prior_precision = self.prior_precision().detach()
         la.temperature = self.temperature().detach()
         if la.likelihood.has_noise:
@@ -141,7 +141,7 @@ class Hyperparameters(nn.Module):
     def ascend(self, la: Laplace, n_steps: int, *, max_log_step: float = 1.0, stiffness: float = math.inf) -> None:
         """Take `n_steps` up the log marginal likelihood of `la` as it was last fitted.
 
-        The mode and the curvature belong to the old values, so no logarithm ends further than `max_log_step` from
+        The mode and the curvature belong to the old values, so no logarithm ends farther than `max_log_step` from
         where it began. `la` is left holding the new values.
 
         Args:
@@ -206,10 +206,10 @@ class Hyperparameters(nn.Module):
         return Box(delta_limits, sigma_limits)
 
     def check_start(self, stiffness: float) -> None:
-        """Refuse prior precisions that the first tuning would cut to their upper limit, see `ascend`.
+        """Reject initial prior precisions that the first tuning would cut to their upper limit, see `ascend`.
 
         Raises:
-            ValueError: names start, limit and mend.
+            ValueError: names the initial value, the limit and the remedy.
         """
         highest, limit = self.log_prior_precision.max().exp().item(), math.exp(self._log_limit(stiffness))
         if self.log_prior_precision.requires_grad and highest > limit * (1 + 1e-9):

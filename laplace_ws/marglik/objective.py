@@ -1,4 +1,4 @@
-"""The objective whose minimum is the mode: negative log likelihood and prior, per example."""
+"""The objective whose minimum is the mode: negative log likelihood plus negative log prior, per example."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def neg_log_joint_mean(
     """The MAP objective N⁻¹(L/τ + ½ Σ_p δ_p‖θ_p‖²), given the mean negative log likelihood L/N of some examples.
 
     Each of `prior_precisions` is a scalar, or one value per weight. Training adds the gradient of the
-    second term with `PriorGradient`; this is the form to differentiate and to compare with.
+    second term with `PriorGradient`; this form is for differentiation and comparison.
     """
     square_sum = sum((delta * p.square()).sum() for p, delta in zip(parameters, prior_precisions, strict=True))
     return nll_mean / temperature + 0.5 * square_sum / n_data
@@ -48,7 +48,7 @@ class PriorGradient:
 
     @torch.no_grad()
     def add_(self) -> None:
-        """Add to `.grad`; a parameter without one (not used in this step) is given it."""
+        """Add to `.grad`; a parameter without one (not used in this step) gets one."""
         gradient = torch._foreach_mul(self.parameters, self.scalars or self.tensors)  # pyright: ignore
         missing = [p for p in self.parameters if p.grad is None]
         for p in missing:
@@ -57,7 +57,7 @@ class PriorGradient:
 
     @torch.no_grad()
     def penalty_mean(self) -> float:
-        """½ Σ_p δ_p‖θ_p‖²/N at the present weights, in nats per example."""
+        """½ Σ_p δ_p‖θ_p‖²/N at the current weights, in nats per example."""
         terms = [(d * p.double().square()).sum() for p, d in zip(self.parameters, self.prior_precisions, strict=True)]
         return 0.5 * torch.stack(terms).sum().item() / self.n_data
 

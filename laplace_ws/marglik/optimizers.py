@@ -46,7 +46,7 @@ def make_optimizer(
 def scheduler_options(
     scheduler_cls: type[Any] | None, scheduler_kwargs: Mapping[str, Any] | None, n_steps: int
 ) -> dict[str, Any]:
-    """The scheduler's options, with what is not given set for a run of `n_steps` gradient steps."""
+    """The scheduler's options, with defaults filled in for a run of `n_steps` gradient steps."""
     if scheduler_cls is None:
         return {"factor": 1.0}
     is_cosine = scheduler_cls is torch.optim.lr_scheduler.CosineAnnealingLR
@@ -61,5 +61,5 @@ def make_scheduler(
 
 
 def without_numpy(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with numpy's scalars made plain, so that a checkpoint with them in it can be read back."""
+    """Options with numpy scalars converted to plain ones, so that a checkpoint that holds them can be read back."""
     return {key: value if isinstance(value, Tensor) else unwrapped(value) for key, value in options.items()}

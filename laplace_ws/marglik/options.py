@@ -1,4 +1,4 @@
-"""The options of a training besides its schedule: their defaults, and the parts that are made from them."""
+"""The options of training besides its schedule: their defaults, and the parts that are built from them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TrainingOptions:
     def posteriors(
         self, model: nn.Module, likelihood: Likelihood, generator: torch.Generator, keys: BatchKeys
     ) -> tuple[Laplace, Laplace]:
-        """The posterior to tune by and the one to return, which are the same unless `final_curvature` is another."""
+        """The posterior to tune by and the one to return, which are the same unless `final_curvature` differs."""
         own: dict[str, Any] = {} if self.kfac_approx == "auto" else {"kfac_approx": self.kfac_approx}
 
         def posterior(curvature: str) -> Laplace:
@@ -73,11 +73,11 @@ class TrainingOptions:
         if self.final_curvature in (None, self.curvature):
             return la, la
         final = posterior(self.final_curvature)
-        final.network = la.network  # what was checked of it holds for both
+        final.network = la.network  # its checks hold for both
         return la, final
 
     def hyperparameters(self, la: Laplace, n_data: int, device: torch.device) -> Hyperparameters:
-        """The hyperparameters of `la` at their start, for N examples."""
+        """The initial hyperparameters of `la`, for N examples."""
         default_start = PRIOR_PRECISION_PER_EXAMPLE * n_data
         return Hyperparameters(
             prior_groups(la.shapes, PriorStructure(self.prior_structure)),

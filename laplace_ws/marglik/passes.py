@@ -1,4 +1,4 @@
-"""Passes over the training data that are not an epoch."""
+"""Passes over the training data that are not epochs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def same_order_after(loader: Any) -> Iterator[None]:
-    """Keep an extra pass over a loader from changing the later ones, if the loader can save its state."""
+    """Keep an extra pass over a loader from affecting later ones, if the loader can save its state."""
     state = loader.state_dict() if hasattr(loader, "load_state_dict") else None
     try:
         yield

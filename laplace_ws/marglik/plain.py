@@ -17,15 +17,15 @@ def plain_record(record: Mapping[Any, Any]) -> dict[str, Any]:
     """A copy of an epoch's record that a checkpoint can hold, its scalars unwrapped.
 
     Raises:
-        TypeError: names the entry that is no plain value.
+        TypeError: names the entry that is not a plain value.
     """
     return {_plain_key(key, "the record"): _plain(value, str(key)) for key, value in record.items()}
 
 
 def described(value: Any) -> Any:
-    """A plain form of `value` for comparing settings; what has none, such as a function, is represented by its name."""
+    """A plain form of `value` for comparing settings; a value without one, such as a function, is represented by its name."""
     value = unwrapped(value)
-    # Subclasses (an enum of strings, say) are no plain values: a checkpoint would not load with them in it.
+    # Subclasses (an enum of strings, say) are not plain values: a checkpoint that held them would not load.
     if type(value) in _SCALARS:
         return value
     if isinstance(value, Mapping):

@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 @dataclass
 class Progress:
-    """What a run has done so far; plain numbers, model snapshots apart."""
+    """What a run has done so far; plain numbers, apart from model snapshots."""
 
     epoch: int = 0
     losses: list[float] = field(default_factory=list[float])

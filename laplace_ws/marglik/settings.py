@@ -1,4 +1,4 @@
-"""What a run must have in common with the checkpoint that it goes on from."""
+"""What a run must have in common with the checkpoint from which it resumes."""
 
 from __future__ import annotations
 

@@ -42,10 +42,10 @@ _STEPS_BETWEEN_LOSS_CHECKS = 20
 
 @dataclass
 class Trainer:
-    """A training that is ready to start: `run` trains. Made by `prepare`, which checks that all of this fits together.
+    """A training run that is ready to start: `run` trains. Made by `prepare`, which checks that all of this fits together.
 
     The hyperparameters of `la` are kept equal to `hyper`. What `run` leaves is the state with the highest log marginal
-    likelihood, or the last one where the temperature is tuned: values at different τ do not compare. With `fit_fraction`
+    likelihood, or the last one where the temperature is tuned: values at different τ are not comparable. With `fit_fraction`
     below 1 each is an estimate from its own subset of batches.
 
     Attributes:
@@ -53,7 +53,7 @@ class Trainer:
         final_la: the one that is returned, of the same model and likelihood; may be `la`.
         hyper: the hyperparameters.
         batches: the training data.
-        facts: what is known of them.
+        facts: what the first pass over them revealed.
         optimizer: of the weights.
         scheduler: of its learning rate.
         schedule: when the hyperparameters are tuned.
@@ -101,7 +101,7 @@ class Trainer:
         The mode of the model's modules, its `.grad` and torch's global random state are left as they were.
 
         Raises:
-            TrainingDiverged: a loss or a marginal likelihood is NaN or infinite, or has no factorisation.
+            TrainingDiverged: a loss or a marginal likelihood is NaN or infinite, or the curvature has no factorisation.
             InvalidBatchError: the loader gave no batch.
             TypeError: `on_epoch` put something into the record that a checkpoint cannot hold.
 
@@ -253,7 +253,7 @@ class Trainer:
         return log_marglik, time.perf_counter() - start
 
     def _fit_and_ascend(self) -> float:
-        """Tune at the present weights; returns the log marginal likelihood after it."""
+        """Tune at the current weights; returns the log marginal likelihood after it."""
         with same_order_after(self.loader):
             self.la.fit(self._some_batches(), n_data=self.n_data, recheck=False)
         self.hyper.ascend(
@@ -279,7 +279,7 @@ class Trainer:
         return path if path is not None and path.exists() else None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to end as this one would: tensors and primitives."""
+        """Everything that a resumed run needs to end as this one would: tensors and primitives."""
         return {
             "settings": self.settings,
             "progress": {f: getattr(self.progress, f) for f in Progress.__dataclass_fields__},
@@ -293,7 +293,7 @@ class Trainer:
         }
 
     def resume(self) -> None:
-        """Go on from the checkpoint on disk, if there is one.
+        """Resume from the checkpoint on disk, if there is one.
 
         Raises:
             CheckpointError: it cannot be read, or was made under other settings.

@@ -67,18 +67,18 @@ def marglik_training(
 
     Gradient steps minimise the negative log joint per example, N⁻¹(L/τ + ½ Σ_p δ_p‖θ_p‖²), scaled by τσ² so that a
     learning rate means the same throughout. After `n_epochs_burnin` epochs, every `marglik_frequency` epochs and
-    after the last one, the Laplace approximation is fitted at the present weights and the logarithms of the
+    after the last one, the Laplace approximation is fitted at the current weights and the logarithms of the
     hyperparameters take `n_hypersteps` steps up its log marginal likelihood, by default of Adam. The weights and hyperparameters
     with the highest log marginal likelihood are kept, and the posterior is fitted there on all the data. With
     `fit_fraction` below 1 that is the highest among estimates from different subsets of the batches, so the
     choice is partly a matter of chance. With `tune_temperature` the last weights and hyperparameters are kept instead: values at
-    different τ do not compare, and the highest is usually the one at the largest τ.
+    different τ are not comparable, and the highest is usually the one at the largest τ.
 
     The model is trained in place. The mode of its modules, its `.grad` and torch's global random state are left as
     they were. Gradient steps run with all modules in train mode, curvature with all in eval mode.
 
     Args:
-        model: the network; what does not require grad stays as it is and gets no prior.
+        model: the network; parameters that do not require grad stay as they are and get no prior.
         train_loader: gives batches on the model's device, afresh each time it is iterated: pairs (x, y), rows (x1, x2, …, y) for
             `model(x1, x2, …)`, or mappings, see `curvature.inputs.split_batch`.
         likelihood: "classification", "regression", "heteroscedastic_regression", "binary", or a likelihood.
@@ -87,7 +87,7 @@ def marglik_training(
         curvature, kfac_approx, backend, mc_samples: as for `Laplace`.
         final_curvature: of the posterior that is returned; `curvature` where not given.
         optimizer_cls, optimizer_kwargs: for the weights; SGD with lr 0.03 and Nesterov momentum 0.9 where not given.
-            There must be no weight decay, as the prior takes its place, nor a closure, which rules out LBFGS.
+            It must have no weight decay, as the prior takes its place, and need no closure, which rules out LBFGS.
         scheduler_cls, scheduler_kwargs: stepped after every batch; a cosine to zero where not given.
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction: see `Schedule`. Where not
             given, the burn-in is a fifth of the epochs and at most 20. `n_hypersteps=0` trains at fixed hyperparameters.
@@ -107,11 +107,11 @@ def marglik_training(
         fix_sigma_noise, tune_temperature: what is tuned besides the priors; the noise is, the temperature is not (its
             likelihood is not normalised: `TemperatureWarning`).
         checkpoint_path: where to keep a checkpoint, written after every tuning.
-        resume: go on from `checkpoint_path` if it exists; its settings must be the same. The result is that of the
+        resume: continue from `checkpoint_path` if it exists; its settings must be the same. The result is that of an
             uninterrupted run.
         n_data: N, the number of examples that an epoch stands for. Where not given: for a loader with `drop_last`, the length of
             its sampler or data set, if it has one; else the number of examples that one pass over the loader gives.
-        dict_key_x, dict_key_y: of batches that are mappings, the entry that tells the number of examples and the device, and the
+        dict_key_x, dict_key_y: for batches that are mappings, the entry that gives the number of examples and the device, and the
             targets.
         on_epoch: called after every epoch with a record of it, to which it may add numbers, strings, None, and dicts and
             lists of them.
@@ -179,7 +179,7 @@ def prepare(
     on_epoch: Callable[[Record], None] | None = None,
     progress_bar: bool = True,
 ) -> Trainer:
-    """Check all that a training needs, on the model and the data, and return the trainer that will run it.
+    """Check everything that training needs of the model and the data, and return the trainer that will run it.
 
     No gradient step is taken, and nothing is written; the model and torch's global random state are left as they were. The data
     are read once, and the model is run on their first batch.
@@ -190,9 +190,9 @@ def prepare(
         likelihood: of the targets.
         schedule: when the hyperparameters are tuned.
         options: all else that shapes the result.
-        checkpoint_path: where to keep a checkpoint; one that exists is taken up by `Trainer.resume` only.
-        n_data: N that an epoch stands for.
-        keys: of batches that are mappings.
+        checkpoint_path: where to keep a checkpoint; an existing one is used only by `Trainer.resume`.
+        n_data: number of examples N that an epoch stands for.
+        keys: names of the entries of batches that are mappings.
         on_epoch: called after every epoch with its record.
         progress_bar: show one, if stderr is a terminal.
 

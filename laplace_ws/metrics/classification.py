@@ -1,4 +1,4 @@
-"""Negative log likelihood, accuracy, expected calibration error and Brier score, and the check of what they are taken of."""
+"""Negative log likelihood, accuracy, expected calibration error and Brier score, and the check of their inputs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def to_log_probs(
     """Check outputs and labels, and give both with the leading dimensions merged; log probabilities in float64.
 
     Raises:
-        ValueError: if shapes or labels do not fit, a value is NaN, or rows sum to one only nearly.
+        ValueError: if shapes or labels do not fit, a value is NaN, or rows sum to one only approximately.
     """
     kind = OutputKind(kind)
     if outputs.ndim < 2 or outputs.shape[-1] < 2 or outputs.shape[:-1] != labels.shape:

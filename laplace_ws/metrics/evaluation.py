@@ -21,13 +21,13 @@ from laplace_ws.registry import Registry
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that says how well probabilities [N, C] fit labels [N], and how it is shown.
+    """A score of how well probabilities [N, C] fit labels [N], and how it is shown.
 
     Attributes:
         title: for tables and pictures.
         function: from probabilities (float64) and labels; where `is_binned`, also from a number of bins of confidence.
         unit: of what is shown; "" for none.
-        decimals: shown.
+        decimals: number of decimals shown.
         scale: factor from the number to what is shown, such as 100 for a percentage.
         higher_is_better: None where it is not judged.
         is_binned: whether the function takes a number of bins.
@@ -57,7 +57,7 @@ METRICS: Registry[Metric] = Registry(
         "ece": Metric("ECE", calibration_error, "%", 2, scale=100.0, is_binned=True, on_damaged=True),
     },
 )
-"""By the name of the score; what is registered here is scored, and shown by `laplace-ws calibrate`."""
+"""Metrics by name; each one registered here is computed, and shown by `laplace-ws calibrate`."""
 
 
 def evaluate_classification(
@@ -82,10 +82,10 @@ def evaluate_classification(
         label, from 0 to 2), `ece` (expected calibration error of the top label, fraction), and those that were registered since.
 
     Raises:
-        ValueError: if shapes or labels do not fit, a value is NaN, or rows sum to one only nearly.
+        ValueError: if shapes or labels do not fit, a value is NaN, or rows sum to one only approximately.
     """
     log_probs, labels = to_log_probs(outputs, labels, kind=kind)
     probs = log_probs.exp()
     scores = {name: metric(probs, labels, n_bins) for name, metric in METRICS.items()}
-    # A probability that underflows still has its logarithm.
+    # The logarithm is finite even where the probability underflows.
     return scores | {"nll": mean_nll(log_probs, labels).item()}

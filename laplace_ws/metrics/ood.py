@@ -1,4 +1,4 @@
-"""Detecting inputs that are unlike the training data, by how unsure a classifier is about them."""
+"""Detecting inputs that are unlike the training data, by how uncertain a classifier is about them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRUE_POSITIVE_RATE = 0.95
 
 
 class OodScore(str, enum.Enum):
-    """By what an input counts as unusual, from 0 (sure) towards 1: 1 − max_c p_c, or the entropy in units of log C."""
+    """The measure of how unusual an input is, from 0 (certain) towards 1: 1 − max_c p_c, or the entropy in units of log C."""
 
     CONFIDENCE = "confidence"
     ENTROPY = "entropy"
@@ -49,7 +49,7 @@ def ood_detection(scores_in: Float[Tensor, " N"], scores_out: Float[Tensor, " M"
         scores_out: scores of inputs from elsewhere, the positives.
 
     Returns:
-        `auroc`: probability that an input from elsewhere has the higher score, ties counted by half; `fpr95`: smallest share of the
+        `auroc`: probability that an input from elsewhere has the higher score, ties counted as one half; `fpr95`: smallest share of the
         inputs like the training data that are called out-of-distribution, by a threshold that finds 95 % of the others
         [Hendrycks et al. 2019].
 

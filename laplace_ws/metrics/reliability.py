@@ -19,8 +19,8 @@ class ReliabilityCurve:
     """Mean confidence, accuracy and number of examples in each of B equal bins of the top label's probability.
 
     Attributes:
-        edges: the B + 1 borders of the bins, from 0 to 1; equal bins if none is given. A bin holds its lower border, the last bin
-            holds 1 too.
+        edges: the B + 1 borders of the bins, from 0 to 1; equal bins if none is given. A bin includes its lower border; the last bin
+            also includes 1.
         confidence: mean probability of the top label by bin, None where the bin is empty.
         accuracy: fraction of examples whose top label is right by bin, None where the bin is empty.
         count: number of examples by bin.

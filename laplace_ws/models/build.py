@@ -14,7 +14,7 @@ from laplace_ws.models.wide_resnet import WideResNet
 from laplace_ws.registry import unknown_name
 
 Shape = Callable[[int, tuple[int, int], int], dict[str, Any]]
-"""(channels, (height, width), classes) -> the arguments of a model that the data decide."""
+"""(channels, (height, width), classes) -> those arguments of a model that the data determine."""
 
 
 def _wide_resnet_shape(in_channels: int, image_size: tuple[int, int], n_classes: int) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def build_model(
         options: What else the class takes: `depth`, `width`, `norm` (wide-resnet); `hidden`, `activation` (mlp).
 
     Raises:
-        ValueError: unknown name or option; says the nearest known one.
+        ValueError: unknown name or option; names the nearest known one.
     """
     if name not in _MODELS:
         raise unknown_name("model", name, MODEL_NAMES)

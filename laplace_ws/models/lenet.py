@@ -1,4 +1,4 @@
-"""A small convolutional network in the manner of LeNet-5."""
+"""A small convolutional network in the style of LeNet-5."""
 
 from __future__ import annotations
 

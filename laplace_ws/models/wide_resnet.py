@@ -102,7 +102,7 @@ class WideResNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two pre-activated 3×3 convolutions beside an identity.
+    """Two pre-activated 3×3 convolutions in parallel with an identity.
 
     Where the shape changes, the identity is a 1×1 convolution of the pre-activated input [Zagoruyko & Komodakis 2016].
     """

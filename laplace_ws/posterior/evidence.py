@@ -15,13 +15,13 @@ from laplace_ws.posterior.newton import decreasing_root, joint_optimum, log_rati
 from laplace_ws.posterior.prior import Prior
 
 BOUNDS = (1e-6, 1e8)
-"""No hyperparameter leaves this interval while it is tuned."""
+"""Interval that every hyperparameter stays within while it is tuned."""
 
 
 def log_marginal_likelihood(fit: Fit, prior: Prior) -> Float[Tensor, ""]:
     """Laplace approximation of log p(D) in nats, float64, differentiable in the values of the prior [Immer et al. 2021]:
 
-    −L(θ*)/τ − ½ (θ*−μ)ᵀΔ(θ*−μ) − ½ [log det(s·H + Δ) − log det Δ], s the scale of the curvature at σ and τ.
+    −L(θ*)/τ − ½ (θ*−μ)ᵀΔ(θ*−μ) − ½ [log det(s·H + Δ) − log det Δ], where s is the scale of the curvature at σ and τ.
     """
     log_det_prior, penalty = prior.log_det_and_penalty(fit.mean)
     log_det_ratio = fit.H.log_det(*fit.damping(prior)) - log_det_prior
@@ -46,11 +46,11 @@ class Evidence:
 
     With q_g = ‖θ_g−μ_g‖² and γ_g the effective number of parameters, its derivatives are ½(γ_g − δ_g q_g) and −∂L/∂log σ/τ − ½ Γ
     ∂log s/∂log σ, where Γ = Σ γ_g and s is the scale of the curvature. It is concave in all of them together (log det is convex in
-    the logarithms of the summands' weights), so what is stationary is the optimum.
+    the logarithms of the summands' weights), so any stationary point is the optimum.
 
     Args:
         fit: curvature and sums over the data.
-        prior: its mean and temperature count; its δ and σ play no part.
+        prior: only its mean and temperature are used, not its δ and σ.
         groups: which weights share a δ.
     """
 
@@ -76,7 +76,7 @@ class Evidence:
         return self.fit.H.effective_parameters(scale, delta, self.index)
 
     def optimum(self, log_delta: Float[Tensor, " G"], log_sigma: float, box: Box) -> tuple[Float[Tensor, " G"], float]:
-        """The point of the box where the value is highest, found from any start."""
+        """The point of the box where the value is highest, found from any starting point."""
 
         def noise_slope(u: float) -> float:
             nonlocal log_delta

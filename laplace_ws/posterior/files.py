@@ -26,7 +26,7 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class Restored:
-    """What a saved posterior gives to one like it.
+    """What a saved posterior restores in one like it.
 
     Attributes:
         fit: curvature and sums over the data.
@@ -42,7 +42,7 @@ class Restored:
 def posterior_state(
     fit: Fit, prior: Prior, network: Network, *, memory_budget: int, class_names: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Everything that makes a fitted posterior, but its model and its generator: format, options, parameters of the model with their
+    """Everything that makes up a fitted posterior, except its model and its generator: format, options, parameters of the model with their
     shapes, class names, mean, curvature, sums over the data and hyperparameters.
     """
     return {
@@ -76,7 +76,7 @@ def posterior_state(
 
 
 def check_format(state: Any, what: str = "the state") -> None:
-    """Raise `FileFormatError` unless it is a posterior of the present format."""
+    """Raise `FileFormatError` unless `state` is a posterior in the current format."""
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         raise FileFormatError(f"{what} is no posterior as state_dict() or save() give it.")
     if state.get("format_version") != FORMAT_VERSION:
@@ -88,7 +88,7 @@ def check_format(state: Any, what: str = "the state") -> None:
 
 @contextmanager
 def damage_explained() -> Iterator[None]:
-    """Turn what a missing or misshapen entry leads to into a sentence."""
+    """Turn the exception that a missing or misshapen entry causes into a clear message."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
@@ -106,10 +106,10 @@ def restored(state: Mapping[str, Any], structure: Structure, problem: Problem, p
         state: what `posterior_state` gave.
         structure: of the posterior.
         problem: its model, likelihood and options.
-        prior: its present hyperparameters.
+        prior: its current hyperparameters.
 
     Raises:
-        FileFormatError: it is no posterior of this format, or a damaged one.
+        FileFormatError: the state is not a posterior in this format, or is damaged.
         ValueError: options, or parameters of the model, differ.
     """
     check_format(state)
@@ -147,7 +147,7 @@ def restored(state: Mapping[str, Any], structure: Structure, problem: Problem, p
 
 
 def check_model(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raise `ValueError` unless a model has the parameters of a saved posterior's."""
+    """Raise `ValueError` unless a model has the same parameters as that of a saved posterior."""
     _check_parameters(_model_parameters(model), state["model_parameters"], "the model")
 
 

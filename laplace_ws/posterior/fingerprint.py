@@ -21,7 +21,7 @@ _READ_WHOLE, _LOOKED_AT = 2**16, 2**10
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Of the parameters and buffers that a posterior does not cover, or not whole, what they are known again by.
+    """What identifies the parameters and buffers that a posterior does not cover, or covers only in part.
 
     Attributes:
         names: of the tensors.
@@ -33,7 +33,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module, subset: WeightSubset) -> Fingerprint:
-        """That of a model as it is."""
+        """The fingerprint of a model as it is."""
         tensors = _not_covered(model, subset)
         return cls(list(tensors), tensor_sums(tensors))
 
@@ -70,7 +70,7 @@ def check_covered_weights(
 
 @dataclass(frozen=True)
 class StateVersion:
-    """What tells, without reading all of it, that a model's parameters and buffers may have changed.
+    """What reveals, without a full read, that a model's parameters and buffers may have changed.
 
     Attributes:
         writes: of each tensor, which one it is and how often it was written.
@@ -84,7 +84,7 @@ class StateVersion:
 
     @classmethod
     def of(cls, model: nn.Module) -> StateVersion:
-        """That of a model as it is."""
+        """The state of a model as it is."""
         tensors = (*model.parameters(), *model.buffers())
         writes = tuple((id(t), None if t.is_inference() else t._version, t.shape) for t in tensors)
         with torch.no_grad():
@@ -106,7 +106,7 @@ def _entries(tensor: Tensor) -> Float[Tensor, " K"]:
 
 
 def _not_covered(model: nn.Module, subset: WeightSubset) -> dict[str, Tensor]:
-    """The tensors of a model's state that a posterior does not cover, or not whole."""
+    """The tensors of a model's state that a posterior does not cover, or covers only in part."""
     parameters = subset.parameters(model)
     whole = {id(p) for name, p in parameters.items() if name not in subset.selection}
     state = model.state_dict(keep_vars=True)

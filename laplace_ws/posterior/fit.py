@@ -25,16 +25,16 @@ from laplace_ws.posterior.structure import Problem, Structure
 
 @dataclass(frozen=True)
 class Fit:
-    """Curvature and sums over the data at the mode, and what they belong to.
+    """Curvature and sums over the data at the mode, and the settings under which they were computed.
 
     Attributes:
         H: curvature of the summed negative log likelihood at σ = 1 and τ = 1.
         totals: negative log likelihood at σ = 1 and counts of the data.
         mean: θ*, flat.
         likelihood: p(y | f) at σ = 1.
-        curvature: which curvature of it H is.
+        curvature: which curvature of its negative log likelihood H is.
         options: all options that it was made with, as plain values; fits that are added up must share them.
-        n_arguments: with how many arguments the model was called.
+        n_arguments: number of arguments with which the model was called.
         fingerprint: of what is not covered.
     """
 
@@ -49,11 +49,11 @@ class Fit:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Of the model's output for one example."""
+        """Shape of the model's output for one example."""
         return self.totals.output_shape
 
     def nll_sum(self, sigma_noise: Tensor) -> Float[Tensor, ""]:
-        """−log p(D | θ*) at a noise, in nats, differentiable in it."""
+        """−log p(D | θ*) in nats at a given noise, differentiable in it."""
         unit = torch.tensor(self.totals.nll_sum, dtype=torch.float64, device=self.mean.device)
         return self.likelihood.nll_at_noise(unit, self.totals.n_targets, sigma_noise)
 
@@ -81,21 +81,21 @@ def fit_posterior(
     progress_bar: bool = False,
     recheck: bool = True,
 ) -> Fit:
-    """Take the curvature at the present weights.
+    """Compute the curvature at the current weights.
 
     Args:
         structure: of the curvature.
         problem: whose curvature.
         data: batches.
-        before: a fit to which the data are added; None for one of these data alone.
-        n_data: N that the data stand for; default: their number.
+        before: a fit to which the data are added; None for a fit to these data alone.
+        n_data: number of examples N that the data stand for; default: the number of examples seen.
         progress_bar: show one, if stderr is a terminal.
         recheck: whether to check the backend against autograd anew, whatever is known of the network.
 
     Raises:
         InvalidBatchError: the data do not fit.
         UnsupportedParameterError: a parameter cannot be covered.
-        ValueError: data cannot be added to the fit before, as weights, options or outputs are others.
+        ValueError: data cannot be added to the previous fit, as weights, options or outputs differ.
     """
     if n_data is not None and n_data < 1:
         raise ValueError(f"n_data must be at least 1, got {n_data}.")
@@ -142,7 +142,7 @@ def fit_posterior(
 def check_network(network: Network, fit: Fit) -> None:
     """Raise `ValueError` unless the model is that of a fit: the covered weights to the rounding of float32, all else by its fingerprint.
 
-    All of it is read only where something may have been written since the last time.
+    The tensors are read in full only where something may have been written since the last check.
     """
     version = StateVersion.of(network.model)
     if network.verified is not None:
@@ -164,7 +164,7 @@ def _check_same_options(options: Mapping[str, Any], before: Mapping[str, Any]) -
 
 
 def _check_same_form(before: tuple[int, ...], now: tuple[int, ...]) -> None:
-    """Outputs must share their dimensions and the size of the last; sequences and images may be of any size."""
+    """Outputs must have the same number of dimensions, with the last of the same size; sequences and images may be of any size."""
     if len(before) != len(now) or before[-1:] != now[-1:]:
         raise ValueError(
             f"the data give outputs {list(now)} per example, those of the fit before {list(before)}; fit anew (override=True)."

@@ -21,21 +21,21 @@ from laplace_ws.matrices import CurvatureMatrix, Layout, Pushforward
 from laplace_ws.posterior.network import Network
 
 DIAGONAL_COLUMNS = 16
-"""Outputs that are looked at together where variances alone are wanted."""
-_ROW_COPIES = 3  # rows of the Jacobian of one parameter tensor: as they are, turned, weighted
+"""Outputs that are processed together where only variances are wanted."""
+_ROW_COPIES = 3  # rows of the Jacobian of one parameter tensor: as they are, rotated, weighted
 _ACTIVATION_COPIES = 12  # what the forward pass keeps, and the patches of a convolution, in units of one column
 
 
 @dataclass(frozen=True)
 class LinearisedModel:
-    """A model, the weights in which it is linearised, and how.
+    """A model, the weights in which it is linearised, and how this is done.
 
     Attributes:
         network: the model and its covered weights.
         output_shape: of one example.
-        memory_budget: bytes that Jacobians and gradients may take at a time. One example with the outputs of a covariance is the least that
-            is worked on; with `Layout.JOINT` it is all examples, and with `differentiable` the graph comes on top.
-        differentiable: whether the moments can be differentiated in the inputs.
+        memory_budget: bytes that Jacobians and gradients may take at a time. The least that is processed at once is one example
+            with the outputs of one covariance; with `Layout.JOINT` it is all examples, and with `differentiable` the graph comes on top.
+        differentiable: whether the moments can be differentiated with respect to the inputs.
     """
 
     network: Network
@@ -48,8 +48,9 @@ class LinearisedModel:
     ) -> tuple[Float[Tensor, "N ..."], list[Tensor]]:
         """Outputs f and, for each damping of the pushforward, the covariance J (s·H + Δ)⁻¹ Jᵀ in its layout; both of at least float32.
 
-        Outputs `[N, T, C]` have, by example, one covariance per term, `[N, T, C, C]`; variances alone have the shape of f. Time is linear
-        in examples and outputs: a backward pass for each output. `Layout.JOINT`, whose result is quadratic, takes all examples at once.
+        Outputs `[N, T, C]` have, for each example, one covariance per term, `[N, T, C, C]`; variances alone have the shape of f. Time is
+        linear in examples and outputs: a backward pass for each output. `Layout.JOINT`, whose result is quadratic, takes all examples
+        at once.
         """
         layout = pushforward.layout
         outputs, covariances = [], []

@@ -30,7 +30,7 @@ class PriorStructure(str, Enum):
         raise ValueError(f"prior_structure={value!r} is not one of {[member.value for member in cls]}{hint}")
 
     def checked(self, structure: type[Structure] | Structure) -> PriorStructure:
-        """This one, unless the structure of the curvature cannot carry it."""
+        """This structure, unless that of the curvature does not support it."""
         if self is PriorStructure.WEIGHT and not structure.prior_per_weight:
             able = [f'"{name}"' for name, other in STRUCTURES.items() if other.prior_per_weight]
             raise ValueError(
@@ -45,7 +45,7 @@ class PriorGroups:
     """Which prior precision governs which parameter.
 
     Attributes:
-        names: by what name each of the groups is reported.
+        names: the name under which each group is reported.
         index: the group of every parameter tensor [n_tensors], or of every single weight [n_params].
     """
 
@@ -53,7 +53,7 @@ class PriorGroups:
     index: Tensor
 
     def spread(self, values: Float[Tensor, " G"]) -> Tensor:
-        """One value per group, given to every parameter tensor or weight as a posterior takes them; a scalar where all share one."""
+        """One value per group, expanded to every parameter tensor or weight as a posterior expects; a scalar where all share one."""
         return values[0] if len(values) == 1 else values[self.index.to(values.device)]
 
     def by_parameter(self, parameter_names: Sequence[str]) -> dict[str, str]:

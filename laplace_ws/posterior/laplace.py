@@ -1,4 +1,4 @@
-"""`Laplace`: a Gaussian posterior at the mode, its precision the curvature of the loss plus the prior's."""
+"""`Laplace`: a Gaussian posterior at the mode; its precision is the curvature of the loss plus the prior precision."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from laplace_ws.posterior.tune import Method, TuningOptions, tuned_prior
 
 
 class Laplace(Predictive):
-    """Laplace approximation over weights of a network: all that require grad, or some of them.
+    """Laplace approximation over the weights of a network: all that require grad, or some of them.
 
     With L the summed negative log likelihood, H its curvature (sum over the data), Δ the diagonal prior precision and τ the temperature,
     the posterior is N(θ*, (H/τ + Δ)⁻¹), and the log marginal likelihood [Immer et al. 2021]
@@ -52,10 +52,10 @@ class Laplace(Predictive):
         likelihood: "classification" (softmax), "regression" (Gaussian), "heteroscedastic_regression", "binary" (Bernoulli, multi-label), or
             a `Likelihood`.
         subset_of_weights: "all", "last_layer", "subnetwork", patterns of names of parameters or modules, as in `["head", "*.bias"]`, or a
-            `WeightSubset`. Parameters that do not require grad are left out of each.
-        hessian_structure: "kron", "ekfac", "diag", "full", "lowrank", or one that was registered; see `posterior.structures`.
+            `WeightSubset`. Parameters that do not require grad are always left out.
+        hessian_structure: "kron", "ekfac", "diag", "full", "lowrank", or a registered one; see `posterior.structures`.
         last_layer_name: the module that is the last layer; by default the last one that holds parameters, which a fit checks.
-        subnetwork_indices: for "subnetwork", places in the flat vector of all weights that require grad, see `posterior.subnetwork`;
+        subnetwork_indices: for "subnetwork", indices into the flat vector of all weights that require grad, see `posterior.subnetwork`;
             for "diag" and "full".
         prior_precision: Δ: a number, one per parameter tensor (`[len(parameter_names)]`), or one per weight (`[n_params]`; not with "kron"
             and "ekfac").
@@ -64,18 +64,18 @@ class Laplace(Predictive):
         temperature: τ; the likelihood enters to the power 1/τ. A tempered class likelihood is not normalised, so values of the log marginal
             likelihood compare only at equal τ.
         curvature: "ggn", "ggn_mc" (sampled labels), "ggn_mc_rademacher" (random signs) or "ef" (empirical Fisher).
-        backend: "native", "asdl", "backpack", or a `Backend`: who runs the model; the numbers are the same.
+        backend: "native", "asdl", "backpack", or a `Backend`: what runs the model; the results are the same.
         mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
-        generator: source of the labels or signs; by default one of our own, which `torch.manual_seed` makes reproducible.
-        dict_key_x: of batches that are mappings, the entry that tells the number of examples and the device.
-        dict_key_y: of batches that are mappings, the targets.
-        memory_budget: bytes that the Jacobians of a prediction may take at a time, which decides how many examples are worked on at once.
+        generator: source of the labels or signs; by default an internal one, which `torch.manual_seed` makes reproducible.
+        dict_key_x: for batches that are mappings, the entry that gives the number of examples and the device.
+        dict_key_y: for batches that are mappings, the entry with the targets.
+        memory_budget: bytes that the Jacobians of a prediction may take at a time, which decides how many examples are processed at once.
         class_names: names of the classes or outputs, kept in files.
         **structure_options: of the structure: `kfac_approx` ("auto", "expand", "reduce" or a mapping from patterns of parameter names to
-            them) and `factor_precision` ("float32", "tf32" or "bf16") of "kron" and "ekfac"; `rank` of "lowrank".
+            these) and `factor_precision` ("float32", "tf32" or "bf16") of "kron" and "ekfac"; `rank` of "lowrank".
 
     Attributes:
-        network: the model, the covered weights, and who runs it.
+        network: the model, the covered weights, and the backend.
         structure: of the curvature, with its options.
         prior: hyperparameters.
         curvature, mc_samples, generator: of the next fit.
@@ -159,12 +159,12 @@ class Laplace(Predictive):
 
     @property
     def backend(self) -> Backend:
-        """Who runs the model."""
+        """The backend, which runs the model."""
         return self.network.backend
 
     @property
     def keys(self) -> BatchKeys:
-        """Of batches that are mappings."""
+        """Names of the entries of batches that are mappings."""
         return self.network.keys
 
     @property
@@ -189,7 +189,7 @@ class Laplace(Predictive):
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
-        """Shape of what is covered of each parameter."""
+        """Shape of the covered part of each parameter."""
         return self.network.shapes
 
     @property
@@ -220,12 +220,12 @@ class Laplace(Predictive):
 
     @property
     def mean(self) -> Float[Tensor, " P"]:
-        """θ*, flat; before a fit the weights that the model had when the posterior was made."""
+        """θ*, flat; before a fit, the weights that the model had when the posterior was created."""
         return self._mean if self._fit is None else self._fit.mean
 
     @property
     def n_data(self) -> int:
-        """N, the number of examples that the fit stands for; 0 before."""
+        """N, the number of examples that the fit stands for; 0 before a fit."""
         return 0 if self._fit is None else self._fit.totals.n_examples
 
     @property
@@ -289,20 +289,20 @@ class Laplace(Predictive):
         progress_bar: bool = False,
         recheck: bool = True,
     ) -> None:
-        """Take the curvature at the present weights, in one pass over the data ("ekfac": two, "lowrank": many).
+        """Compute the curvature at the current weights, in one pass over the data ("ekfac": two, "lowrank": many).
 
         Args:
             train_loader: iterable of batches: pairs (x, y), rows (x1, x2, …, y) for `model(x1, x2, …)`, or mappings.
-            n_data: N that the data stand for, where they are a sample of a larger set: likelihood and curvature are scaled up to it.
-            override: whether the fit replaces the one before; else the data are added to those of that fit, at the same weights.
+            n_data: N, where the data are a sample of a larger set of N examples: likelihood and curvature are scaled up to it.
+            override: whether the fit replaces the previous one; otherwise the data are added to those of that fit, at the same weights.
             progress_bar: show one, if stderr is a terminal.
             recheck: whether to check the backend's gradients against autograd even if the network, as far as its modules show, is the one
                 that was checked before. A training that refits one network again and again may leave it out.
 
         Raises:
-            UnsupportedParameterError: a parameter that is to be covered cannot be.
+            UnsupportedParameterError: a parameter that should be covered cannot be.
             InvalidBatchError: the data do not fit the model or the likelihood, or are empty.
-            ValueError: data cannot be added, as weights or options are not those of the fit before.
+            ValueError: data cannot be added, as weights or options differ from those of the previous fit.
         """
         before = None if override else self._fit
         self._fit = fit_posterior(
@@ -319,7 +319,7 @@ class Laplace(Predictive):
         """Run the model on one batch and raise what a fit would raise, before any work is done.
 
         Raises:
-            UnsupportedParameterError: a parameter that is to be covered cannot be; it is named, with the way out.
+            UnsupportedParameterError: a parameter that should be covered cannot be; the message names it and says how to resolve this.
             InvalidBatchError: the batch is on another device, or the outputs do not fit.
         """
         self.structure.check(self._problem, self.network.inputs(x))
@@ -356,7 +356,7 @@ class Laplace(Predictive):
 
     @property
     def log_likelihood(self) -> Float[Tensor, ""]:
-        """log p(D | θ*) at the present σ, in nats, untempered."""
+        """log p(D | θ*) at the current σ, in nats, untempered."""
         return -self.fitted.nll_sum(self.sigma_noise)
 
     @property
@@ -365,10 +365,10 @@ class Laplace(Predictive):
         return self.structure.posterior_precision(PosteriorPrecision(self.H, *self.fitted.damping(self.prior)))
 
     def optimal_prior_precision(self, prior_structure: str = "layerwise") -> Tensor:
-        """Δ at which the log marginal likelihood of the present fit is highest, at the present σ and τ; `prior_precision` stays as it is.
+        """Δ at which the log marginal likelihood of the current fit is highest, at the current σ and τ; `prior_precision` is unchanged.
 
-        The weights of a group that are all at the prior mean ask for an infinite δ, and weights without curvature for a zero one: they get
-        the upper and the lower limit in `evidence.BOUNDS`.
+        A group whose weights are all at the prior mean has its optimum at an infinite δ, and one without curvature at zero: they get the
+        upper and the lower limit in `evidence.BOUNDS`.
 
         Args:
             prior_structure: which weights share one: "scalar", "layerwise", "parameter" or "weight", see `prior_groups`.
@@ -401,24 +401,24 @@ class Laplace(Predictive):
         generator: torch.Generator | None = None,
         progress_bar: bool = False,
     ) -> Tensor:
-        """Choose the prior precision, and set it; with it noise and temperature, where that is asked for.
+        """Choose and set the prior precision, and on request noise and temperature too.
 
         Args:
             method: "marglik": the optimum of the log marginal likelihood, with no pass over the data. "gridsearch": the
                 best scalar of a grid on validation data, the whole grid in one pass over them. "gradient": the optimum of the mean
-                negative log predictive density of validation data, by L-BFGS from the present values; each step is a pass over them.
+                negative log predictive density of validation data, by L-BFGS from the current values; each step is one pass over the data.
             prior_structure: which weights share one: "scalar", "layerwise", "parameter" or "weight" (not with "kron" and "ekfac").
-            val_loader: validation data, in batches like those of the fit, that the network was not trained on.
-            loss: of "gridsearch": "nll", "ece", "brier", a torchmetrics metric (turned round where higher is better), or a function of
+            val_loader: validation data that the network was not trained on, in batches like those of the fit.
+            loss: of "gridsearch": "nll", "ece", "brier", a torchmetrics metric (negated where higher is better), or a function of
                 predictions and targets.
             pred_type: of predictions on validation data, see `__call__`.
             link_approx: likewise.
             n_samples: likewise; each point of a grid sees the same draws.
             log_prior_prec_min: log₁₀ of the smallest point of the grid.
             log_prior_prec_max: log₁₀ of its largest.
-            grid_size: its points, equally apart in the logarithm.
-            optimizer: of "marglik": "newton", which goes to the optimum, or "adam", which takes steps towards it from the present values.
-            n_steps: of "adam", and most of "gradient".
+            grid_size: number of its points, evenly spaced in the logarithm.
+            optimizer: of "marglik": "newton", which goes to the optimum, or "adam", which takes steps towards it from the current values.
+            n_steps: number of steps of "adam", and largest number of "gradient".
             lr: step size of "adam", on logarithms.
             optimize_noise: choose σ too (regression; not by "gridsearch").
             optimize_temperature: choose τ too, by "gradient".
@@ -449,13 +449,13 @@ class Laplace(Predictive):
 
     @property
     def predictor(self) -> Predictor:
-        """The present posterior, as far as predictions need to know it; raises `NotFittedError` before a fit."""
+        """The current posterior, as far as predictions need it; raises `NotFittedError` before a fit."""
         return Predictor(self.network, self.fitted, self.prior, self.memory_budget)
 
     # ---------------------------------------------------------------- files
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that restore the posterior beside a model of the same parameters; see `files.posterior_state`."""
+        """Tensors and plain values that restore the posterior for a model with the same parameters; see `files.posterior_state`."""
         return files.posterior_state(
             self.fitted, self.prior, self.network, memory_budget=self.memory_budget, class_names=self.class_names
         )
@@ -464,8 +464,8 @@ class Laplace(Predictive):
         """Restore a fit; the model's weights are left alone, see `load_mean`.
 
         Raises:
-            FileFormatError: it is no posterior, or one of another format.
-            ValueError: it is of other options, or of a model with other parameters.
+            FileFormatError: `state` is not a posterior, or one in another format.
+            ValueError: it has other options, or belongs to a model with other parameters.
         """
         found = files.restored(state, self.structure, self._problem, self.prior)
         self._fit, self.prior = found.fit, found.prior

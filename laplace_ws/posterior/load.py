@@ -34,16 +34,16 @@ def load_posterior(
     likelihood: Likelihood | None = None,
     backend: str | Backend | None = None,
 ) -> Laplace:
-    """The posterior that `Laplace.save` wrote, with its options, beside a model like its own.
+    """Load the posterior that `Laplace.save` wrote, with its options, for a model like its own.
 
     Args:
         path: the file.
         model: a network with the same parameters; its weights are left alone (`load_mean` puts those of the fit in their place).
-        likelihood: where it is a class of your own that is not registered.
-        backend: who runs the model; default: as saved.
+        likelihood: needed where it is a class of your own that is not registered.
+        backend: what runs the model; default: as saved.
 
     Raises:
-        FileFormatError: the file is damaged, no posterior, or one of another format.
+        FileFormatError: the file is damaged, not a posterior, or in another format.
         ValueError: the model has other parameters.
     """
     state = load_tensors(path, "a posterior")

@@ -1,4 +1,4 @@
-"""A model, the weights of it that a posterior covers, and who runs it."""
+"""A model, those of its weights that a posterior covers, and the backend that runs it."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from laplace_ws.posterior.weights import check_replaceable, weights_in_place
 
 @dataclass(eq=False)
 class Network:
-    """A model, the weights of it that a posterior covers, and who runs it; keeps what was checked of them from call to call.
+    """A model, those of its weights that a posterior covers, and the backend that runs it; remembers what was already checked.
 
     Attributes:
         model: the network.
         subset: the weights that are covered.
-        backend: who runs the model.
-        keys: of batches that are mappings.
+        backend: what runs the model.
+        keys: names of the entries of batches that are mappings.
         last_layer_among: parameters among which those of the last layer were guessed; empty where they were named.
-        check: holds the backend against autograd, once for each way in which the model uses the weights.
-        verified: the fit whose model this was last found to be, and what told its state then; see `fit.check_network`.
+        check: checks the backend against autograd, once for each way in which the model uses the weights.
+        verified: the fit whose model this was last found to be, and the record of its state then; see `fit.check_network`.
     """
 
     model: nn.Module
@@ -56,7 +56,7 @@ class Network:
 
     @cached_property
     def shapes(self) -> Mapping[str, torch.Size]:
-        """Shape of what is covered of each parameter."""
+        """Shape of the covered part of each parameter."""
         return self.subset.shapes
 
     @cached_property
@@ -70,7 +70,7 @@ class Network:
         return next(iter(self.parameters().values())).dtype
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that are covered in part or whole."""
+        """The parameters that are covered in part or in whole."""
         return self.subset.parameters(self.model)
 
     def flat_weights(self) -> Float[Tensor, " P"]:
@@ -78,7 +78,7 @@ class Network:
         return self.subset.flat(self.model)
 
     def active(self) -> AbstractContextManager[None]:
-        """Let the covered parameters alone require grad for a while."""
+        """Let only the covered parameters require grad, temporarily."""
         return self.subset.active(self.model)
 
     @torch.no_grad()
@@ -89,10 +89,10 @@ class Network:
             parameters[name].copy_(tensor)
 
     def inputs(self, x: Any, *, is_row: bool = False) -> ModelInputs:
-        """What a user gives to be predicted at, on the model's device.
+        """The inputs at which a user wants predictions, on the model's device.
 
         Args:
-            x: a tensor, a mapping, with or without targets, a tuple or list.
+            x: a tensor, a mapping (with or without targets), a tuple or a list.
             is_row: whether a tuple or list is a row (x1, x2, …) for `model(x1, x2, …)`.
         """
         if isinstance(x, Mapping):
@@ -110,10 +110,10 @@ class Network:
     def outputs(
         self, x: ModelInputs, weights: Iterator[Float[Tensor, " P"]], *, backprop: bool
     ) -> Float[Tensor, "S N ..."]:
-        """Outputs at other weights, one vector after another.
+        """Outputs at other weights, for one weight vector after another.
 
         Raises:
-            UnsupportedParameterError: a parameter is read from somewhere else than its module.
+            UnsupportedParameterError: a parameter is read from somewhere other than its module.
         """
         outputs = []
         with evaluation_mode(self.model):

@@ -1,7 +1,8 @@
 """Safeguarded Newton iterations for prior precisions and noise, on logarithms.
 
-At the optimum of a group, δq = γ(δ) with q = ‖θ−μ‖² and γ its effective number of parameters [MacKay 1992]. All of it rests on the ratio
-h = log γ − log δq: MacKay's update is log δ ← log δ + h; and as 0 ≤ −∂γ/∂log δ ≤ γ, h falls with log δ at a rate between 1 and 2.
+At the optimum of a group, δq = γ(δ) with q = ‖θ−μ‖² and γ its effective number of parameters [MacKay 1992]. All of this is based on
+the log ratio h = log γ − log δq: MacKay's update is log δ ← log δ + h; and as
+0 ≤ −∂γ/∂log δ ≤ γ, h falls with log δ at a rate between 1 and 2.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def log_ratio(
 def separate_optimum(
     effective: Effective, square_sums: Float[Tensor, " G"], start: Float[Tensor, " G"], low: Tensor, high: Tensor
 ) -> Float[Tensor, " G"]:
-    """log δ of groups that do not interact, by Newton's method on h; bisection where its steps do not shrink fast enough.
+    """log δ of groups that do not interact, by Newton's method on h; by bisection where its steps do not shrink fast enough.
 
     Each step ends in the bracket that the slope of h allows, between log δ + h/2 and log δ + h. Where the root lies outside `low` …
     `high`, so does the bracket, and the answer is that limit.

@@ -1,4 +1,4 @@
-"""The precision of a posterior whose structure has no form to show."""
+"""The precision of a posterior whose structure has no explicit form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from laplace_ws.matrices import CurvatureMatrix, expand_per_weight
 
 @dataclass(frozen=True)
 class PosteriorPrecision:
-    """scale·H + diag(δ), as what can be done with it.
+    """scale·H + diag(δ), given by the operations on it.
 
     Attributes:
         H: the curvature.

@@ -1,4 +1,4 @@
-"""Predictions: of a network's outputs, and of what they say of the targets."""
+"""Predictions: of a network's outputs, and of the targets given these."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class PredictionOptions:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A posterior N(θ*, (s·H + Δ)⁻¹) of a network's weights, as far as predictions need to know it.
+    """A posterior N(θ*, (s·H + Δ)⁻¹) of a network's weights, as far as predictions need it.
 
     Attributes:
         network: the model and its covered weights.
@@ -127,7 +127,7 @@ class Predictor:
     # ---------------------------------------------------------------- parts
 
     def inputs(self, x: Any) -> ModelInputs:
-        """Inputs to predict at, after all that speaks against it was raised."""
+        """Inputs to predict at, once every reason not to predict has been checked and raised."""
         inputs = self.network.inputs(x, is_row=self.fit.n_arguments > 1)
         check_network(self.network, self.fit)
         return inputs
@@ -167,7 +167,7 @@ class Predictor:
         return self.network.outputs(inputs, weights, backprop=options.backprop)
 
     def _drawn_weights(self, n_samples: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, " P"]]:
-        """Samples one by one, drawn as many together as memory allows."""
+        """Samples one by one, drawn in batches as large as memory allows."""
         at_once = max(1, self.memory_budget // (self.network.n_params * 8))
         for start in range(0, n_samples, at_once):
             yield from self.sample(min(at_once, n_samples - start), generator)

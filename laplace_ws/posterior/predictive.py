@@ -14,12 +14,12 @@ from laplace_ws.posterior.predict import Prediction, PredictionOptions, Predicto
 
 
 class Predictive(ABC):
-    """The methods of `Laplace` that predict; each is a call of its `Predictor`."""
+    """The prediction methods of `Laplace`; each is a call to its `Predictor`."""
 
     @property
     @abstractmethod
     def predictor(self) -> Predictor:
-        """The present posterior, as far as predictions need to know it; raises `NotFittedError` before a fit."""
+        """The current posterior, as far as predictions need it; raises `NotFittedError` before a fit."""
 
     def __call__(
         self,
@@ -42,7 +42,7 @@ class Predictive(ABC):
             link_approx: for "glm" and classes: "probit", "mc", "bridge" or "bridge_norm", see `LinkApprox`.
             n_samples: samples, for "nn" and "mc".
             joint: for regression by "glm": the covariance over all inputs and outputs.
-            diagonal_output: variances alone, without the covariance between outputs; for "mc" and regression.
+            diagonal_output: only variances, without the covariances between outputs; for "mc" and regression.
             observation_noise: for regression: add the variance of the observation noise, so that it is that of a target.
             backprop: keep the graph to the inputs ("native" backend), and to the weights, whose `.grad` a backward pass fills.
             generator: source of randomness; default: torch's own.

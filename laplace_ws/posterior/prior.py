@@ -1,4 +1,4 @@
-"""The prior of the weights, with the noise and the temperature of the likelihood: what the evidence of a fit is a function of."""
+"""The prior of the weights, with the noise and the temperature of the likelihood: the arguments of the evidence of a fit."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch leaves the types of split, tolist and cholesky_ex open
@@ -25,8 +25,8 @@ class Prior:
     """Hyperparameters of a posterior: float64, on the device of the weights, each checked when it is changed.
 
     Attributes:
-        shapes: shape of what is covered of each parameter, by name.
-        likelihood: p(y | f), which may have a noise.
+        shapes: shape of the covered part of each parameter, by name.
+        likelihood: p(y | f), which may have a noise parameter.
         structure: of the posterior, which may allow each weight a prior precision of its own.
         precision: Δ: a scalar, one per parameter tensor, or one per weight.
         mean: μ: a scalar, or one per weight.
@@ -55,7 +55,7 @@ class Prior:
         sigma_noise: Value | None = None,
         temperature: Value = 1.0,
     ) -> Prior:
-        """Check and gather; σ is the likelihood's own where it is not given."""
+        """Check the values and create a prior; σ is the likelihood's own where it is not given."""
         unset = torch.ones((), dtype=torch.float64, device=device)
         sigma_noise = likelihood.sigma_noise if sigma_noise is None else sigma_noise
         return cls(shapes, likelihood, structure, unset, unset, unset, unset).changed(
@@ -70,7 +70,7 @@ class Prior:
         sigma_noise: Value | None = None,
         temperature: Value | None = None,
     ) -> Prior:
-        """This one with other values, those that are None left as they are; raises `ValueError` for one that cannot be."""
+        """A copy with other values, those that are None left as they are; raises `ValueError` for an invalid one."""
         changes = {}
         if precision is not None:
             changes["precision"] = self._checked_precision(precision)
@@ -110,7 +110,7 @@ class Prior:
     def _tensor(self, value: Value) -> Tensor:
         value = torch.as_tensor(value, dtype=torch.float64, device=self.precision.device)
         if not value.requires_grad:
-            value = value.clone()  # what the caller does to theirs later is no change of ours
+            value = value.clone()  # later changes to the caller's tensor must not change ours
         return value.squeeze() if value.numel() == 1 else value
 
     def _positive_scalar(self, name: str, value: Value) -> Tensor:

@@ -14,9 +14,9 @@ Score = Callable[[Any, Tensor], float]
 
 
 def make_score(loss: str | Callable[[Any, Tensor], Any], likelihood: Likelihood) -> Score:
-    """The score of a name that the likelihood knows, of a torchmetrics metric, or of a function of predictions and targets.
+    """The score for a name that the likelihood knows, of a torchmetrics metric, or of a function of predictions and targets.
 
-    A metric with `higher_is_better` is turned round.
+    A metric with `higher_is_better` is negated.
     """
     if not isinstance(loss, str):
         return _of_metric(loss) if hasattr(loss, "compute") and hasattr(loss, "update") else _of_function(loss)

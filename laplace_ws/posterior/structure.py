@@ -28,7 +28,7 @@ MakeAccumulator = Callable[[Mapping[str, nn.Parameter]], Accumulator]
 
 
 class DataCurvature(NamedTuple):
-    """What passes over the data give: the curvature at σ = 1, and the sums of all else."""
+    """What passes over the data give: the curvature at σ = 1, and all other sums."""
 
     H: CurvatureMatrix
     totals: DataTotals
@@ -36,7 +36,7 @@ class DataCurvature(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """Whose curvature is wanted, and which.
+    """Which curvature is wanted, and of what.
 
     Attributes:
         network: the model and its covered weights.
@@ -81,7 +81,7 @@ class Problem:
         return DataCurvature(total.accumulator.result(), total.totals)
 
     def check(self, x: ModelInputs, make_accumulator: MakeAccumulator) -> None:
-        """Raise what `accumulate` would raise of the model, by a few examples."""
+        """Raise what `accumulate` would raise about the model, using a few examples."""
         network = self.network
         with evaluation_mode(network.model), network.active():
             parameters = network.parameters()
@@ -91,13 +91,13 @@ class Problem:
 
 
 class Structure(ABC):
-    """One structure of the curvature, and all that is known of it. Subclasses are frozen dataclasses whose fields are its own options.
+    """One structure of the curvature, and everything specific to it. Subclasses are frozen dataclasses whose fields are its own options.
 
     Attributes:
         name: what `hessian_structure` calls it.
         matrix: the class of its curvature.
         prior_per_weight: whether each weight may have a prior precision of its own.
-        covers_single_weights: whether it can cover some weights of a parameter, as a subnetwork has.
+        covers_single_weights: whether it can cover only some weights of a parameter, as a subnetwork does.
         reads_data_again: whether a fit passes over the data more than once.
     """
 
@@ -109,11 +109,11 @@ class Structure(ABC):
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
-        """The options that are its own."""
+        """Names of its own options."""
         return tuple(f.name for f in fields(cls))  # type: ignore[arg-type]
 
     def bound(self, parameter_names: Sequence[str]) -> Structure:
-        """This structure with its options worked out for the parameters of a model."""
+        """This structure with its options resolved for the parameters of a model."""
         return self
 
     def options(self) -> dict[str, Any]:
@@ -122,10 +122,10 @@ class Structure(ABC):
 
     @abstractmethod
     def curvature(self, problem: Problem, batches: Batches, before: CurvatureMatrix | None) -> DataCurvature:
-        """The curvature of data.
+        """The curvature, computed from data.
 
         Args:
-            problem: of what.
+            problem: which curvature, and of what.
             batches: the data.
             before: the curvature of other data that this one will be added to, if any.
         """
@@ -143,7 +143,7 @@ STRUCTURES: Registry[type[Structure]] = Registry("hessian_structure")
 
 
 def register_structure(structure: type[Structure]) -> type[Structure]:
-    """Let `hessian_structure=structure.name` mean a structure of your own; also a decorator of its class."""
+    """Make a structure of your own available as `hessian_structure=structure.name`; also a decorator of its class."""
     STRUCTURES.register(structure.name, structure)
     return structure
 
@@ -155,7 +155,7 @@ _IN_LAPLACE_TORCH = {
     "asdl_fisher_kwargs": _BY_CURVATURE,
     "feature_reduction": "reduce the features in the model",
 }
-"""Options that users of laplace-torch know, and what takes their place."""
+"""Options that users of laplace-torch know, and what replaces them."""
 
 
 def make_structure(name: str, options: Mapping[str, Any], other_options: Iterable[str] = ()) -> Structure:
@@ -164,7 +164,7 @@ def make_structure(name: str, options: Mapping[str, Any], other_options: Iterabl
     Args:
         name: of the structure.
         options: of the structure, by name.
-        other_options: of posteriors of any structure, which may be meant by a mistyped one.
+        other_options: those that posteriors of any structure take, as suggestions for a mistyped one.
 
     Raises:
         TypeError: no structure has such an option.

@@ -31,10 +31,10 @@ from laplace_ws.posterior.structure import DataCurvature, Problem, Structure, re
 
 @dataclass(frozen=True)
 class FactorOptions:
-    """Which Kronecker factors, and how precise.
+    """Which Kronecker factors, and at what precision.
 
     Attributes:
-        kfac_approx: "auto", "expand", "reduce", or a mapping from patterns of parameter names to them.
+        kfac_approx: "auto", "expand", "reduce", or a mapping from patterns of parameter names to these.
         factor_precision: of the products that make up the factors: "float32", "tf32" or "bf16", see `FactorPrecision`.
     """
 
@@ -64,7 +64,7 @@ class FactorOptions:
 @register_structure
 @dataclass(frozen=True)
 class KronStructure(FactorOptions, Structure):
-    """For each parameter a Kronecker product."""
+    """One Kronecker product for each parameter."""
 
     name = "kron"
     matrix = Kron
@@ -84,9 +84,9 @@ class KronStructure(FactorOptions, Structure):
 class EkfacStructure(FactorOptions, Structure):
     """Diagonal in the eigenvectors of Kronecker factors [George et al. 2018].
 
-    The eigenvalues are not the products of the factors' but the second moments of the gradients in these coordinates: of all matrices with
-    these eigenvectors the closest to the curvature. A fit passes over the data twice, for the eigenvectors and for the eigenvalues; data
-    that are added to a fit keep its eigenvectors.
+    The eigenvalues are not products of those of the factors but the second moments of the gradients in this eigenbasis: of all matrices
+    with these eigenvectors, this one is closest to the curvature. A fit passes over the data twice, for the eigenvectors and for the
+    eigenvalues; data that are added to a fit keep its eigenvectors.
     """
 
     name = "ekfac"
@@ -109,7 +109,7 @@ class EkfacStructure(FactorOptions, Structure):
 @register_structure
 @dataclass(frozen=True)
 class DiagStructure(Structure):
-    """Weights that are independent."""
+    """Diagonal: all weights are independent."""
 
     name = "diag"
     matrix = Diag
@@ -132,7 +132,7 @@ class DiagStructure(Structure):
 @register_structure
 @dataclass(frozen=True)
 class FullStructure(Structure):
-    """All covariances, for small models."""
+    """The full matrix with all covariances, for small models."""
 
     name = "full"
     matrix = Dense
@@ -155,14 +155,14 @@ class FullStructure(Structure):
 @register_structure
 @dataclass(frozen=True)
 class LowRankStructure(Structure):
-    """The directions in which the data say most, across layers; in all others the posterior is the prior.
+    """The directions about which the data are most informative, across layers; in all others the posterior is the prior.
 
     A fit finds the leading eigenpairs by Lanczos' method without a backend, so it covers any network that can be differentiated twice. It
-    takes two to four passes over the data for each pair, 22 at least. Predictions with `pred_type="nn"` cover as many networks; those with
-    "glm" need a backend that knows the uses of the parameters.
+    takes two to four passes over the data for each pair, and at least 22. Predictions with `pred_type="nn"` work for the same
+    networks; those with "glm" need a backend that knows the uses of the parameters.
 
     Attributes:
-        rank: how many eigenpairs at most.
+        rank: largest number of eigenpairs.
     """
 
     name = "lowrank"
@@ -188,6 +188,6 @@ class LowRankStructure(Structure):
         return DataCurvature(found.H, found.totals)
 
     def check(self, problem: Problem, x: ModelInputs) -> None:
-        """See `Structure.check`: it asks less of a model than the others."""
+        """See `Structure.check`: it requires less of a model than the others."""
         with evaluation_mode(problem.network.model):
             call_model(problem.network.model, own_copy(x[:N_PROBED]))

@@ -1,4 +1,4 @@
-"""Choices of a subnetwork: the weights that a posterior covers, as places in the flat vector of all that require grad.
+"""Choices of a subnetwork: the weights that a posterior covers, as indices into the flat vector of all that require grad.
 
 `Laplace(model, likelihood, subset_of_weights="subnetwork", subnetwork_indices=largest_magnitude(model, 100), hessian_structure="full")`
 """
@@ -42,7 +42,7 @@ def largest_variance(la: Laplace, n_weights: int) -> Int[Tensor, " D"]:
 
 
 def random_subnetwork(model: nn.Module, n_weights: int, generator: torch.Generator | None = None) -> Int[Tensor, " D"]:
-    """Weights chosen at random, without repetition.
+    """Weights chosen at random, without replacement.
 
     Args:
         model: the network.

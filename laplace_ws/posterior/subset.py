@@ -23,8 +23,8 @@ class WeightSubset:
     """Covered weights, and the flat vectors over them: parameters in the order of the model, each row-major.
 
     Attributes:
-        parameter_shapes: shape of each parameter that is covered in part or whole, by name.
-        selection: places in the flattened parameter of the weights that are covered, where not all of them are.
+        parameter_shapes: shape of each parameter that is covered in part or in whole, by name.
+        selection: indices of the covered weights in the flattened parameter, where not all of them are.
     """
 
     parameter_shapes: Mapping[str, torch.Size]
@@ -32,14 +32,14 @@ class WeightSubset:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Shape of what is covered of each parameter."""
+        """Shape of the covered part of each parameter."""
         return {
             name: torch.Size([len(self.selection[name])]) if name in self.selection else shape
             for name, shape in self.parameter_shapes.items()
         }
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters of the model that are covered in part or whole."""
+        """The parameters of the model that are covered in part or in whole."""
         parameters = dict(model.named_parameters())
         for name, shape in self.parameter_shapes.items():
             if name not in parameters or parameters[name].shape != shape:
@@ -51,7 +51,7 @@ class WeightSubset:
 
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[None]:
-        """Let the covered parameters alone require grad for a while."""
+        """Let only the covered parameters require grad, temporarily."""
         covered = {id(p) for p in self.parameters(model).values()}
         changed = [p for p in model.parameters() if p.requires_grad != (id(p) in covered)]
         try:
@@ -79,7 +79,7 @@ class WeightSubset:
                 part = p.detach().flatten().index_copy(0, self.selection[name], part.to(p.dtype))
             tensors[name] = part.to(p.dtype).view(p.shape)
         for module in model.modules():
-            # the row of padding has no gradient, so it is no random variable either
+            # the padding row has no gradient, so it is not a random variable either
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 for name, p in self.parameters(model).items():
                     if p is module.weight:
@@ -95,18 +95,18 @@ def make_subset(
     last_layer_name: str | None = None,
     subnetwork_indices: Int[Tensor, " D"] | None = None,
 ) -> WeightSubset:
-    """The weights that are asked for, among those that require grad.
+    """The requested weights, among those that require grad.
 
     Args:
         model: the network.
         subset_of_weights: "all", "last_layer", "subnetwork", or patterns of names of parameters or modules, as in
             `["head", "blocks.3.*.bias"]`.
         last_layer_name: the module that is the last layer; by default the last one that holds parameters.
-        subnetwork_indices: for "subnetwork", places in the flat vector of all parameters that require grad.
+        subnetwork_indices: for "subnetwork", indices into the flat vector of all parameters that require grad.
 
     Raises:
-        UnsupportedParameterError: a parameter has no curvature block whatever its use.
-        ValueError: nothing of the kind is there.
+        UnsupportedParameterError: a parameter can have no curvature block, however it is used.
+        ValueError: the model has no such weights.
     """
     trainable = trainable_parameters(model)
     if (subset_of_weights == "subnetwork") != (subnetwork_indices is not None):
@@ -132,7 +132,7 @@ def last_layer(model: nn.Module) -> str:
     """Name of the last registered module that holds parameters of its own which require grad.
 
     Raises:
-        ValueError: no module below the model itself does.
+        ValueError: there is no such module below the model itself.
     """
     holders = [name for name, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
     if not holders[-1]:

@@ -83,13 +83,13 @@ class TuningOptions:
 def tuned_prior(
     predictor: Predictor, options: TuningOptions, batches: Batches | None, prediction: PredictionOptions
 ) -> Prior:
-    """The prior of a posterior with what was chosen.
+    """The prior of a posterior, with the chosen values.
 
     Args:
         predictor: the posterior.
         options: what is chosen, and how.
-        batches: validation data, where the choice is made by them.
-        prediction: how these are predicted.
+        batches: validation data, where the choice is based on them.
+        prediction: how predictions for these are made.
     """
     options.check(predictor, has_data=batches is not None, prediction=prediction)
     fit, prior = predictor.fit, predictor.prior
@@ -108,7 +108,7 @@ def tuned_prior(
 
 
 def _by_adam(predictor: Predictor, unknowns: Unknowns, options: TuningOptions) -> Prior:
-    """Steps of Adam up the log marginal likelihood, from the present values."""
+    """Ascend the log marginal likelihood by steps of Adam, from the current values."""
     values = unknowns.present().requires_grad_(True)
     adam = torch.optim.Adam([values], lr=options.lr, maximize=True)
     for _ in range(options.n_steps):
@@ -126,7 +126,7 @@ def _best_of_grid(
     scores = grid_scores(predictor, batches, grid, make_score(options.loss, predictor.fit.likelihood), prediction)
     if not any(math.isfinite(score) for score in scores):
         raise ValueError("no point of the grid has a finite score; look at the loss and the validation data.")
-    # break ties towards the larger precision, as the data then do not ask for more freedom
+    # break ties towards the larger precision, as the data then give no reason for a weaker prior
     best = min(range(size), key=lambda i: (not math.isfinite(scores[i]), scores[i], -i))
     if size > 1 and best in (0, size - 1):
         warnings.warn(

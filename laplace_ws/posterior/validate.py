@@ -33,7 +33,7 @@ class Unknowns:
     """What is chosen, as a vector of logarithms: the prior precision of each group, then σ and τ where they are chosen too.
 
     Attributes:
-        prior: the present values.
+        prior: the current values.
         groups: which weights share a prior precision.
         noise: whether σ is chosen.
         temperature: whether τ is.
@@ -45,7 +45,7 @@ class Unknowns:
     temperature: bool = False
 
     def present(self) -> Float[Tensor, " U"]:
-        """The present values; log δ averaged over the weights of each group."""
+        """The current values; log δ averaged over the weights of each group."""
         prior, n_groups = self.prior, len(self.groups.names)
         log_delta = prior.precision_per_weight().log()
         group_of_weight = expand_per_weight(self.groups.index.to(log_delta.device), prior.shapes)
@@ -78,7 +78,7 @@ def grid_scores(
     """The score of each prior precision of a grid, in one pass over the data.
 
     Args:
-        predictor: the posterior; its own prior precision plays no part.
+        predictor: the posterior; its own prior precision is not used.
         batches: validation data.
         grid: prior precisions.
         score: of predictions and targets, lower is better.
@@ -129,7 +129,7 @@ def minimise_validation_nll(predictor: Predictor, batches: Batches, unknowns: Un
     """The prior at which the mean negative log predictive density of validation data is lowest, by L-BFGS.
 
     Raises:
-        InvalidBatchError: the data choose none.
+        InvalidBatchError: the data do not determine one.
     """
     fit, likelihood = predictor.fit, predictor.fit.likelihood
     device = fit.mean.device
@@ -197,7 +197,7 @@ def _prediction(predictor: Predictor, f: Tensor, spread: Tensor, options: Predic
 
 
 def _differentiable_parts(predictor: Predictor, n_examples: int) -> Iterator[slice]:
-    """Examples whose Jacobians over all weights, which the gradient needs at a time, fit into the memory budget."""
+    """Number of examples whose Jacobians over all weights, which the gradient needs at once, fit into the memory budget."""
     n_outputs = math.prod(predictor.fit.output_shape)
     size = max(1, int(predictor.memory_budget // (8 * predictor.network.n_params * n_outputs)))
     for start in range(0, n_examples, size):

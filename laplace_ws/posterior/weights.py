@@ -1,4 +1,4 @@
-"""Other weights in a model, for a while."""
+"""Temporarily replacing the weights of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from laplace_ws.posterior.subset import WeightSubset
 
 @contextmanager
 def weights_in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run the model with these tensors in place of the parameters of their names, also where a parameter is registered twice.
+    """Run the model with these tensors in place of the parameters with these names, also where a parameter is registered twice.
 
     The parameters themselves are not written to, so what autograd keeps of them stays valid.
     """
@@ -37,10 +37,10 @@ def weights_in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterato
 
 
 def check_replaceable(model: nn.Module, x: ModelInputs, subset: WeightSubset) -> None:
-    """Run the model with copies in place of the covered parameters, and raise if it reaches the parameters all the same.
+    """Run the model with copies in place of the covered parameters, and raise if it still reaches the parameters.
 
     Raises:
-        UnsupportedParameterError: a parameter is read from somewhere else than its module.
+        UnsupportedParameterError: a parameter is read from somewhere other than its module.
     """
     parameters = subset.parameters(model)
     copies = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}

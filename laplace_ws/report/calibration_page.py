@@ -20,7 +20,7 @@ PAGE = "calibration.html"
 
 
 def write_calibration_report(result: CalibrationResult, folder: str | Path) -> Path:
-    """Write calibration.html into a folder, one file without links to others; says where."""
+    """Write calibration.html into a folder, one file without links to others; returns its path."""
     path = Path(folder) / PAGE
     path.write_text(render_calibration(result), encoding="utf-8")
     return path
@@ -62,7 +62,7 @@ def render_calibration(result: CalibrationResult) -> str:
 
 
 def calibration_verdict(methods: Sequence[MethodResult]) -> str:
-    """One sentence: which method has the lowest test NLL and which the lowest calibration error, beside the network as it is."""
+    """One sentence: which method has the lowest test NLL and which the lowest calibration error, compared with the network as it is."""
     parts = []
     for score, name, scale, unit in (("nll", "test NLL", 1.0, " nats"), ("ece", "calibration error", 100.0, " %")):
         scored = [(value, method) for method in methods if (value := method.test[score]) is not None]

@@ -1,4 +1,4 @@
-"""Pictures of how methods to predict compare: reliability, confidence in- and out-of-distribution, scores by strength of damage."""
+"""Pictures that compare methods of prediction: reliability, confidence in- and out-of-distribution, scores by strength of damage."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def method_reliability_pictures(methods: Sequence[MethodResult]) -> list[Picture
 
 
 def confidence_pictures(methods: Sequence[MethodResult], data: str, ood: str) -> list[Picture]:
-    """For each method, how sure it is of the test images and of images of other things.
+    """For each method, how confident it is on the test images and on out-of-distribution images.
 
     Args:
         methods: those without out-of-distribution images are left out.

@@ -1,4 +1,4 @@
-"""The pages: Jinja2 templates filled with values; each page is one HTML file that needs no network."""
+"""The pages: Jinja2 templates filled with values; each page is one HTML file that needs no network access."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def render(template: str, **values: Any) -> str:
-    """The page that a template of `report/templates` makes of values; text is escaped, and a value that lacks is an error."""
+    """The page that a template of `report/templates` makes of values; text is escaped, and a missing value is an error."""
     return _ENVIRONMENT.get_template(template).render(values)
 
 

@@ -1,4 +1,4 @@
-"""The plots of a training run's report; one more is a function and a line here."""
+"""The plots of a training run's report; to add one, write a function and register it here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Plot:
     """A plot of the report.
 
     Attributes:
-        section: where it stands.
+        section: where it appears.
         draw: the pictures of a run; none where there is nothing to draw.
     """
 

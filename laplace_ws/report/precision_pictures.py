@@ -97,7 +97,7 @@ def robust_log_limits(values: np.ndarray) -> tuple[float, float]:
 
 
 def _table_over_epochs(record: RunRecord) -> tuple[list[str], np.ndarray, np.ndarray] | None:
-    """Names, epochs without gaps, and values [name, epoch]; an epoch that recorded none keeps the last one."""
+    """Names, epochs without gaps, and values [name, epoch]; an epoch that recorded none repeats the last one."""
     history = [epoch for epoch in record.history.get(TUNED, ()) if epoch.prior_precision]
     if not history:
         return None
@@ -202,7 +202,7 @@ def _name_rows(axes: Axes, names: list[str]) -> None:
 
 
 def _number_few_ticks(axis: Axis, limits: tuple[float, float]) -> None:
-    """On a short logarithmic axis, number 1, 2 and 5 of each decade; matplotlib numbers so many that they overlap."""
+    """On a short logarithmic axis, label 1, 2 and 5 of each decade; matplotlib labels so many that they overlap."""
     if limits[1] < 100 * limits[0]:
         for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
             set_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")

@@ -1,4 +1,4 @@
-"""A run as its report shows it: what it found, by network, with the epochs that led there."""
+"""A run as its report shows it: results by network, with the epochs that led to them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RunRecord:
         result: as the run wrote it.
         models: the tuned network, then the fixed ones from the smallest prior precision to the largest.
         history: the epochs in order, by run.
-        notes: what a reader should know of the files.
+        notes: what a reader should know about the files.
     """
 
     result: RunResult
@@ -107,7 +107,7 @@ def _shown(run: str, model: ModelResult) -> Model:
 def _history(
     epochs: Iterable[EpochRecord], runs: Sequence[str], groups: Mapping[str, str]
 ) -> dict[str, tuple[EpochRecord, ...]]:
-    """Epochs by run, in the order of `runs`; one written twice, as after a resume, counts as last written.
+    """Epochs by run, in the order of `runs`; of one written twice, as after a resume, the last record counts.
 
     The two files may write the same number differently ("fixed-1", "fixed-1.0").
     """

@@ -1,4 +1,4 @@
-"""The picture of a comparison: log marginal likelihood against test NLL, one named point a model."""
+"""The picture of a comparison: log marginal likelihood against test NLL, one labelled point per model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DIRECTIONS = 16
 
 @dataclass(frozen=True)
 class Label:
-    """Where a label stands: offset from its point to the nearest corner or side of the text, and its alignment there."""
+    """Position of a label: offset from its point to the nearest corner or side of the text, and its alignment there."""
 
     dx: float
     dy: float
@@ -36,7 +36,7 @@ class Label:
 
 
 def evidence_picture(selection: Selection) -> Picture:
-    """Log marginal likelihood per training example against test NLL, a colour and marker for each kind of model."""
+    """Log marginal likelihood per training example against test NLL, with a colour and marker for each kind of model."""
     with report_style():
         figure = evidence_figure(selection)
         svg = to_svg(figure)
@@ -71,9 +71,9 @@ def evidence_figure(selection: Selection) -> Figure:
 
 
 def label_points(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> list[Annotation]:
-    """Write a name beside each point, so that no name lies on a point or on another name as long as there is room.
+    """Write a name next to each point, so that no name lies on a point or on another name as long as there is room.
 
-    Each takes the nearest free place around its point; a line leads to it where it is not next to it. Points with many
+    Each takes the nearest free place around its point; a line connects the two where they are not adjacent. Points with many
     neighbours choose first. The limits of the axes must not change afterwards.
     """
     figure = axes.figure
@@ -140,7 +140,7 @@ def text_box(centre: tuple[float, float], place: Label, width: float, height: fl
 
 
 def fits(box: Bbox, room: Bbox) -> bool:
-    """Whether a box lies in another one."""
+    """Whether a box lies inside another one."""
     return room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
 
 

@@ -1,4 +1,4 @@
-"""Look of the report's pictures: colours, lines, type sizes, and their way into the page."""
+"""Look of the report's pictures: colours, lines, font sizes, and how pictures get into the page."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _LEGEND_LETTER_INCHES = 0.075
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG picture with a title, the text that stands for it, and what the reader should know when looking at it."""
+    """An SVG picture with a title, the text that stands for it, and a note for the reader."""
 
     title: str
     alt: str
@@ -63,7 +63,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class RunStyle:
-    """How a run is drawn, alike in every picture."""
+    """How a run is drawn, the same in every picture."""
 
     color: str
     linestyle: str | tuple[int, tuple[int, ...]]
@@ -78,7 +78,7 @@ class RunStyle:
 
 @contextmanager
 def report_style() -> Iterator[None]:
-    """Matplotlib with its own defaults and the report's; the caller's settings return afterwards."""
+    """Matplotlib with its own defaults and the report's; the caller's settings are restored afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_RC)
@@ -91,7 +91,7 @@ def to_svg(figure: Figure) -> bytes:
     no_metadata = {"Creator": None, "Date": None, "Format": None, "Type": None}
     figure.savefig(buffer, format="svg", metadata=no_metadata, dpi=_IMAGE_DPI)
     svg = buffer.getvalue()
-    return svg[svg.index(b"<svg") :]  # the document type would name a web address
+    return svg[svg.index(b"<svg") :]  # the document type contains a web address
 
 
 @dataclass

@@ -21,7 +21,7 @@ _LEFT_OUT = ("root", "download", "n_train", "n_test", "batch_size")
 def yardstick(run: RunConfig, n_train: int, n_test: int) -> dict[str, Any]:
     """What a log marginal likelihood and a test NLL are measured with: data, likelihood and curvature, by key.
 
-    Of the approximation only what shapes the last fit counts; the backend, which changes no number, does not.
+    Of the approximation, only what affects the last fit counts; the backend, which changes no result, does not.
     """
     data, marglik = run.data, run.marglik
     curvature = marglik.final_curvature or marglik.curvature
@@ -42,11 +42,11 @@ def yardstick(run: RunConfig, n_train: int, n_test: int) -> dict[str, Any]:
 
 
 def check_comparable(yardsticks: Mapping[str, Mapping[str, Any]], runs: Mapping[str, RunConfig]) -> None:
-    """Refuse to rank what is not on one scale.
+    """Refuse to rank candidates that are not on one scale.
 
     Args:
         yardsticks: of every candidate, by name.
-        runs: its configuration.
+        runs: configuration of every candidate.
 
     Raises:
         ExperimentError: says which two candidates differ, and in what.

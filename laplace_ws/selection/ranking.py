@@ -1,4 +1,4 @@
-"""The result of a comparison: models by log marginal likelihood, and how well that foretells the test NLL."""
+"""The result of a comparison: models by log marginal likelihood, and how well that predicts the test NLL."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Correlation of log marginal likelihood with test NLL over the models; near -1 where the one foretells the other.
+    """Correlation of log marginal likelihood with test NLL over the models; near -1 where the one predicts the other.
 
-    None below three models, or where all have one value.
+    None below three models, or where all have the same value.
 
     Attributes:
         n: number of models.
@@ -99,7 +99,7 @@ class Selection:
         return self.data["n_train"]
 
     def per_example(self, entry: Entry) -> float:
-        """A model's log marginal likelihood in nats a training example."""
+        """A model's log marginal likelihood in nats per training example."""
         return entry.log_marginal_likelihood / self.n_train
 
     def to_json(self) -> str:
@@ -111,7 +111,7 @@ def load_selection(folder: Path) -> Selection:
     """Read the comparison of a folder.
 
     Raises:
-        RecordError: there is none, or one of another version.
+        RecordError: there is none, or it is of another version.
     """
     return read_record(
         Selection,

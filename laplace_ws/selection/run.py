@@ -48,7 +48,7 @@ class Member:
         name: of the candidate.
         run: its configuration.
         folder: of the run.
-        is_trained: whether the comparison trains it, rather than load it.
+        is_trained: whether the comparison trains it, rather than loading it.
         n_train, n_test: numbers of examples of a loaded run.
     """
 
@@ -61,14 +61,14 @@ class Member:
 
 
 def run_selection(config: SelectConfig, *, resume: bool = False) -> Selection:
-    """Train what is to be trained, and rank all candidates; writes select.json into the comparison's folder.
+    """Train the candidates that need it, and rank all of them; writes select.json into the comparison's folder.
 
-    Data, models and folders are tried before training starts. A candidate whose training diverges is left out of the
+    Data, models and folders are checked before training starts. A candidate whose training diverges is left out of the
     ranking, and the reason is kept.
 
     Args:
         config: The comparison.
-        resume: Keep the candidates that have finished, and go on with the others.
+        resume: Keep the candidates that have finished, and continue with the others.
 
     Raises:
         ExperimentError: something does not allow the comparison, such as candidates that are not on one scale, or a run
@@ -123,7 +123,7 @@ def find(config: SelectConfig, candidate: Candidate) -> Member:
 
 
 def check_members(members: Sequence[Member], data: ImageData) -> None:
-    """Refuse candidates that are not on one scale, or whose training could not start."""
+    """Reject candidates that are not on one scale, or whose training could not start."""
     n_train, n_test = len(data.y_train), len(data.y_test)
     runs = {member.name: member.run for member in members}
     yardsticks = {m.name: yardstick(m.run, m.n_train or n_train, m.n_test or n_test) for m in members}
@@ -137,7 +137,7 @@ def check_members(members: Sequence[Member], data: ImageData) -> None:
 
 @contextmanager
 def named(candidate: str) -> Iterator[None]:
-    """Say which candidate is refused."""
+    """Say which candidate is rejected."""
     try:
         yield
     except ValueError as error:
@@ -145,9 +145,9 @@ def named(candidate: str) -> Iterator[None]:
 
 
 def prepare(config: SelectConfig, members: Sequence[Member], resume: bool) -> list[Member]:
-    """Make all folders, so that what could fail at the end fails now; returns the candidates that are still to train.
+    """Make all folders, so that what could fail at the end fails now; returns the candidates that still have to be trained.
 
-    A finished comparison of the same name is replaced; an unfinished one only resumed.
+    A finished comparison of the same name is replaced; an unfinished one can only be resumed.
     """
     own = [member for member in members if member.is_trained]
     begun = [m for m in own if (m.folder / _TUNED.checkpoint).exists() or (m.folder / SUMMARY).exists()]
@@ -185,7 +185,7 @@ def is_finished(member: Member) -> bool:
 
 
 def train(members: Sequence[Member], n_workers: int, resume: bool) -> dict[str, str]:
-    """Train candidates in order or side by side; returns why those that diverged did, by name."""
+    """Train candidates one after another or in parallel; returns, by name, why those that diverged did so."""
     diverged = {}
     with tqdm(total=len(members), unit="candidate", disable=None) as bar:
         reasons = side_by_side(train_candidate, [(member.run, resume) for member in members], n_workers)
