@@ -1,11 +1,12 @@
 """The ASDL backend: layer inputs and output gradients through ASDL's module hooks and operations.
 
-ASDL runs one *operation* per module, before and after its hooks. Its own compute expand alone, with scales of their own: Monte Carlo
-divided by the number of samples, a Linear on sequences without 1/R, and nothing for Conv1d, Conv3d and GroupNorm. Here an operation of ours
-keeps what ASDL hands it, the input and the output gradient of each call, so factors, columns and scales are the same as everywhere else.
+ASDL runs one *operation* per module, before and after its hooks. Its own operations compute K-FAC-expand only, with
+scalings of their own: Monte Carlo divided by the number of samples, a Linear on sequences without 1/R, and nothing for Conv1d, Conv3d
+and GroupNorm. Here our own operation keeps what ASDL passes to it, the input and the output gradient of each call, so factors, columns
+and scales are the same as in every other backend.
 
-The operations are registered in the context of `asdl.extend`, as ASDL's Fisher makers do; the makers themselves would allow two losses
-and their own columns only.
+The operations are registered in the context of `asdl.extend`, as ASDL's Fisher makers do; the makers themselves support only two
+losses and their own columns.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ MODULE_CALLS[asdl.Scale] = lambda m, x: (torch.mul, (x, m.weight))
 class AsdlBackend(Backend):
     """Covers parameters of modules in `MODULE_CALLS`, however often they are called, in any forward pass.
 
-    Not parameters that the forward pass uses without a module of the table, and no module with a full backward hook, beside which
-    ASDL's own cannot be registered.
+    Does not cover parameters that the forward pass uses outside a module in that table, nor modules with a full backward hook, next to
+    which ASDL's own cannot be registered.
     """
 
     name = "asdl"
@@ -93,7 +94,8 @@ class KeepOperation(asdl.Operation):
         module: the module.
         uses: uses of the parameters, for each call.
         versions: the tensors that the uses keep, as `checks.versions` gives them.
-        targets: what to ask gradients of, so that the backward pass goes through every call and computes no weight gradient.
+        targets: the tensors with respect to which gradients are requested, so that the backward pass goes through
+            every call and computes no weight gradient.
         output_gradients: gradients at the outputs of the calls, the last call first, as the backward pass meets them.
     """
 
@@ -149,7 +151,7 @@ class KeepOperation(asdl.Operation):
 
 
 def _owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Module]:
-    """Modules that hold a parameter themselves, by name."""
+    """Modules that own a parameter directly, by name."""
     names = {id(p): name for name, p in parameters.items()}
     owners = {}
     for module_name, module in model.named_modules():
@@ -174,7 +176,7 @@ def _owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[st
 def _operations(
     model: nn.Module, owners: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter], examples: Examples
 ) -> Iterator[list[KeepOperation]]:
-    """Register an operation for each owner in ASDL's context, and ASDL's hooks where it brings none."""
+    """Register an operation for each owner in ASDL's context, and ASDL's hooks where ASDL provides none."""
     hooked = [module for _, module in named_supported_modules(model)]
     ignored = [module for module in hooked if not any(module is owner for owner in owners.values())]
     handles, operations = [], []
@@ -195,14 +197,14 @@ def _operations(
 
 
 def _without_view(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-    """An output to which an in-place call may follow: on a view, as a Linear returns, it would take the gradient past ASDL's hooks."""
+    """An output that a later in-place call may modify: on a view, such as a Linear returns, the gradient would bypass ASDL's hooks."""
     return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
 def _call_operation(
     context: asdl.OperationContext, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor
 ) -> None:
-    """What ASDL's own hooks do, for a module that it brings none for."""
+    """What ASDL's own hooks do, for a module for which it provides none."""
     context.call_operations_in_forward(module, arguments[0].detach(), output.detach())
     assert output.grad_fn is not None
     place = output.output_nr

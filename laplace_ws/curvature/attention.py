@@ -1,7 +1,7 @@
 """Multi-head attention taken apart, so that its projections are seen as linear layers.
 
 `torch.nn.functional.multi_head_attention_forward` is one opaque call to a function mode. This is the same computation from the same
-arguments, with every projection handed to a callback.
+arguments, with every projection passed to a callback.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from laplace_ws.kfac.factors import total
 from laplace_ws.kfac.uses import LinearUse, PackedLinearUse, Use
 
 Q, K, V = 0, 1, 2
-"""Places of the three projections in a packed in-projection."""
+"""Positions of the three projections in a packed in-projection."""
 
 Parts = tuple[int, ...]
-"""Neighbouring row blocks, of three, of a packed weight or bias; none of them stands for one that is not packed."""
+"""Neighbouring row blocks, of three, of a packed weight or bias; an empty tuple means that it is not packed."""
 Project = Callable[[Tensor, Tensor, Parts, Tensor | None, Parts], Tensor]
 """`project(x, weight, its parts, bias, its parts)` is x W[parts]ᵀ + b[parts]."""
 
@@ -59,7 +59,7 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Float[Tensor, "T N E"], Tensor | None]:
-    """`torch.nn.functional.multi_head_attention_forward`, its projections made by `project` on batch-first inputs.
+    """`torch.nn.functional.multi_head_attention_forward`, with the projections computed by `project` on batch-first inputs.
 
     Raises:
         UnreadableCallError: an input without a batch axis, or keys and values that are not projections of the inputs.
@@ -92,7 +92,7 @@ def multi_head_attention(
 
 
 def _batch_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The inputs with the batch axis first; those that are one tensor stay one."""
+    """The inputs with the batch axis first; inputs that are the same tensor remain the same tensor."""
     q = query.transpose(0, 1)
     k = q if key is query else key.transpose(0, 1)
     return q, k, k if value is key else value.transpose(0, 1)
@@ -128,7 +128,7 @@ def _merged_mask(
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to add to the scores; True in a boolean mask means: leave out."""
+    """A mask to add to the scores; True in a boolean mask excludes the entry."""
     if mask.dtype is not torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
@@ -143,7 +143,7 @@ def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout:
 def read_projection(
     call: Call, x: Tensor, weight: Tensor, weight_parts: Parts, bias: Tensor | None, bias_parts: Parts
 ) -> list[Use]:
-    """Uses that a projection makes of its weight and bias; the two are apart where only one of them is packed."""
+    """Uses that a projection makes of its weight and bias; they are separate uses where only one of the two is packed."""
     names = call.parameter(weight), call.parameter(bias)
     if weight_parts == bias_parts:
         return [_projection_use(call, x, weight.shape, weight_parts, *names)]

@@ -25,8 +25,8 @@ class Linearisation(ABC):
     Attributes:
         outputs: f, detached, `[N, ...]`.
         uses: every use of a parameter in the forward pass.
-        columns_at_once: how many columns one `pullback` is best given.
-        column_bytes: what one column takes at the outputs of all uses; 0 where a backend does not tell.
+        columns_at_once: how many columns are best passed to one `pullback`.
+        column_bytes: bytes that one column takes at the outputs of all uses; 0 where a backend does not report it.
     """
 
     outputs: Float[Tensor, "N ..."]
@@ -39,26 +39,26 @@ class Linearisation(ABC):
         """Back-propagate K columns of output space to the output of each use."""
 
     def forget_uses(self) -> None:
-        """Let go of the uses, and with them of what the forward pass left; columns can still be pulled back."""
+        """Release the uses, and with them what the forward pass stored; columns can still be pulled back."""
         self.uses = ()
 
     def stream(self, columns: Float[Tensor, "K N ..."], receive: Receiver, *, is_last: bool = False) -> None:
-        """Back-propagate K columns, and hand each use's part on as soon as it is there, so that it need not be kept.
+        """Back-propagate K columns, and pass on each use's part as soon as it is available, so that it need not be stored.
 
         Args:
             columns: vectors of output space.
             receive: called once for each use, in any order, with its number and the gradients at its output.
-            is_last: whether what the forward pass keeps may be given up, as no columns follow.
+            is_last: whether what the forward pass stored may be freed, as no columns follow.
         """
         for number, g in enumerate(self.pullback(columns)):
             receive(number, g)
 
 
 COLUMN_BYTES = 2**22
-"""Memory that the columns of one pullback may take on a CPU, at the outputs of all uses together: beyond its caches, columns together
-take as long as one after the other."""
+"""Memory that the columns of one pullback may take on a CPU, at the outputs of all uses together: beyond its caches, columns processed
+together take as long as one after the other."""
 COLUMN_SHARE = 0.25
-"""The part of a GPU's free memory that they may take."""
+"""The fraction of a GPU's free memory that they may take."""
 
 
 def memory_for_columns(device: torch.device) -> int:
@@ -69,12 +69,12 @@ def memory_for_columns(device: torch.device) -> int:
 
 
 def columns_in_memory(column_bytes: int, device: torch.device) -> int:
-    """How many columns to work on at once, at least one, given what each takes."""
+    """How many columns to process at once, at least one, given the memory that each takes."""
     return max(1, memory_for_columns(device) // max(1, column_bytes))
 
 
 class ColumnwiseLinearisation(Linearisation):
-    """One whose columns are pulled back one after the other."""
+    """A linearisation whose columns are pulled back one after the other."""
 
     def pullback(self, columns: Float[Tensor, "K N ..."]) -> list[Float[Tensor, "K B ..."]]:
         """See `Linearisation.pullback`."""
@@ -89,11 +89,11 @@ class ColumnwiseLinearisation(Linearisation):
 
 
 class Backend(ABC):
-    """Runs models and hands out uses of parameters and gradients at their outputs."""
+    """Runs models, and provides the uses of parameters and the gradients at their outputs."""
 
     name: str
 
-    def forget(self) -> None:  # noqa: B027 - most keep nothing
+    def forget(self) -> None:  # noqa: B027 - most backends keep nothing
         """Drop what is kept of a model from one batch to the next."""
 
     @abstractmethod
@@ -104,7 +104,7 @@ class Backend(ABC):
 
         Args:
             model: the network.
-            x: inputs of one example or more; `inputs.call_model` runs the model on them.
+            x: inputs of one or more examples; `inputs.call_model` runs the model on them.
             parameters: the parameters to cover, by name.
 
         Raises:
@@ -113,7 +113,7 @@ class Backend(ABC):
 
 
 _OLD_PARAMETRISATIONS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
-"""Hooks of the functions in torch.nn.utils from before torch.nn.utils.parametrizations, and what takes them away."""
+"""Hooks of the functions in torch.nn.utils that predate torch.nn.utils.parametrizations, and the functions that remove them."""
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -166,7 +166,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable_twice(model: nn.Module) -> Iterator[None]:
-    """Keep to kernels that have second derivatives, which fused attention and cuDNN's recurrent layers have not."""
+    """Restrict torch to kernels with second derivatives, which fused attention and cuDNN's recurrent layers lack."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):

@@ -1,4 +1,4 @@
-"""The backends by name; another one is added by `register_backend`."""
+"""The backends by name; `register_backend` adds another one."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def _backpack() -> Backend:
 BACKENDS: Registry[Callable[[], Backend]] = Registry(
     "backend", {"native": NativeBackend, "asdl": _asdl, "backpack": _backpack}, ", or pass an instance of a `Backend`"
 )
-"""Makers of the backends by name; a library is imported by the backend that is made of it, and not before."""
+"""Makers of the backends by name; a library is imported only when its backend is made."""
 
 
 def register_backend(name: str, make: Callable[[], Backend]) -> None:
-    """Let `backend=name` mean a backend of your own.
+    """Make `backend=name` refer to a backend of your own.
 
     Args:
-        name: its name, which is also its `Backend.name` and what files of a posterior say.
-        make: makes it, as its class does.
+        name: its name, which is also its `Backend.name` and is stored in the files of a posterior.
+        make: creates the backend; its class, for example.
     """
     BACKENDS.register(name, make)
 

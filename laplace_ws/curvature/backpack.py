@@ -1,10 +1,10 @@
 """The BackPACK backend: gradients at the outputs of modules through BackPACK's backward pass, all columns at once.
 
-BackPACK's own K-FAC quantities are neither expand nor reduce, know no rule for branches, and cover a handful of layers. Here an extension
-of ours carries columns of output space through BackPACK's hooks: along BackPACK's derivatives where they hold, else along the autograd
-graph of the one module. What arrives at a module with parameters is handed on as it is, so factors and scales are those of every backend.
+BackPACK's own K-FAC quantities are neither expand nor reduce, have no rule for branches, and cover only a handful of layers. Here our
+own extension carries columns of output space through BackPACK's hooks: by BackPACK's derivatives where they apply, else along the autograd
+graph of that one module. What arrives at a module with parameters is passed on as it is, so factors and scales are those of every backend.
 
-BackPACK's hooks need an ordinary backward pass to fire. It is given the first column, so that K columns cost K passes, and stops at the
+BackPACK's hooks need an ordinary backward pass to fire. It carries the first column, so that K columns cost K passes, and stops at the
 outputs of the first modules, so that no weight gradient is computed.
 """
 
@@ -50,8 +50,8 @@ COLUMN_BYTES = 2**28
 class BackpackBackend(Backend):
     """Covers what a traced forward pass shows: modules of `MODULE_CALLS` and calls that `calls` can read, as the native backend does.
 
-    Works on a copy of the model's structure that shares its parameters and buffers, so the model itself gets no hook and no mark. Not
-    covered are forward passes that `torch.fx` cannot trace, for example with control flow that depends on data.
+    Works on a copy of the model's structure that shares its parameters and buffers, so the model itself gets no hooks and no marks.
+    Forward passes that `torch.fx` cannot trace, for example with control flow that depends on data, are not covered.
     """
 
     name = "backpack"
@@ -64,7 +64,7 @@ class BackpackBackend(Backend):
         self._cached = None
 
     def __reduce__(self) -> tuple[type[BackpackBackend], tuple[()]]:
-        return type(self), ()  # what is cached belongs to a model in memory
+        return type(self), ()  # the cache belongs to a model in memory
 
     @contextmanager
     def linearise(
@@ -144,12 +144,12 @@ class _Columns(BackpropExtension):
         super().__init__("laplace_ws_columns", {type(leaf): _Propagate() for leaf in leaves})
         self.gradients: dict[int, Tensor] = {}
         self._users = {id(user) for user in users}
-        self.n_columns = len(columns)  # beside the one that the ordinary backward pass carries
+        self.n_columns = len(columns)  # in addition to the one that the ordinary backward pass carries
         if self.n_columns:
             self.save(f, columns)
 
     def expects_backpropagation_quantities(self) -> bool:
-        """Called by BackPACK: whether there is more to carry than an ordinary backward pass does."""
+        """Called by BackPACK: whether there is more to carry than in an ordinary backward pass."""
         return self.n_columns > 0
 
     def accumulate_backpropagated_quantities(self, existing: Tensor, other: Tensor | None) -> Tensor:
@@ -161,7 +161,7 @@ class _Columns(BackpropExtension):
         self.saved_quantities.save_quantity(tensor.data_ptr(), columns, self.accumulate_backpropagated_quantities)
 
     def keep(self, module: nn.Module, gradient: Tensor) -> None:
-        """Keep what arrives at the output of a module with parameters, given the gradient of the ordinary backward pass."""
+        """Store what arrives at the output of a module with parameters, given the gradient of the ordinary backward pass."""
         if id(module) in self._users:
             rest = self.saved_quantities.retrieve_quantity(stored_output(module).data_ptr(), delete_old=False)
             self.gradients[id(module)] = gradient[None] if rest is None else torch.cat([gradient[None], rest])
@@ -182,7 +182,7 @@ class _Propagate(ModuleExtension):
         super().__call__(extension, module, g_inp, g_out)
 
     def backpropagate(self, extension: Any, module: nn.Module, g_inp: Any, g_out: Any, bpQuantities: Tensor) -> None:
-        """Saves the columns at the inputs itself: BackPACK would give all inputs the same."""
+        """Saves the columns at the inputs itself, since BackPACK would assign the same columns to all inputs."""
         inputs = [t for t in stored_inputs(module) if t.requires_grad]
         for tensor, columns in zip(inputs, transposed_jacobian_products(module, inputs, bpQuantities), strict=True):
             if tensor.numel():
@@ -194,7 +194,7 @@ class _Propagate(ModuleExtension):
 
 @contextmanager
 def _storing() -> Iterator[None]:
-    """Have BackPACK store inputs and outputs, also within its `disable`."""
+    """Have BackPACK store inputs and outputs, even within its `disable`."""
     before, disable.store_io = disable.store_io, True
     try:
         yield
@@ -261,7 +261,7 @@ def _returns_one_tensor_that_backpack_follows(module: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Converted:
-    """A chain, and the state of the model that it was made from, with the number of arguments that the model was called with."""
+    """A chain, the state of the model that it was made from, and the number of arguments that the model was called with."""
 
     model: weakref.ref[nn.Module]
     n_arguments: int
@@ -275,16 +275,16 @@ class _Converted:
         n_handles = len(CTX.hook_handles)
         for step in chain.steps:
             extend(step.leaf)
-        del CTX.hook_handles[n_handles:]  # the hooks live as long as the modules, which are ours alone
+        del CTX.hook_handles[n_handles:]  # the hooks live as long as the modules, which belong to us alone
         return cls(weakref.ref(model), n_arguments, model_state(model), chain)
 
     def forget_batch(self) -> None:
-        """Drop what the modules keep of a forward pass."""
+        """Drop what the modules store from a forward pass."""
         for step in self.chain.steps:
             memory_cleanup(step.leaf)
             if isinstance(step.leaf, Apply):
                 step.leaf.others = {}
 
     def is_of(self, model: nn.Module, n_arguments: int) -> bool:
-        """Whether the model is the one that was converted, and still what it was, and called in the same way."""
+        """Whether the model is the one that was converted, unchanged since, and called in the same way."""
         return self.model() is model and self.n_arguments == n_arguments and model_state(model) == self.state

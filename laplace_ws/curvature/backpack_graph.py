@@ -1,7 +1,7 @@
 """A model as a chain of leaf modules, the form in which BackPACK can follow a backward pass.
 
-BackPACK hooks modules, so whatever lies between two modules must be one itself: `Apply` makes a module of a torch call, of any number of
-inputs. `backpack_trace` makes the chain of a model.
+BackPACK hooks modules, so whatever lies between two modules must itself be one: `Apply` turns a torch call with any number of inputs into a
+module. `backpack_trace` builds the chain of a model.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Expression:
         return getattr(self.torch_function, "__name__", str(self.function))
 
     def leaves(self) -> Iterator[Any]:
-        """Arguments that are no containers, those of the expressions within among them."""
+        """Arguments that are not containers, including those of nested expressions."""
         for leaf in self._arguments():
             yield from leaf.leaves() if isinstance(leaf, Expression) else (leaf,)
 
@@ -93,7 +93,7 @@ class Expression:
         return tensors if self.module is None else tensors + list(self.module.parameters())
 
     def reader(self, tensor: Tensor) -> Expression:
-        """The call within that reads a tensor of the model, or what `follows` it."""
+        """The nested call that reads a tensor of the model, or an expression that `follows` it."""
         for leaf in self._arguments():
             if isinstance(leaf, Expression) and not leaf.follows and any(t is tensor for t in leaf.held()):
                 return leaf.reader(tensor)
@@ -108,7 +108,7 @@ class Expression:
         return self.torch_function in TRANSPOSES or self.torch_function in SELECTIONS or self.function is look_up
 
     def _arguments(self) -> list[Any]:
-        """Arguments that are no containers."""
+        """Arguments that are not containers."""
         found: list[Any] = []
         map_aggregate((self.args, self.kwargs), found.append)
         return found
@@ -132,7 +132,7 @@ class Expression:
 
 
 def look_up(weight: Float[Tensor, "V O"], indices: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape O"]:
-    """Rows of an embedding at indices that do not depend on the data, as of positions."""
+    """Rows of an embedding at indices that do not depend on the data, such as positions."""
     return F.embedding(indices, weight)
 
 
@@ -142,14 +142,14 @@ def look_up(weight: Float[Tensor, "V O"], indices: Int[Tensor, "*shape"]) -> Flo
 class Apply(nn.Module):
     """An expression as a module with its tensors as inputs.
 
-    Its output never shares memory with an input, since BackPACK tells tensors apart by their address.
+    Its output never shares memory with an input, since BackPACK distinguishes tensors by their address.
     """
 
     def __init__(self, expression: Expression):
         super().__init__()
         self.expression = expression
         self.slots = tuple(dict.fromkeys(leaf.name for leaf in expression.leaves() if isinstance(leaf, Slot)))
-        self.others: dict[str, Any] = {}  # of the present call, the values of slots that are no tensors
+        self.others: dict[str, Any] = {}  # in the current call, the values of slots that are not tensors
 
     def values(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """The value of each slot, given its tensors."""
@@ -178,10 +178,10 @@ class Step:
 
     Attributes:
         name: slot of its output.
-        leaf: the module, a copy of its own for every call in the forward pass.
+        leaf: the module, a separate copy for every call in the forward pass.
         slots: slots of its inputs.
-        row_examples: example of each row, where the model says so by `kfac.examples.row_examples`; a slot or a tensor.
-        is_query: whether it asks for a shape or the like, and returns no tensor.
+        row_examples: example of each row, where the model declares it with `kfac.examples.row_examples`; a slot or a tensor.
+        is_query: whether it queries a shape or the like and returns no tensor.
     """
 
     name: str
@@ -195,7 +195,7 @@ class Step:
         return self.leaf.expression.held() if isinstance(self.leaf, Apply) else list(self.leaf.parameters())
 
     def run(self, values: dict[str, Any]) -> tuple[Any, bool]:
-        """Output, and whether a gradient can flow through it, so that the module's hooks were run."""
+        """The output, and whether a gradient can flow through it, in which case the module's hooks were run."""
         inputs = {name: values[name] for name in self.slots}
         tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
         if isinstance(self.leaf, Apply):

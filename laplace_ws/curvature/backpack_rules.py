@@ -1,4 +1,4 @@
-"""How columns pass backward through one module: by BackPACK's derivatives where they hold, else along its own autograd graph."""
+"""How columns pass backward through one module: by BackPACK's derivatives where they apply, else along its own autograd graph."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ DERIVATIVES: dict[type[nn.Module], tuple[BaseDerivatives, _Applies]] = {
     nn.MaxPool2d: (MaxPool2DDerivatives(), _is_pool(2)),
     nn.MaxPool3d: (MaxPool3DDerivatives(), _is_pool(3)),
 }
-"""BackPACK's derivatives that agree with autograd, and for which modules and dimensions of input they do.
+"""BackPACK's derivatives that agree with autograd, and the modules and input dimensions for which they do.
 
-Not those of average pooling, which hold in float32 alone and draw random numbers, nor of convolutions with other than zero padding given
-as a number; such modules take the way of all others, their own autograd graph.
+Excluded are those of average pooling, which hold only in float32 and draw random numbers, and of convolutions with a padding mode other
+than zeros or padding given as a string; such modules use their own autograd graph, as all others do.
 """
 
 
@@ -94,18 +94,18 @@ def stored_output(module: nn.Module) -> Tensor:
 
 
 def transposed_jacobian_products(module: nn.Module, inputs: Sequence[Tensor], columns: Tensor) -> list[Tensor]:
-    """Columns `[K, *output]` at the output of a module taken to its inputs, `[K, *input]` each.
+    """Columns `[K, *output]` at the output of a module pulled back to its inputs, `[K, *input]` each.
 
     Args:
         module: a module with the input and output that BackPACK has stored on it.
-        inputs: those of its inputs that require grad.
+        inputs: the inputs of the module that require grad.
         columns: vectors at its output.
     """
     found = derivatives_of(module)
     is_mixed = len({t.dtype for t in (*inputs, stored_output(module), *module.parameters())}) > 1  # under autocast
     if found is not None and found[1](module, inputs[0].ndim) and not is_mixed:
         return [found[0]._jac_t_mat_prod(module, (), (), columns)]  # pyright: ignore[reportArgumentType] - unused there
-    with warnings.catch_warnings():  # of calls that have no batched rule, and are looped over
+    with warnings.catch_warnings():  # about calls without a batching rule, which are looped over
         warnings.simplefilter("ignore", UserWarning)
         try:
             products = torch.autograd.grad(

@@ -1,4 +1,4 @@
-"""The structure of a model: what a copy of it needs that shares its tensors, and what tells whether it is still the same."""
+"""The structure of a model: what a copy that shares its tensors needs, and what shows whether it is still the same."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import nn
 
 
 def is_left_by_backpack(module: nn.Module, attribute: str) -> bool:
-    """Whether an attribute of a module is one that BackPACK sets on those that it extends."""
+    """Whether an attribute of a module is one that BackPACK sets on the modules that it extends."""
     if "_backpack_extend" not in vars(module):
         return False
     return attribute in ("output", "_backpack_extend") or (attribute[:5] == "input" and attribute[5:].isdecimal())
 
 
 def copy_structure(value: Any, copies: dict[int, Any] | None = None) -> Any:
-    """Copy of a module, of the modules and the containers in it, without hooks; everything else, tensors above all, is shared."""
+    """Copy a module with the modules and containers in it, without hooks; everything else, tensors above all, is shared."""
     copies = {} if copies is None else copies
     if id(value) in copies:
         return copies[id(value)]
@@ -49,7 +49,7 @@ def model_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 
 @dataclass(frozen=True, eq=False)
 class _Same:
-    """Equal to what holds the same object."""
+    """Equal to any instance that holds the same object."""
 
     value: Any
 

@@ -1,7 +1,7 @@
 """Traces a model into a chain of leaf modules.
 
 Every torch call in the forward pass becomes a module: activations, sums, products, means, views, attention. BackPACK's own converter is
-left out: it refuses products of tensors, leaves activations, means and broadcasts between the modules, and writes into the model.
+not used: it refuses products of tensors, leaves activations, means and broadcasts between the modules, and writes into the model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from laplace_ws.curvature.module_readers import module_call
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac.examples import declared_row_examples, row_examples
 
-_FIELDS = {"values", "indices"}  # of what max, sort and the like return
+_FIELDS = {"values", "indices"}  # of the results of max, sort and the like
 _TENSOR_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag", *_FIELDS}
 _SIZES = {"size", "shape", "dim", "ndim", "numel", "len", "stride", "device", "dtype", "is_floating_point"}
 _SPLITS = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes", "broadcast_tensors"}
@@ -65,7 +65,7 @@ class _Tracer(fx.Tracer):
         if isinstance(rows, fx.Proxy):
             with row_examples(
                 None
-            ):  # an attribute of a proxy becomes a node when it is first asked for: now, before its use
+            ):  # an attribute of a proxy becomes a node when it is first accessed: now, before its use
                 _ = rows.node
         proxy = super().create_proxy(*args, **kwargs)
         proxy.node.meta["row_examples"] = rows
@@ -109,7 +109,7 @@ def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 @contextmanager
 def _recorded_len(function: Callable[..., Any]) -> Iterator[None]:
-    """Let `len(x)` in a function be recorded; Python itself would have it return a number at once."""
+    """Let `len(x)` in a function be recorded; Python itself requires it to return a number at once."""
     names = getattr(inspect.unwrap(function), "__globals__", {})
     was_set, before = "len" in names, names.get("len", builtins.len)
 
@@ -128,7 +128,7 @@ def _recorded_len(function: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def _recorded_calls() -> Iterator[None]:
-    """Record calls that a trace would not see: tensors made to measure, and custom autograd functions, whose backward would be lost."""
+    """Record calls that a trace would not see: tensors created to a size, and custom autograd functions, whose backward would be lost."""
     factories = {name: getattr(torch, name) for name in _FACTORIES}
     apply = torch.autograd.Function.__dict__["apply"]
 
@@ -158,8 +158,8 @@ def convert(model: nn.Module, keeps: Callable[[nn.Module], bool], n_arguments: i
 
     Args:
         model: the network.
-        keeps: whether a module without parameters stays what it is where it is called, instead of becoming an `Apply`.
-        n_arguments: how many inputs the model is called with; of several, the chain's input is the tuple.
+        keeps: whether a module without parameters stays as it is where it is called, instead of becoming an `Apply`.
+        n_arguments: how many inputs the model is called with; if several, the chain's input is their tuple.
 
     Raises:
         UnsupportedParameterError: the forward pass cannot be traced.
@@ -178,7 +178,7 @@ def convert(model: nn.Module, keeps: Callable[[nn.Module], bool], n_arguments: i
 
 
 def _trace(root: nn.Module, originals: Mapping[int, nn.Module]) -> fx.Graph:
-    """Graph of a model; where a first attempt fails, modules without parameters are not looked into."""
+    """Graph of a model; where a first attempt fails, modules without parameters are not traced into."""
     with _recorded_calls():
         try:
             return _Tracer(originals, opaque=False).trace(root)
@@ -194,9 +194,9 @@ class _Builder:
     def __init__(self, root: nn.Module, keeps: Callable[[nn.Module], bool]):
         self._root, self._keeps = root, keeps
         self._steps: list[Step] = []
-        self._inlined: dict[fx.Node, Any] = {}  # tensors of the model, and expressions that stand in their consumers
+        self._inlined: dict[fx.Node, Any] = {}  # tensors of the model, and expressions placed in their consumers
         self._of_data: set[fx.Node] = set()  # what depends on the values of the input, not on its size alone
-        self._overwritten: dict[fx.Node, fx.Node] = {}  # by the in-place call that has the value since
+        self._overwritten: dict[fx.Node, fx.Node] = {}  # by the in-place call that holds the value from then on
 
     def build(self, graph: fx.Graph) -> Chain:
         """The chain of a graph."""
@@ -211,7 +211,7 @@ class _Builder:
                 output = self._template(node.args[0])
             elif (
                 node.users or node.target is not operator.getitem
-            ):  # not what is unpacked and left aside, as attention's weights are
+            ):  # not what is unpacked and then ignored, as attention's weights are
                 self._add(node)
         return Chain(source, self._steps, output)
 
@@ -273,7 +273,7 @@ class _Builder:
 
 
 def _is_inlined(node: fx.Node, expression: Expression) -> bool:
-    """Whether an expression stands in its consumers: a part of a parameter, or several tensors of which each takes one."""
+    """Whether an expression is inlined into its consumers: a part of a parameter, or several tensors of which each consumer takes one."""
     if expression.follows or expression.name in _SPLITS:
         return True
     taken = [
@@ -285,7 +285,7 @@ def _is_inlined(node: fx.Node, expression: Expression) -> bool:
 
 
 def _is_query(expression: Expression) -> bool:
-    """Whether a call asks for something that is no tensor, or none with a gradient."""
+    """Whether a call returns something that is not a tensor, or a tensor without a gradient."""
     if expression.function is getattr:
         return expression.args[1] not in _TENSOR_ATTRIBUTES
     return _is_size(expression)

@@ -1,4 +1,4 @@
-"""A loader's batches, looked at once: split into inputs and targets and held against the model's device as they come."""
+"""A loader's batches, examined in one place: split into inputs and targets, and checked against the model's device as they arrive."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Data = Iterable[Any]
 class Batches:
     """Inputs and targets of the batches of a loader, anew each time they are iterated over.
 
-    All passes over data go through this class, and what is of this class already is not split again.
+    All passes over data go through this class, and what is already of this class is not split again.
 
     Attributes:
-        loader: what gives the batches.
+        loader: what yields the batches.
         device: where they must be.
-        keys: of those that are mappings.
-        chosen: numbers of the batches that are given, no further than to the last of them; None for all.
+        keys: keys of batches that are mappings.
+        chosen: numbers of the batches to yield; iteration stops after the last of them; None for all.
         progress: title of a bar that is shown on a terminal; None for none.
-        on_first: is shown the inputs of the first batch of each pass, before they are given.
+        on_first: called with the inputs of the first batch of each pass, before they are yielded.
     """
 
     loader: Data
@@ -49,7 +49,7 @@ class Batches:
         return cls(data, next(model.parameters()).device, keys, progress=progress)
 
     def __iter__(self) -> Iterator[tuple[ModelInputs, Tensor]]:
-        """Raises `InvalidBatchError` for a batch of another form, or on another device."""
+        """Raises `InvalidBatchError` for a batch of an unknown form or on another device."""
         hidden = self.progress is None or not sys.stderr.isatty()
         bar = tqdm(self.loader, desc=self.progress, unit="batch", disable=hidden)
         last = None if self.chosen is None else max(self.chosen)

@@ -31,11 +31,11 @@ class Operand:
     Attributes:
         name: name of the parameter.
         shape: shape of the parameter.
-        tensor: what the call is given.
+        tensor: the tensor that is passed to the call.
         transposed: whether that is the transpose of the parameter.
         index: where it is a selection (a slice, a view, rows looked up), the place of each entry in the flattened parameter.
         looked_up: whether it is rows of an embedding, looked up without a batch axis, as position embeddings are.
-        provisional: the use that looking them up is, if they turn out to be one per example after all.
+        provisional: the use that the look-up makes, if the rows turn out to be one per example after all.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Operand:
     provisional: Use | None = None
 
     def follow(self, function: Callable[..., Any], output: Any, *args: Any, **kwargs: Any) -> Operand | None:
-        """The operand that a call makes of this one, its first argument: transposed, or a selection; None for any other call."""
+        """The operand that a call produces from this one, its first argument: the transpose or a selection; None for any other call."""
         if not isinstance(output, Tensor):
             return None
         if self.index is None and function in TRANSPOSES and output.ndim == 2:
@@ -67,7 +67,7 @@ class Operand:
         return replace(self, tensor=output, index=function(index, *args, **kwargs))
 
     def is_added_to_all(self, function: Callable[..., Any], output: Tensor) -> bool:
-        """Whether a call adds rows that were looked up to every example; else they are the examples' own."""
+        """Whether a call adds the looked-up rows to every example; otherwise each row belongs to an example."""
         return function in SUMS and (output.ndim > self.tensor.ndim or len(self.tensor) == 1)
 
 
@@ -80,7 +80,7 @@ class Call:
         operands: parameters that require grad among the arguments, by `id` of the tensor.
         output: what it returned.
         examples: the examples of the batch.
-        differentiable: whether what its uses keep stays in the autograd graph.
+        differentiable: whether the tensors that its uses keep stay in the autograd graph.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Call:
     differentiable: bool = False
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """An argument as a use keeps it."""
+        """An argument in the form in which a use keeps it."""
         return tensor if self.differentiable else tensor.detach()
 
     @property
@@ -211,7 +211,7 @@ def _embedding(
 
 
 def _elementwise(call: Call, parameter: Tensor, factor: Tensor, at: int | None = None) -> ElementwiseUse:
-    """A use of a parameter that is broadcast to the output, aligned right as torch does, or with its one axis at `at`."""
+    """A use of a parameter that is broadcast to the output, aligned to the right as in torch, or with its single axis at `at`."""
     operand = call.operands[id(parameter)]
     if operand.transposed:
         raise UnreadableCallError("transposed")
@@ -322,7 +322,7 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> list[Use]:
     statistics = {"use_input_stats": use_input_stats, "eps": eps}
-    if use_input_stats:  # and the running ones, which a second call would move, are not read
+    if use_input_stats:  # and the running ones, which a second call would update, are not read
         running_mean = running_var = None
     return _affine(call, F.instance_norm(input, running_mean, running_var, **statistics), weight, bias, at=1)
 
@@ -422,7 +422,7 @@ TRANSPOSES: dict[Callable[..., Any], Callable[..., bool]] = {
     torch.Tensor.transpose: lambda matrix, dim0, dim1: dim0 % 2 != dim1 % 2,
     torch.transpose: lambda matrix, dim0, dim1: dim0 % 2 != dim1 % 2,
 }
-"""Calls that transpose a matrix, and whether these arguments do."""
+"""Calls that transpose a matrix, and whether they do so with the given arguments."""
 
 
 def read_call(function: Callable[..., Any], call: Call, *args: Any, **kwargs: Any) -> list[Use]:

@@ -1,4 +1,4 @@
-"""What a backend says of a model, held against autograd on a few examples, before any of it is believed."""
+"""Checks what a backend reports about a model against autograd, on a few examples, before any of it is trusted."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import Use, example_gradients
 
 N_PROBED = 4
-"""Examples of the first batch that are probed, and each by itself: few enough to cost nothing, enough to tell examples apart."""
+"""Examples of the first batch that are probed, each separately: few enough to cost nothing, enough to tell examples apart."""
 
 
 SMALL_COLUMN_BYTES = 2**26
-"""Columns that take less, at the outputs of all uses together, never call for saving memory."""
+"""Columns that take fewer bytes, at the outputs of all uses together, never require memory to be saved."""
 
 
 class LinearisationCheck:
-    """Holds what a backend says of a model against autograd: on a few examples of the first batch, and again whenever the model uses its
-    parameters otherwise than in any batch before.
+    """Checks what a backend reports about a model against autograd: on a few examples of the first batch, and again whenever the model uses
+    its parameters differently from any batch before.
 
     What was found is kept from pass to pass, and forgotten when modules, their hooks, their attributes or the parameters are others. What
     it does not see are changes within an object that a module refers to, such as a dictionary of settings (`forget` sees to them), and
     rows of a layer that belong to other examples from one batch to the next while their number stays.
 
     Args:
-        backend: who runs the model.
+        backend: the backend that runs the model.
         model: the network.
 
     Attributes:
-        column_bytes_per_example: what a column takes at the outputs of all uses, by the measure of the last check.
+        column_bytes_per_example: bytes that a column takes per example at the outputs of all uses, as measured by the last check.
     """
 
     def __init__(self, backend: Backend, model: nn.Module):
@@ -49,7 +49,7 @@ class LinearisationCheck:
         self._most_examples = self._largest_example = 0
 
     def start(self, x: ModelInputs, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Check a few examples of the first batch of a pass, before any work is done on it, unless the network is known.
+        """Check a few examples of the first batch of a pass, before any work is done on it, unless the network has been checked.
 
         Args:
             x: the batch.
@@ -62,7 +62,7 @@ class LinearisationCheck:
             self.run(probe)
 
     def begin(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Begin a pass: forget what was found if the network or its covered parameters are others."""
+        """Begin a pass: discard the findings if the network or its covered parameters have changed."""
         self._parameters = parameters
         anatomy = _Anatomy.of(self.model, parameters)
         if self._anatomy is None or self._anatomy.facts != anatomy.facts:
@@ -76,7 +76,7 @@ class LinearisationCheck:
         self._most_examples = self._largest_example = 0
 
     def knows(self, uses: Sequence[Use]) -> bool:
-        """Whether a batch with the like uses has been checked."""
+        """Whether a batch with uses like these has been checked."""
         return _signature(uses) in self._signatures
 
     def run(self, x: ModelInputs) -> tuple[Sequence[Use], Tensor]:
@@ -89,18 +89,18 @@ class LinearisationCheck:
         return uses, f
 
     def n_parts(self, n_examples: int, device: torch.device) -> int:
-        """In how many parts to take a batch, so that a column of each takes little memory, by the measure of the last check."""
+        """Into how many parts to split a batch, so that a column of each takes little memory, as measured by the last check."""
         little = max(memory_for_columns(device), SMALL_COLUMN_BYTES)
         return max(1, math.ceil(n_examples * self.column_bytes_per_example / little))
 
 
 @dataclass(frozen=True)
 class _Anatomy:
-    """What a network is made of, as far as it decides how parameters are used.
+    """What a network is made of, as far as that determines how parameters are used.
 
     Attributes:
         facts: identity and plain settings of every module, identity and kind of every covered parameter.
-        held: what the identities are of, held so that nothing new can have them.
+        held: the objects with these identities, kept alive so that no new object can take them over.
     """
 
     facts: tuple[Any, ...]
@@ -148,9 +148,9 @@ def _example_size(x: ModelInputs) -> int:
 
 
 def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:
-    """What tells one way of using the parameters from another: calls, and rows per example where none are declared.
+    """What distinguishes one way of using the parameters from another: calls, and rows per example where none are declared.
 
-    One example alone does not show how rows belong to examples.
+    A single example does not show how rows belong to examples.
     """
     return tuple(
         (use.call, use.parameters, use.rows.n_examples > 1, use.rows.counts if use.rows.example is None else None)
@@ -161,10 +161,10 @@ def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:
 def check_linearisation(
     backend: Backend, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[Sequence[Use], Tensor, int]:
-    """Hold uses and gradients of a batch against autograd; returns its uses, its outputs and `column_bytes`.
+    """Check the uses and gradients of a batch against autograd; returns its uses, its outputs and `column_bytes`.
 
-    A use that a backend cannot see, an operation that mixes examples, or rows in another order than by example would give curvature
-    of a wrong scale in silence.
+    A use that a backend cannot see, an operation that mixes examples, or rows in an order other than by example would silently give
+    curvature of the wrong scale.
 
     Raises:
         UnsupportedParameterError: names the parameter, and what is wrong with its uses.
@@ -214,7 +214,7 @@ def _check_same_outputs(model: nn.Module, f: Tensor, outputs: Tensor) -> None:
 
 
 def check_rows_by_example(uses: Sequence[Use], g: Sequence[Float[Tensor, "K B ..."]], probed: Sequence[int]) -> None:
-    """Raise unless vectors that are zero but for one example each, `probed`, reach the rows of that example alone."""
+    """Raise unless vectors that are non-zero for a single example each, `probed`, reach only the rows of that example."""
     for use, columns in zip(uses, g, strict=True):
         example = use.rows.example_of_each(columns.device)
         if any(column[example != n].count_nonzero() for n, column in zip(probed, columns, strict=True)):
@@ -249,7 +249,7 @@ def check_gradients(
 
 
 def _tolerance(x: Tensor) -> float:
-    """Relative rounding error that two orders of the same sums may differ by."""
+    """Relative rounding error by which the same sums, taken in two orders, may differ."""
     return min(10 * torch.finfo(x.dtype).eps ** 0.5, 0.05)
 
 
@@ -265,14 +265,14 @@ def check_covered(uses: Sequence[Use], parameters: Mapping[str, nn.Parameter]) -
 
 
 def versions(uses: Sequence[Use]) -> list[tuple[Use, Tensor, int]]:
-    """The tensors that uses keep of the forward pass, with their versions: a detached tensor shares the counter of the one that the
-    model goes on with.
+    """The tensors that uses keep from the forward pass, with their versions: a detached tensor shares the version counter of the one that
+    the model goes on to use.
     """
     return [(use, t, t._version) for use in uses for t in vars(use).values() if isinstance(t, Tensor)]
 
 
 def check_unchanged(kept: Sequence[tuple[Use, Tensor, int]]) -> None:
-    """Raise if a tensor of `versions` was changed since."""
+    """Raise if a tensor of `versions` has been changed since."""
     for use, tensor, version in kept:
         if tensor._version != version:
             raise UnsupportedParameterError(

@@ -16,7 +16,7 @@ class Curvature(Choice):
     """Which curvature of the negative log likelihood is taken.
 
     `GGN`: all columns of the generalised Gauss-Newton matrix, exact. `GGN_MC`: gradients at labels drawn from the model's own predictive,
-    unbiased. `GGN_MC_RADEMACHER`: the columns of the GGN summed up with random signs, unbiased too, and of less variance. `EF`: the
+    unbiased. `GGN_MC_RADEMACHER`: the columns of the GGN summed with random signs, also unbiased, and of lower variance. `EF`: the
     empirical Fisher, gradients at the observed labels.
     """
 
@@ -35,7 +35,7 @@ def loss_columns(
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> Iterator[Float[Tensor, "N ..."]]:
-    """Columns s_c of a curvature in the outputs, Σ_c s_c s_cᵀ for each example, without the terms that do not count.
+    """Columns s_c of a curvature Σ_c s_c s_cᵀ in the outputs of each example, without the terms that do not count.
 
     Args:
         likelihood: p(y | f).
@@ -63,7 +63,7 @@ def _of_all_terms(
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
     if curvature is Curvature.GGN:
-        # a likelihood all of whose terms count need not know of masks
+        # a likelihood whose terms all count need not know about masks
         yield from likelihood.hessian_columns(f) if mask is None else likelihood.hessian_columns(f, mask)
     elif curvature is Curvature.EF:
         yield likelihood.gradient_column(f, y)

@@ -37,33 +37,33 @@ from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.matrices import Kron
 
 SMALLEST_PART = 8
-"""Examples of the smallest part that a batch is taken in; smaller ones would cost time."""
+"""Examples in the smallest part of a batch; smaller parts would cost time."""
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """A generator of our own: reproducible after `torch.manual_seed`, and independent of what torch itself draws.
+    """A separate generator: reproducible after `torch.manual_seed`, and independent of what torch itself draws.
 
-    Two that are made under one seed give the same numbers; pass a generator where a second draw is to be a fresh one.
+    Two that are made under the same seed give the same numbers; pass a generator to get independent draws the second time.
     """
     seed = hashlib.sha256(f"laplace_ws {torch.initial_seed()}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(seed[:8], "big") % 2**63)
 
 
 class CurvatureSum:
-    """Sums of negative log likelihood and curvature over batches: what one pass over the data gives.
+    """Sums of negative log likelihood and curvature over batches: the result of one pass over the data.
 
     Args:
         model: the network; each batch is run in eval mode and the model is left as it was.
         likelihood: p(y | f).
-        make_accumulator: which matrix to sum, given the parameters that require grad.
+        make_accumulator: makes the accumulator of the matrix to sum, given the parameters that require grad.
         curvature: which columns are back-propagated.
-        backend: who runs the model.
+        backend: the backend that runs the model.
         mc_samples: random columns M per example, for `ggn_mc` and `ggn_mc_rademacher`.
         generator: source of the labels or signs.
-        check: of this backend and model, with what it knows from passes before; default: a new one.
+        check: the check of this backend and model, with its findings from earlier passes; default: a new one.
 
     Attributes:
-        totals: sums of all else.
+        totals: sums of everything else.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class CurvatureSum:
                 self._add_checked(x[part], y[part])
 
     def _parts(self, x: ModelInputs, y: Tensor) -> list[slice]:
-        """The examples of a batch, in parts where many columns need what the forward pass keeps, and that is large.
+        """The examples of a batch, split into parts where many columns need what the forward pass stores, and that is large.
 
-        A training step gives its activations up as it goes back through them; a part of them, kept, takes no more than that, and no longer.
+        A training step frees its activations as it goes back through them; a part, kept, takes no more memory than that, and no longer.
         """
         n = len(x)
         n_parts = self._check.n_parts(n, x.device) if self.curvature is Curvature.GGN and y.shape[:1] == (n,) else 1
@@ -133,7 +133,7 @@ class CurvatureSum:
             )
 
     def _add(self, x: ModelInputs, y: Tensor) -> bool:
-        """Add one batch if its uses are like those that were checked; whether they are."""
+        """Add one batch if its uses are like those that were checked; returns whether they are."""
         with self.backend.linearise(self.model, own_copy(x), self.parameters) as linearisation:
             if not self._check.knows(linearisation.uses):
                 return False
@@ -176,7 +176,7 @@ def jacobians(
 
     Returns:
         The Jacobians over the parameters that require grad, in the order of `model.named_parameters()`, each flattened row-major, and the
-        outputs, those of an example flattened to D.
+        outputs, flattened to D for each example.
 
     Raises:
         UnsupportedParameterError: a parameter that requires grad cannot be covered.
@@ -222,12 +222,12 @@ def kron_factors(
         data: iterable of batches: pairs (x, y), rows (x1, x2, …, y) for `model(x1, x2, …)`, or mappings, see `inputs.split_batch`.
         curvature: "ggn" (exact columns), "ggn_mc" (sampled labels), "ggn_mc_rademacher" (random signs) or "ef" (empirical Fisher).
         kfac_approx: "auto", "expand", "reduce", or a mapping from patterns of parameter names to them.
-        backend: "native", "asdl", "backpack", or a `Backend`: who runs the model; the numbers are the same.
+        backend: "native", "asdl", "backpack", or a `Backend`, which runs the model; the numbers are the same.
         mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
-        generator: source of the labels or signs; by default one of our own, which `torch.manual_seed` makes reproducible.
-        factor_precision: of the products that make up the factors: "float32", "tf32" or "bf16", see `FactorPrecision`.
-        dict_key_x: of batches that are mappings, the entry that tells the number of examples and the device.
-        dict_key_y: of batches that are mappings, the targets; the model is called with the mapping of all else.
+        generator: source of the labels or signs; by default a separate one, which `torch.manual_seed` makes reproducible.
+        factor_precision: precision of the products that make up the factors: "float32", "tf32" or "bf16", see `FactorPrecision`.
+        dict_key_x: of batches that are mappings, the entry that determines the number of examples and the device.
+        dict_key_y: of batches that are mappings, the targets; the model is called with the mapping of everything else.
 
     Returns:
         A mapping from parameter name to its block: `kron[name].to_dense()` is the block of the curvature over the parameter

@@ -1,8 +1,8 @@
-"""Batches as people have them: what of a batch are the inputs, how a model is called with them, and what of its result are the outputs.
+"""Batches as users have them: which part is the inputs, how a model is called with them, and which part of its result is the outputs.
 
-A batch is a pair (x, y), a row (x1, x2, …, y), or a mapping with the targets under a key. Inputs of one tensor, or of a class of their own
-with examples (`RaggedInputs`), stay what they are; all others become `StructuredInputs`, so that whatever comes after needs to know only
-`len`, slices, `device`, `own_copy` and `call_model`.
+A batch is a pair (x, y), a row (x1, x2, …, y), or a mapping with the targets under a key. Inputs that are one tensor, or of a class
+of their own with examples (`RaggedInputs`), stay as they are; all others become `StructuredInputs`, so that whatever comes after needs to
+know only `len`, slices, `device`, `own_copy` and `call_model`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class BatchKeys:
     """Keys of a batch that is a mapping, as Hugging Face's are.
 
     Attributes:
-        x: the entry that tells the number of examples and the device of the inputs.
+        x: the entry that determines the number of examples and the device of the inputs.
         y: the targets.
     """
 
@@ -37,10 +37,10 @@ DEFAULT_KEYS = BatchKeys()
 
 @dataclass(frozen=True, eq=False)
 class StructuredInputs:
-    """Inputs of a batch that are more than one tensor.
+    """Inputs of a batch that consist of more than one tensor.
 
-    A slice takes the examples of every tensor within whose leading axis has N entries, and leaves all else (scalars, masks over
-    positions, None, strings) as it is. Give a tensor that is no list of examples but may have N rows by chance an axis in front.
+    A slice selects examples in every nested tensor whose leading axis has N entries, and leaves everything else (scalars, masks over
+    positions, None, strings) as it is. If a tensor does not hold examples but may have N rows by chance, give it an extra leading axis.
 
     Attributes:
         arguments: what the model is called with.
@@ -75,17 +75,17 @@ def split_batch(batch: object, number: int, keys: BatchKeys = DEFAULT_KEYS) -> t
     """Inputs and targets of a batch.
 
     - `(x, y)`: the model is called as `model(x)`; x is a tensor, a mapping, a tuple or list, or has examples of its own, as graphs have.
-    - `(x1, x2, …, y)`: as `model(x1, x2, …)`.
-    - a mapping: as `model(batch)`, without the targets, so that a model that takes labels too does not compute its own loss
+    - `(x1, x2, …, y)`: it is called as `model(x1, x2, …)`.
+    - a mapping: it is called as `model(batch)`, without the targets, so that a model that takes labels too does not compute its own loss
       (laplace-torch leaves them in).
 
     Args:
         batch: the batch.
         number: its number, for messages.
-        keys: of batches that are mappings.
+        keys: keys of batches that are mappings.
 
     Raises:
-        InvalidBatchError: the batch is of another form, or it has no targets.
+        InvalidBatchError: the batch is of an unknown form, or it has no targets.
     """
     if isinstance(batch, Mapping):
         if keys.y not in batch:
@@ -116,12 +116,12 @@ def as_inputs(*x: Any, keys: BatchKeys = DEFAULT_KEYS, name: str = "x") -> Model
     """The inputs of a model that is to be called as `model(*x)`.
 
     Args:
-        *x: one argument or several, each a tensor, a mapping, a tuple or list, or `RaggedInputs`; of several the first tells N.
-        keys: of mappings.
+        *x: one argument or several, each a tensor, a mapping, a tuple or list, or `RaggedInputs`; of several the first determines N.
+        keys: keys of mappings.
         name: what to call them in messages.
 
     Raises:
-        InvalidBatchError: they hold no example, or it cannot be told how many.
+        InvalidBatchError: they hold no example, or it cannot be determined how many.
     """
     first = x[0]
     if len(x) == 1 and (isinstance(first, (Tensor, StructuredInputs)) or _is_ragged(first)):
@@ -155,7 +155,7 @@ def _that_tells_n(x: Any, keys: BatchKeys, name: str) -> Tensor | RaggedInputs:
 
 
 def _is_ragged(x: object) -> TypeGuard[RaggedInputs]:
-    """Whether x is of a class of its own with examples; tensors have all that such a class needs, and mappings may."""
+    """Whether x is of a class of its own with examples; tensors have everything that such a class needs, and mappings may too."""
     return isinstance(x, RaggedInputs) and not isinstance(x, (Tensor, Mapping))
 
 
@@ -176,11 +176,11 @@ def check_devices(device: torch.device, *parts: ModelInputs) -> None:
 
 
 def call_model(model: nn.Module, x: ModelInputs) -> Tensor:
-    """The model's outputs, `[N, ...]`; the `logits` of a result that is an object or a mapping with such.
+    """The model's outputs, `[N, ...]`; `logits` where the result is an object or a mapping that has them.
 
     Raises:
-        InvalidBatchError: the result is no such thing, or the model raised an error because it does not take such inputs, or none
-            of another floating point type than its parameters.
+        InvalidBatchError: the result is neither, or the model raised an error because it does not accept such inputs, or because their
+            floating point type differs from that of its parameters.
     """
     try:
         f = model(*x.arguments) if isinstance(x, StructuredInputs) else model(x)
@@ -201,7 +201,7 @@ def call_model(model: nn.Module, x: ModelInputs) -> Tensor:
 
 
 def _type_mismatch(model: nn.Module, x: ModelInputs) -> str | None:
-    """What to say of inputs of another floating point type than the model's parameters, None where there are none."""
+    """The message about inputs whose floating point type differs from that of the model's parameters; None where there are none."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     types = [leaf.dtype for leaf in leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if parameter is None or set(types) <= {parameter.dtype}:
@@ -217,7 +217,7 @@ def check_outputs(f: object, n_examples: int) -> Tensor:
     """The outputs in what a model returned.
 
     Raises:
-        InvalidBatchError: they are no floating point tensor with one row per example.
+        InvalidBatchError: they are not a floating point tensor with one row per example.
     """
     logits = f["logits"] if isinstance(f, Mapping) and "logits" in f else getattr(f, "logits", f)
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
@@ -233,26 +233,26 @@ def check_outputs(f: object, n_examples: int) -> Tensor:
 
 
 def own_copy(x: ModelInputs) -> ModelInputs:
-    """Inputs for a model that may change them in place, so that they are the same when they are looked at again."""
+    """Inputs for a model that may change them in place, so that they are unchanged when they are used again."""
     if isinstance(x, StructuredInputs):
         return StructuredInputs(_changed(x.arguments, own_copy), x.n, x.device)
     return x.clone() if isinstance(x, Tensor) else x
 
 
 def examples_of(x: ModelInputs) -> Examples:
-    """The examples of a batch; those of tensors have equally many rows each."""
+    """The examples of a batch; in tensors, all have the same number of rows."""
     return Examples(len(x), are_ragged=any(_is_ragged(leaf) for leaf in leaves(x)))
 
 
 def leaves(x: Any) -> Iterator[Any]:
-    """The values within inputs that are no mapping, tuple or list."""
+    """The values within inputs that are not mappings, tuples or lists."""
     found: list[Any] = []
     _changed(x.arguments if isinstance(x, StructuredInputs) else x, found.append)
     yield from found
 
 
 def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A copy of nested mappings, tuples and lists with all that is within changed."""
+    """A copy of nested mappings, tuples and lists, with `change` applied to every value within."""
     if isinstance(value, Mapping):
         return _with_items(value, {key: _changed(item, change) for key, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -23,9 +23,9 @@ from laplace_ws.likelihoods import Likelihood
 from laplace_ws.matrices import LowRank
 
 _ROUNDING = 100
-"""Eigenvalues below so many ε of the largest are not told from zero."""
+"""Eigenvalues below this many ε of the largest are indistinguishable from zero."""
 _N_RESTARTS = 100
-"""Restarts of Lanczos' method before it is given up; a few are usual."""
+"""Restarts of Lanczos' method before it is abandoned; a few are usual."""
 
 Multiply = Callable[[Float[Tensor, "S P"]], Float[Tensor, "S P"]]
 
@@ -36,8 +36,8 @@ class LowRankFit:
 
     Attributes:
         H: the leading eigenpairs, the largest first.
-        totals: sums of all else.
-        n_products: passes over the data that it took.
+        totals: sums of everything else.
+        n_products: number of passes over the data that it took.
     """
 
     H: LowRank
@@ -59,23 +59,23 @@ def low_rank_curvature(
 ) -> LowRankFit:
     """The leading eigenpairs of the curvature of the summed negative log likelihood.
 
-    Takes some 2·rank passes over the data, 22 at least, each of the price of three training steps, and more where the eigenvalues lie close
-    together. They are right to rounding, the eigenvectors to the square root of it. Where a basis of Lanczos' method would be as large as
-    the matrix itself, that is made, in one pass, and decomposed.
+    Takes about 2·rank passes over the data, at least 22, each at the cost of three training steps per batch, and more where the eigenvalues
+    lie close together. The eigenvalues are exact up to rounding, the eigenvectors up to its square root. Where a Lanczos basis would be
+    as large as the matrix itself, the matrix is formed, in one pass, and decomposed.
 
     Args:
         model: any network that can be differentiated twice; run in eval mode and left as it was.
         likelihood: "classification", "regression", "binary" or a `Likelihood`.
         data: batches that can be iterated again and again, the same examples each time, see `CurvatureProducts`.
-        rank: how many eigenpairs at most. There are no more than weights, and those whose eigenvalue is not told from zero are left out.
+        rank: how many eigenpairs at most. There are no more than weights; those with eigenvalues indistinguishable from zero are omitted.
         curvature: "ggn", "ggn_mc", "ggn_mc_rademacher" or "ef".
         mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
-        generator: source of the labels or signs; by default one of our own, which `torch.manual_seed` makes reproducible.
-        keys: of batches that are mappings.
-        progress_bar: show the products that are done, on a terminal.
+        generator: source of the labels or signs; by default a separate one, which `torch.manual_seed` makes reproducible.
+        keys: keys of batches that are mappings.
+        progress_bar: show the progress of the products, on a terminal.
 
     Raises:
-        InvalidBatchError: the data do not fit the model or the likelihood, or they are others in one pass than in another.
+        InvalidBatchError: the data do not fit the model or the likelihood, or they differ from one pass to another.
         UnsupportedParameterError: the gradients of the model cannot be differentiated, or there are none.
     """
     if rank < 1:
@@ -92,7 +92,7 @@ def low_rank_curvature(
 
         values, vectors = _leading_eigenpairs(multiply, rank, products)
     totals = products.totals
-    assert totals is not None  # there was a product
+    assert totals is not None  # there was at least one product
     H = LowRank(products.shapes, vectors, values)
     return LowRankFit(H, totals, products.n_products)
 

@@ -1,4 +1,4 @@
-"""Leaf modules whose parameters have a curvature block, for the backends that see modules and not calls.
+"""Leaf modules whose parameters have a curvature block, for backends that see modules rather than calls.
 
 To cover a module of your own, add to `MODULE_CALLS` the torch call that its forward makes; its reader in `calls.READERS` does the rest.
 """
@@ -64,7 +64,7 @@ MODULE_CALLS: dict[type[nn.Module], Callable[[Any, Tensor], ModuleCall]] = {
     Bias: lambda m, x: (torch.add, (x, m.bias)),
     Scale: lambda m, x: (torch.mul, (x, m.scale)),
 }
-"""The call that a module makes on its input, by class; a subclass with a forward of its own has none."""
+"""The call that a module makes on its input, by class; a subclass with its own forward has none."""
 
 
 COVERED_BY_NONE = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)

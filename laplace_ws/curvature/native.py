@@ -43,7 +43,7 @@ class NativeBackend(Backend):
     """Uses of parameters through a function mode, gradients through graph edges; computes no weight gradient.
 
     A `TorchFunctionMode` sees every call that takes a registered parameter, and the gradient edge of its output is taken at that
-    moment, so a later in-place operation does no harm (an output that is a view is copied first). One `torch.autograd.grad` with
+    moment, so later in-place operations do no harm (an output that is a view is copied first). One `torch.autograd.grad` with
     respect to the edges then gives the gradient at every use.
     """
 
@@ -53,12 +53,12 @@ class NativeBackend(Backend):
     def linearise(
         self, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter], *, differentiable: bool = False
     ) -> Iterator[NativeLinearisation]:
-        """See `Backend.linearise`; with `differentiable`, outputs, uses and what is pulled back can be differentiated in the inputs."""
+        """See `Backend.linearise`; with `differentiable`, outputs, uses and pulled-back columns are differentiable in the inputs."""
         with _UseRecorder(parameters, examples_of(x), differentiable) as recorder:
             f = call_model(model, x)
         recorder.check(parameters, f)
         linearisation = NativeLinearisation(f, recorder.kept, differentiable)
-        del f, recorder  # they would keep what `forget_uses` lets go
+        del f, recorder  # they would keep alive what `forget_uses` releases
         yield linearisation
 
 
@@ -85,7 +85,7 @@ class NativeLinearisation(Linearisation):
             except torch.OutOfMemoryError:
                 self.columns_at_once = max(1, len(columns) // 2)
                 return self._pull_in_parts(columns)
-            except RuntimeError:  # an operation without a rule for it, such as a custom autograd function
+            except RuntimeError:  # an operation without a batching rule, such as a custom autograd function
                 self._can_vectorise = False
                 self.columns_at_once = 1
         if len(columns) > 1:
@@ -106,7 +106,7 @@ class NativeLinearisation(Linearisation):
         ]
 
     def stream(self, columns: Float[Tensor, "K N ..."], receive: Receiver, *, is_last: bool = False) -> None:
-        """See `Linearisation.stream`; a single column is handed on while the backward pass goes on, and nothing of it kept."""
+        """See `Linearisation.stream`; a single column is passed on during the backward pass, and none of it is kept."""
         if len(columns) > 1:
             super().stream(columns, receive)
             return
@@ -134,7 +134,7 @@ class NativeLinearisation(Linearisation):
 
     @cached_property
     def _inner_and_outer(self) -> tuple[list[int], list[int]]:
-        """Uses behind which, seen from f, there are others, so that the backward pass runs through them; and those where it may end."""
+        """Uses that, seen from f, have others behind them, so that the backward pass runs through them; and those where it may end."""
         above = _nodes_above(self._f.grad_fn, {edge.node for edge in self._edges})
         numbers = range(len(self._edges))
         return [n for n in numbers if self._edges[n].node in above], [
@@ -148,7 +148,7 @@ def _at_output(place: int, number: int, hand_on: Callable[[int, Tensor | None], 
 
 
 def _nodes_above(root: Any, marked: set[Any]) -> set[Any]:
-    """Nodes of an autograd graph from which a backward pass gets to a marked one."""
+    """Nodes of an autograd graph from which a backward pass reaches a marked one."""
     above: dict[Any, bool] = {}
     stack = [root]
     while stack:
@@ -164,7 +164,7 @@ def _nodes_above(root: Any, marked: set[Any]) -> set[Any]:
 
 
 class _Kept(NamedTuple):
-    """A use, where to take gradients at its output, and the shape of that."""
+    """A use, where to take gradients at its output, and their shape."""
 
     use: Use
     edge: GradientEdge
@@ -199,19 +199,19 @@ class _UseRecorder(TorchFunctionMode):
         before = (args[0].clone(), *args[1:]) if func in OVERWRITES_INPUT else args
         output = func(*args, **kwargs)
         if func in READERS and func not in IN_PLACE and isinstance(output, Tensor) and output._is_view():
-            output = output.clone()  # an in-place call that follows on a view would take its gradient edge off the path
+            output = output.clone()  # a later in-place call on a view would take its gradient edge off the path
         self._record(func, operands, before, kwargs, output)
         return output
 
     def _record(self, func: Callable, operands: dict[int, Operand], args: Any, kwargs: Any, output: Any) -> None:
         if not any(t.requires_grad and id(t) not in self._operands for t in _tensors((output,))):
-            return  # a look at a shape, a detached copy, a call without gradient
+            return  # a shape query, a detached copy, a call without gradient
         first = operands.get(id(args[0])) if args else None
         followed = first.follow(func, output, *args[1:], **kwargs) if first is not None else None
         if followed is not None:
             self._operands[id(output)] = followed
             return
-        # rows that were looked up and are not added to every example are the examples' own, and recorded where they were looked up
+        # looked-up rows that are not added to every example belong to one example each, and are recorded where they were looked up
         read = {
             key: operand
             for key, operand in operands.items()
@@ -232,7 +232,7 @@ class _UseRecorder(TorchFunctionMode):
                 self.kept = [kept for kept in self.kept if kept.use is not operand.provisional]
 
     def _look_up(self, call: Call, input: Tensor, weight: Tensor, padding_idx: int | None = None, **rest: Any) -> bool:
-        """Follow rows of an embedding that are looked up without a batch axis, as positions are; whether the call does that."""
+        """Follow rows of an embedding that are looked up without a batch axis, as positions are; returns whether the call does so."""
         without_batch = self._examples.n > 1 and (input.ndim == 1 or len(input) == 1)
         if not without_batch or padding_idx is not None or id(weight) not in call.operands:
             return False
@@ -265,7 +265,7 @@ class _UseRecorder(TorchFunctionMode):
         self._versions += versions(uses)
 
     def check(self, parameters: Mapping[str, nn.Parameter], f: Tensor) -> None:
-        """Raise `UnsupportedParameterError` unless every parameter is covered and every recorded input still stands."""
+        """Raise `UnsupportedParameterError` unless every parameter is covered and every recorded input is unchanged."""
         for name, how in self._unsupported.items():
             raise UnsupportedParameterError(f"{name!r} is used by {how}; {FREEZE_OR_WRITE}.")
         covered = {name for kept in self.kept for name in kept.use.parameters}

@@ -1,4 +1,4 @@
-"""Products of the curvature with vectors, without the matrix and without a backend: whatever can be differentiated twice is covered."""
+"""Products of the curvature with vectors, without the matrix and without a backend: covers every model that can be differentiated twice."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from laplace_ws.likelihoods import Likelihood, make_likelihood
 
 @dataclass
 class PassTotals(DataTotals):
-    """What one pass over the data adds up to, and what tells it from a pass over other data.
+    """The totals of one pass over the data, and what distinguishes it from a pass over other data.
 
     Attributes:
         nll_size: Σ |negative log likelihood| of the batches, by which the rounding of `nll_sum` is judged.
-        order: a sum of the outputs that tells one order of the examples from another.
+        order: a sum of the outputs that depends on the order of the examples.
         order_size: Σ |·| of what `order` sums.
-        eps: precision of the outputs, and of what they are computed in.
+        eps: machine precision of the outputs, and of what they are computed in.
     """
 
     nll_size: float = 0.0
@@ -36,7 +36,7 @@ class PassTotals(DataTotals):
     eps: float = 0.0
 
     def add_precise(self, likelihood: Likelihood, f: Float[Tensor, "N ..."], y: Tensor, eps: float) -> None:
-        """Add one batch, of outputs that are precise to eps, see `DataTotals.add`."""
+        """Add one batch, whose outputs are precise to eps; see `DataTotals.add`."""
         of_examples = f.double().reshape(len(f), -1)
         places = torch.arange(self.n_examples, self.n_examples + len(f), device=f.device).double()
         self.nll_size += abs(self.add(likelihood, f, y))
@@ -45,42 +45,42 @@ class PassTotals(DataTotals):
         self.eps = max(self.eps, eps)
 
     def has_same_examples(self, other: PassTotals) -> bool:
-        """Whether the other pass saw the same examples, in any order, as far as the likelihood tells."""
+        """Whether the other pass saw the same examples, in any order, as far as the likelihood can show."""
         is_close = abs(self.nll_sum - other.nll_sum) <= self._rounding * max(self.nll_size, other.nll_size)
         return is_close and (self.n_examples, self.n_targets) == (other.n_examples, other.n_targets)
 
     def has_same_order(self, other: PassTotals) -> bool:
-        """Whether the other pass saw them in the same order, as far as the outputs tell."""
+        """Whether the other pass saw them in the same order, as far as the outputs can show."""
         return abs(self.order - other.order) <= self._rounding * max(self.order_size, other.order_size)
 
     @property
     def _rounding(self) -> float:
-        """Relative difference that other batches of the same examples may make: far below that of other examples."""
+        """Relative difference that another split of the same examples into batches may make: far below that of other examples."""
         return min(1000 * self.eps, 0.01)
 
 
 class CurvatureProducts:
-    """H v, H the curvature of the summed negative log likelihood over a data set, each product by one pass over the data.
+    """H v, H the curvature of the summed negative log likelihood over a data set, one pass over the data for each product.
 
-    H v = Σ_n Σ_c J_nᵀ s_nc s_ncᵀ J_n v [Schraudolph 2002]. J v is the derivative of Jᵀ u in u: the model has to be differentiable twice,
-    and nothing else is asked of it, as its layers need no Kronecker block. Parameters that get no gradient have rows of zeros. The random
-    columns of `ggn_mc` and `ggn_mc_rademacher` are the same in every product.
+    H v = Σ_n Σ_c J_nᵀ s_nc s_ncᵀ J_n v [Schraudolph 2002]. J v is the derivative of Jᵀ u with respect to u, so the model has to be twice
+    differentiable; nothing else is required, as no layer needs a Kronecker block. Parameters without a gradient have rows of zeros.
+    The random columns of `ggn_mc` and `ggn_mc_rademacher` are the same in every product.
 
     Args:
         model: the network; each batch is run in eval mode and the model is left as it was.
         likelihood: "classification", "regression", "binary" or a `Likelihood`.
-        data: batches that can be iterated again and again, the same examples each time; in any order, unless the columns are random.
+        data: batches that can be iterated again and again, the same examples each time, in any order unless the columns are random.
         curvature: "ggn", "ggn_mc", "ggn_mc_rademacher" or "ef".
         mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
-        generator: source of the labels or signs; by default one of our own, which `torch.manual_seed` makes reproducible.
-        keys: of batches that are mappings.
+        generator: source of the labels or signs; by default a separate one, which `torch.manual_seed` makes reproducible.
+        keys: keys of batches that are mappings.
 
     Attributes:
         shapes: shape of each parameter that requires grad, by name: the order of v, each flattened row-major.
-        dtype: the precision that the parameters call for: float64 if any has it, else float32.
+        dtype: the precision that the parameters require: float64 if any has it, else float32.
         device: where they are.
-        totals: what the first pass over the data added up to; None before there was one.
-        n_products: passes over the data so far.
+        totals: the totals of the first pass over the data; None before it.
+        n_products: number of passes over the data so far.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class CurvatureProducts:
         """H v for each row v, all in one pass over the data, summed in float64.
 
         Raises:
-            InvalidBatchError: the data do not fit the model or the likelihood, or they are others than in the first pass.
+            InvalidBatchError: the data do not fit the model or the likelihood, or they differ from those of the first pass.
             UnsupportedParameterError: the gradients of the model cannot be differentiated, or there are none.
         """
         self._generator.set_state(self._first_draw)
@@ -156,7 +156,7 @@ class CurvatureProducts:
         pushed = self._pushforward(f, vectors)
         weighted = self._weighted(f.detach(), y, pushed)
         pulled = self._pullback(f, weighted)
-        # ⟨u, J v⟩ = ⟨Jᵀ u, v⟩ for u = Λ J v, which a backward pass that hides what it does from autograd breaks
+        # ⟨u, J v⟩ = ⟨Jᵀ u, v⟩ for u = Λ J v, which fails where a backward pass hides its operations from autograd
         forward, backward = _inner(weighted, pushed), _inner(pulled, vectors)
         sizes = _inner(weighted, weighted) * _inner(pushed, pushed), _inner(pulled, pulled) * _inner(vectors, vectors)
         if not ((forward - backward).abs() <= min(10 * eps**0.5, 0.05) * (sizes[0].sqrt() + sizes[1].sqrt())).all():
@@ -190,7 +190,7 @@ class CurvatureProducts:
     def _weighted(
         self, f: Float[Tensor, "N ..."], y: Tensor, pushed: Float[Tensor, "S N ..."]
     ) -> Float[Tensor, "S N ..."]:
-        """Σ_c s_c s_cᵀ u for each example, u its part of each row."""
+        """Σ_c s_c s_cᵀ u for each example, with u its part of each row."""
         per_example = pushed.shape[:2] + (1,) * (pushed.ndim - 2)
         weighted = torch.zeros_like(pushed)
         columns = loss_columns(
@@ -233,7 +233,7 @@ class CurvatureProducts:
 
 
 def _precision(f: Tensor, parameters: Iterable[Tensor]) -> float:
-    """The coarsest ε among outputs, parameters and, under autocast, what is computed in."""
+    """The coarsest ε among outputs, parameters and, under autocast, the precision of computation."""
     dtypes = {f.dtype, *(p.dtype for p in parameters)}
     if torch.is_autocast_enabled(f.device.type):
         dtypes.add(torch.get_autocast_dtype(f.device.type))

@@ -1,4 +1,4 @@
-"""What one pass over the data adds up to beside the curvature."""
+"""The sums over one pass over the data, apart from the curvature."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DataTotals:
         nll_sum: summed negative log likelihood, in nats.
         n_examples: examples seen.
         n_targets: scalar targets or loss terms seen, without those that the likelihood ignores.
-        output_shape: shape of the model's output for one example; of the last batch, where they differ.
+        output_shape: shape of the model's output for one example; of the last batch, where batches differ.
     """
 
     nll_sum: float = 0.0

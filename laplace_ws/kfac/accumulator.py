@@ -41,8 +41,8 @@ class Accumulator(ABC):
         self._n_uses = Counter(name for use in uses for name in use.parameters if name in self.shapes)
 
     def add(self, number: int, g: Float[Tensor, "K B ..."]) -> None:
-        """Add columns of the present batch, back-propagated to the output of use `number`; no other columns come before each use has its
-        part of these.
+        """Add columns of the present batch, back-propagated to the output of use `number`; no other columns follow before each use has
+        received its part of these.
         """
         gradients = OutputGradients(self._uses[number], g)
         for name in self._uses[number].parameters:
@@ -52,11 +52,11 @@ class Accumulator(ABC):
                 self._add_sum(name, factors.total(self._pieces.pop(name)))
 
     def end_batch(self) -> None:
-        """Let go of the batch."""
+        """Release the batch."""
         self._uses = ()
 
     def column_bytes(self, n_examples: int) -> int:
-        """Memory that the gradients of each example take, for one column: none where they are never formed."""
+        """Bytes that the gradients of each example take, for one column; 0 where they are never formed."""
         return n_examples * sum(p.nbytes for name, p in self.parameters.items() if self._needs_example_gradients(name))
 
     def _needs_example_gradients(self, name: str) -> bool:
@@ -64,11 +64,11 @@ class Accumulator(ABC):
 
     @abstractmethod
     def _piece(self, name: str, gradients: OutputGradients) -> Tensor:
-        """What one use contributes to the curvature of a parameter, where contributions of its uses simply add up."""
+        """What one use contributes to the curvature of a parameter, where the contributions of its uses simply add up."""
 
     @abstractmethod
     def _add_sum(self, name: str, pieces: Tensor) -> None:
-        """Add what the pieces of all uses of a parameter come to."""
+        """Add the sum of the pieces of all uses of a parameter."""
 
     @abstractmethod
     def result(self) -> CurvatureMatrix:
@@ -76,7 +76,7 @@ class Accumulator(ABC):
 
 
 class OutputGradients:
-    """Columns back-propagated to the output of one use, and what several parameters of the use need of them, computed once."""
+    """Columns back-propagated to the output of one use, and what several parameters of the use need from them, computed once."""
 
     def __init__(self, use: Use, g: Float[Tensor, "K B ..."]):
         self.use = use
@@ -112,7 +112,7 @@ class WeightAccumulator(Accumulator):
 
     Args:
         parameters: the parameters to cover, by name.
-        selection: where not all weights of a parameter are covered, the places of those that are in the flattened parameter.
+        selection: where not all weights of a parameter are covered, the positions of those covered, in the flattened parameter.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], selection: Mapping[str, Int[Tensor, " D"]] | None = None):

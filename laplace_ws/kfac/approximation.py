@@ -31,8 +31,8 @@ def approximation_by_parameter(spec: KfacApproxSpec, names: Sequence[str]) -> di
     """Approximation of each parameter.
 
     Args:
-        spec: one approximation for all, or a mapping from patterns of parameter names (`"layer1.*"`) to approximations, of which the
-            first that matches counts; a parameter that no pattern matches gets "auto".
+        spec: one approximation for all, or a mapping from patterns of parameter names (`"layer1.*"`) to approximations, of which
+            the first match applies; a parameter that no pattern matches gets "auto".
         names: parameter names.
 
     Raises:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Shape of a convolution, one entry a spatial axis.
+    """Shape of a convolution, one entry per spatial axis.
 
     Attributes:
         kernel: kernel sizes.
         stride: strides.
-        padding: zeros added (before, after) an axis.
+        padding: zeros added (before, after) each axis.
         dilation: distances between taps.
         groups: number of channel groups.
     """
@@ -44,7 +44,7 @@ class ConvGeometry:
         dilations = _per_axis(dilation, len(kernel))
         if padding == "same":
             totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-            pads = tuple((total // 2, total - total // 2) for total in totals)  # torch puts the odd zero after
+            pads = tuple((total // 2, total - total // 2) for total in totals)  # torch puts the odd zero at the end
         elif isinstance(padding, str):  # "valid"
             pads = ((0, 0),) * len(kernel)
         else:
@@ -72,7 +72,7 @@ def n_positions(geometry: ConvGeometry, size: tuple[int, ...]) -> int:
 def patches(x: Float[Tensor, "N C *S"], geometry: ConvGeometry) -> Float[Tensor, "*G N R I"]:
     """Input patch of each output position (im2col), with a leading group axis where there are groups.
 
-    I runs over (channel in group, *kernel) row-major, as `weight.flatten(1)` does. The slow path, and the oracle of the fast ones.
+    I runs over (channel in group, *kernel) row-major, as `weight.flatten(1)` does. The slow path, and the reference for the fast ones.
     """
     windows = _windows(x, geometry)
     n_axes = len(geometry.kernel)
@@ -82,7 +82,7 @@ def patches(x: Float[Tensor, "N C *S"], geometry: ConvGeometry) -> Float[Tensor,
 
 
 def patch_columns(x: Float[Tensor, "N C *S"], geometry: ConvGeometry) -> Float[Tensor, "N G I R"]:
-    """The same with the output positions last, as they lie in memory: a faster copy than `patches`."""
+    """`patches` with the output positions last, as they lie in memory: a faster copy than `patches`."""
     windows = _windows(x, geometry)
     return windows.flatten(3 + len(geometry.kernel)).flatten(2, 2 + len(geometry.kernel))
 
@@ -105,10 +105,10 @@ def _windows(x: Tensor, geometry: ConvGeometry) -> Float[Tensor, "N G C_G *K *ou
 def patch_sum(x: Float[Tensor, "N C *S"], geometry: ConvGeometry) -> Float[Tensor, "*G N I"]:
     """Sum over the output positions of the input patches, without forming them.
 
-    The set of pixels that a tap reads is a product over the axes, so the sum separates: one sum an axis and tap.
+    The set of pixels that a tap reads is a product over the axes, so the sum separates: one sum per axis and tap.
     """
     out = x
-    for axis in reversed(range(x.ndim - 2)):  # the last axis first: as it lies in memory, and little is left after it
+    for axis in reversed(range(x.ndim - 2)):  # the last axis first: contiguous in memory, and little is left after it
         reads = (_within(read, x.shape[2 + axis]) for read in geometry.taps(axis, x.shape[2 + axis]).tolist())
         sums = [out.movedim(2 + axis, -1)[..., first:end:step].sum(-1) for first, end, step in reads]
         out = torch.stack(sums, 2 + axis)

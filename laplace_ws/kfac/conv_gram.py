@@ -1,11 +1,11 @@
 """Input factor of a convolution in the expand setting, without its patches.
 
 The Gram matrix of patches is, entry by entry, a correlation of the input with itself: taps k and k' of one output position read two pixels
-that lie k' − k apart, wherever the position is. So the entries of all pairs of taps with one distance come from one product of the shifted
-input with itself, less what a few rows at the border add for some of the pairs but not for others. With strides, the taps that read the
-same *phase* of the input (the pixels φ, φ + s, φ + 2s, …) correlate among themselves, and pairs of phases with each other.
+that lie k' − k apart, wherever the position is. So the entries of all pairs of taps at the same distance come from one product of the
+shifted input with itself, less what a few rows at the border add for some of the pairs but not for others. With strides, the taps that
+read the same *phase* of the input (the pixels φ, φ + s, φ + 2s, …) correlate among themselves, and pairs of phases with each other.
 
-Everything is linear in the products of pixels, so products are summed over batches and put together once, at the end.
+Everything is linear in the products of pixels, so products are summed over batches and assembled once, at the end.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from laplace_ws.kfac.conv import ConvGeometry, n_positions
 from laplace_ws.kfac.factors import cross_gram
 
 Ranges = tuple[tuple[int, int], ...]
-"""First pixel and end, an axis each."""
+"""First pixel and end, for each axis."""
 
 
 @dataclass(frozen=True)
 class _Tap:
-    """Where a tap reads: at output o the pixel φ + s(o + offset), an axis each."""
+    """Where a tap reads: at output o the pixel φ + s(o + offset), for each axis."""
 
     phase: tuple[int, ...]
     offset: tuple[int, ...]
@@ -41,9 +41,9 @@ class Region:
     """Pairs of pixels whose products are summed into one `[C, C]` matrix: pixel j of one phase, and j + shift of another.
 
     Attributes:
-        phases: of the first pixel and of the second.
+        phases: phases of the first pixel and of the second.
         shift: from the first to the second, in pixels of a phase; its first entry that is not zero is positive.
-        ranges: where j runs, an axis each; None for everywhere that both lie in the image.
+        ranges: range of j on each axis; None for every j at which both lie in the image.
     """
 
     phases: tuple[tuple[int, ...], tuple[int, ...]]
@@ -53,16 +53,16 @@ class Region:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which products the Gram matrix of a convolution's patches is made of.
+    """The products that make up the Gram matrix of a convolution's patches.
 
     Attributes:
-        geometry: of the convolution.
+        geometry: geometry of the convolution.
         size: spatial size of its input.
         regions: the products.
         pairs: pairs of taps (number of the first, of the second), each unordered pair once.
         entries: which products make up the matrix of each pair: number of the pair, number of the region, sign.
-        reads: for each phase that occurs, the ranges of pixels that taps read, an axis each; others enter as zeros, whatever they are.
-        length: pixels of the longest phase, an axis each.
+        reads: for each phase that occurs, the ranges of pixels that taps read on each axis; all others count as zeros, whatever they hold.
+        length: pixels of the longest phase, for each axis.
         margin: zeros after each axis but the first, so that a shift is an offset in the flattened image.
     """
 
@@ -83,7 +83,7 @@ class Plan:
 
 @lru_cache(maxsize=64)
 def make_plan(geometry: ConvGeometry, size: tuple[int, ...]) -> Plan:
-    """Sort the pairs of taps by phases and shift, and find the border rows in which the pairs of one sort differ."""
+    """Group the pairs of taps by phases and shift, and find the border rows in which the pairs of one group differ."""
     taps = [_tap(geometry, tap) for tap in product(*map(range, geometry.kernel))]
     n_out = [geometry.taps(axis, length).shape[1] for axis, length in enumerate(size)]
     lengths = {
@@ -112,7 +112,7 @@ def make_plan(geometry: ConvGeometry, size: tuple[int, ...]) -> Plan:
         regions += [Region(whole.phases, whole.shift, None if cell == largest else cell) for cell in cells]
         for pair, ranges in zip(own_pairs, used, strict=True):
             inside = {cell for cell in cells if _is_inside(cell, ranges)}
-            # the largest cell is not summed by itself: it is the whole less all the others
+            # the largest cell is not summed itself: it is the whole minus all the others
             signs = {numbers[cell]: int(cell in inside) for cell in cells}
             if largest in inside:
                 signs = {number: sign - (number != numbers[largest]) for number, sign in signs.items()}
@@ -155,7 +155,7 @@ def _phase_length(geometry: ConvGeometry, size: tuple[int, ...], axis: int, phas
 
 
 def _whole(first: _Tap, second: _Tap) -> tuple[Region, bool]:
-    """The products that a pair of taps takes part in, and whether the taps change places for it."""
+    """The products that a pair of taps takes part in, and whether the taps are swapped for it."""
     shift = tuple(b - a for a, b in zip(first.offset, second.offset, strict=True))
     back = tuple(-d for d in shift)
     is_swapped = (back, second.phase) > (shift, first.phase)
@@ -187,7 +187,7 @@ class PatchGram:
     """Sums Σ a aᵀ over the patches a of a convolution's inputs, batch by batch, without forming them.
 
     Args:
-        plan: of the convolution.
+        plan: plan of the convolution.
     """
 
     def __init__(self, plan: Plan):
@@ -250,7 +250,7 @@ def _products(region: Region, first: Tensor, second: Tensor) -> Float[Tensor, "G
 
 
 MOST_TAPS = 128
-"""Kernels with more taps are not planned: pairs of taps grow with the square."""
+"""Kernels with more taps are not planned: the number of pairs of taps grows with the square."""
 _COPY = 60
 """Cost of copying one number into a patch, in floating point operations of a matrix product."""
 _CALL = 2_000_000
@@ -262,7 +262,7 @@ def cheapest_plan(geometry: ConvGeometry, shape: tuple[int, ...]) -> Plan | None
     """The plan of a convolution whose input has this shape `[N, C, *S]`, or None where forming the patches costs less.
 
     Compares operations: a patch for each output costs its copy and a product of I × I; a region costs a call and, where it is the whole
-    image, a product of C × C over it. With stride 1 and channels enough the second is cheaper by about (K+1)/2 an axis.
+    image, a product of C × C over it. With stride 1 and enough channels the second is cheaper by a factor of about (K+1)/2 per axis.
     """
     n_taps = prod(geometry.kernel)
     n_examples, channels, *size = shape
@@ -279,7 +279,7 @@ def cheapest_plan(geometry: ConvGeometry, shape: tuple[int, ...]) -> Plan | None
 
 
 def _fewest_shifts(geometry: ConvGeometry) -> int:
-    """Products of a plan at the least, counted without making it."""
+    """The least number of products of a plan, counted without making it."""
     of_axes = 1
     for k, d, s, (before, _) in zip(geometry.kernel, geometry.dilation, geometry.stride, geometry.padding, strict=True):
         reads = [divmod(tap * d - before, s) for tap in range(k)]

@@ -1,4 +1,4 @@
-"""Gradients of each example in the eigenvectors of a Kronecker product, and the eigenvalue correction that they make."""
+"""Gradients of each example in the eigenvectors of a Kronecker product, and the eigenvalue correction computed from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from laplace_ws.matrices.eigenbasis import EigenBasis
 def rotated_gradients(basis: EigenBasis, name: str, use: Use, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "K N ..."]:
     """`use.example_gradients` in coordinates of a basis, `[K, N, *G, O, I]`.
 
-    (Σ_r g aᵀ) is turned either as a whole or, where that takes fewer products, by turning g and a before they are multiplied.
+    (Σ_r g aᵀ) is rotated either as a whole or, where that takes fewer products, by rotating g and a before they are multiplied.
     """
     if not _turn_factors(basis, name, use, len(g)):
         gradients = use.example_gradients(name, g)
@@ -29,7 +29,7 @@ def rotated_gradients(basis: EigenBasis, name: str, use: Use, g: Float[Tensor, "
 
 
 def _turn_factors(basis: EigenBasis, name: str, use: Use, n_columns: int) -> bool:
-    """Whether turning the factors is cheaper; products counted for one example of one group."""
+    """Whether rotating the factors is cheaper; counts products for one example of one group."""
     if not isinstance(use, MatrixUse) or isinstance(use, EmbeddingUse) or name != use.weight or name == use.bias:
         return False
     n_positions = use.n_positions

@@ -36,7 +36,7 @@ class EmbeddingUse(MatrixUse):
         return self.rows.group(a.reshape(len(a), -1, a.shape[-1])).flatten(1, 2)
 
     def _cells(self) -> Int[Tensor, " BQ"]:
-        """Place of each index in a table `[N, V]`, flat."""
+        """Position of each index in a flattened table `[N, V]`."""
         example = self.rows.example_of_each(self.indices.device)
         return (example[:, None] * self.weight_shape[0] + self.indices.reshape(len(example), -1)).flatten()
 

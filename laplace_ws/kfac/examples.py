@@ -32,7 +32,7 @@ class Rows:
 
     @property
     def counts(self) -> int | Int[Tensor, " N"]:
-        """Rows of an example: one number for all, or one each."""
+        """Rows per example: one number for all, or one number each."""
         if self.example is None:
             return self.n_rows // self.n_examples
         return torch.bincount(self.example, minlength=self.n_examples)
@@ -73,7 +73,7 @@ class Rows:
 
 @runtime_checkable
 class RaggedInputs(Protocol):
-    """Inputs whose examples have unequal numbers of rows, as graphs have: what a model is called with in place of one tensor."""
+    """Inputs whose examples have unequal numbers of rows, as graphs have: what a model is called with instead of one tensor."""
 
     device: torch.device
 
@@ -92,7 +92,7 @@ class Examples:
 
     Attributes:
         n: N, the number of examples.
-        are_ragged: whether they may have unequal numbers of rows, so that only `row_examples` tells whose a row is.
+        are_ragged: whether they may have unequal numbers of rows, so that only `row_examples` shows to which example a row belongs.
     """
 
     n: int
@@ -112,7 +112,7 @@ declared_row_examples: ContextVar[Tensor | None] = ContextVar("example of each r
 
 @contextmanager
 def row_examples(index: Int[Tensor, " B"] | None) -> Iterator[None]:
-    """Say, inside a forward pass, which example each row of the layers called within belongs to.
+    """Declare, inside a forward pass, which example each row of the layers called within belongs to.
 
     For graphs and other examples of unequal size whose rows lie in one tensor:
     `with row_examples(batch.graph): h = self.embed(batch.nodes)`.

@@ -1,7 +1,7 @@
 """The factors of K-FAC, as sums over data: one routine for every backend, layer and approximation.
 
 Canonical form of one use of a layer: inputs a `[*G, N, R, I]`, back-propagated columns g `[*G, K, N, R, O]`, with N examples, R sharing
-positions, K columns, and, for convolutions with channel groups and packed projections alone, a leading axis G of groups (each group is a
+positions, K columns, and, only for convolutions with channel groups and packed projections, a leading axis G of groups (each group is a
 layer of its own). In the notation of Eschenhagen et al. 2023, K-FAC-expand has the factors Σ_n Σ_r a aᵀ and Σ_c Σ_n Σ_r g gᵀ, and
 K-FAC-reduce Σ_n ā āᵀ and Σ_c Σ_n (Σ_r g)(Σ_r g)ᵀ.
 """
@@ -28,10 +28,10 @@ ROWS_OF_A_BLOCK = 2048
 
 
 class FactorPrecision(Choice):
-    """In what precision the products that make up factors of float32 networks are taken; sums are always float32.
+    """The precision in which the products that make up factors of float32 networks are computed; sums are always float32.
 
     `FLOAT32`: as torch is set. `TF32`: inputs with 10 bits of mantissa, on GPUs that have it; elsewhere float32. `BF16`: inputs with 7
-    bits; saves time on GPUs alone.
+    bits; saves time on GPUs only.
     """
 
     FLOAT32 = "float32"
@@ -44,7 +44,7 @@ _precision: ContextVar[FactorPrecision] = ContextVar("precision of products", de
 
 @contextmanager
 def products_in(precision: FactorPrecision) -> Iterator[None]:
-    """Take the products within in this precision."""
+    """Compute the products within this context in the given precision."""
     token = _precision.set(precision)
     try:
         with _tf32() if precision is FactorPrecision.TF32 else nullcontext():
@@ -55,7 +55,7 @@ def products_in(precision: FactorPrecision) -> Iterator[None]:
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    """Allow TF32 in matrix products; torch before 2.9 has another switch for it, and mixing the two is an error."""
+    """Allow TF32 in matrix products; torch before 2.9 has a different switch for it, and mixing the two is an error."""
     switch, on = (
         ("fp32_precision", "tf32") if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ("allow_tf32", True)
     )
@@ -80,7 +80,7 @@ def _product(a: Float[Tensor, "*B C M"], b: Float[Tensor, "*B D M"]) -> Float[Te
 
 
 def total(tensors: Iterable[Any]) -> Any:
-    """Sum of one tensor (or number) or more of one shape."""
+    """Sum of one or more tensors (or numbers) of the same shape."""
     return reduce(add, tensors)
 
 
@@ -96,13 +96,13 @@ def cross_gram(a: Float[Tensor, "N G C L"], b: Float[Tensor, "N G D L"]) -> Floa
         return _long_product(a, b)
     if (
         a.shape[1] == 1 and a.device.type == "cpu" and _precision.get() is not FactorPrecision.BF16
-    ):  # sums the examples up in place
+    ):  # sums over the examples in place
         return torch.addbmm(a.new_zeros(()).expand(a.shape[2], b.shape[2]), a[:, 0], b[:, 0].mT, beta=0)[None]
     return total(_product(a_part, b_part).sum(0) for a_part, b_part in _parts(a, b))
 
 
 def accumulated(sums: Tensor | None, term: Tensor) -> Tensor:
-    """Add in place to sums, which may not have begun."""
+    """Add in place to sums, which may not exist yet."""
     return term.contiguous() if sums is None else sums.add_(term)
 
 
@@ -117,7 +117,7 @@ def add_gram(sums: Float[Tensor, "*G D D"] | None, rows: Float[Tensor, "*G M D"]
 def _long_product(a: Float[Tensor, "*G C M"], b: Float[Tensor, "*G D M"]) -> Float[Tensor, "*G C D"]:
     """a bᵀ, with long sums taken in blocks.
 
-    A matrix product that adds 65,536 short rows in single precision is right to 4e-5 only.
+    A matrix product that adds 65,536 short rows in single precision is accurate only to 4e-5.
     """
     n_blocks = a.shape[-1] // ROWS_OF_A_BLOCK
     if n_blocks < 2 or b.shape[-2] > ROWS_OF_A_BLOCK:  # the blocks' products would take more memory than the rows
@@ -128,7 +128,7 @@ def _long_product(a: Float[Tensor, "*G C M"], b: Float[Tensor, "*G D M"]) -> Flo
 
 
 def _parts(a: Tensor, b: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Examples so many at a time that their products take no more memory than they themselves."""
+    """Chunks of examples whose products take no more memory than the examples themselves."""
     at_once = max(1, len(a) * a.shape[-1] // (2 * b.shape[-2]))
     return zip(a.split(at_once), b.split(at_once), strict=True)
 
@@ -136,13 +136,13 @@ def _parts(a: Tensor, b: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
 def mean_over_positions(
     sums: Sequence[Float[Tensor, "*G N I"]], n_positions: int | Int[Tensor, "*G N"]
 ) -> Float[Tensor, "*G N I"]:
-    """ā of each example, the mean of its inputs over the positions of all uses; zero for an example without any.
+    """ā of each example, the mean of its inputs over the positions of all uses; zero for an example without positions.
 
     Σ_n ā āᵀ, divided by N, is the input factor of K-FAC-reduce [Eschenhagen et al. 2023].
 
     Args:
         sums: for each use of the weight, its inputs summed over the positions of the use.
-        n_positions: number of positions of an example, all uses together.
+        n_positions: number of positions of each example, over all uses.
     """
     if isinstance(n_positions, Tensor):
         return total(sums) / n_positions.clamp(min=1)[..., None]

@@ -19,12 +19,12 @@ from laplace_ws.matrices import Kron, KronBlock
 from laplace_ws.matrices.kron import at_least_one
 
 LARGEST_DENSE_VECTOR = 4096
-"""Vectors (biases, scales, affine parameters) with more entries get the diagonal of their block, which would not fit in memory."""
+"""Vectors (biases, scales, affine parameters) with more entries keep only the diagonal of their block, to fit in memory."""
 LARGEST_DENSE_VOCABULARY = 8192
 """Embeddings with more rows have no dense input factor, which K-FAC-reduce needs; "auto" gives them K-FAC-expand."""
 
 MOST_SIZES = 4
-"""Sizes of the images under one convolution whose products are kept apart: each takes as much memory as the factor."""
+"""Number of image sizes for one convolution whose products are kept separately: each takes as much memory as the factor."""
 
 
 class KronAccumulator(Accumulator):
@@ -135,7 +135,7 @@ class _FactorSums:
             self._put_together()
 
     def _put_together(self) -> None:
-        """Turn the products of pixels into the input factor that they make."""
+        """Assemble the input factor from the products of pixels."""
         for gram in self._patch_grams.values():
             self._A = factors.accumulated(self._A, gram.result())
         self._patch_grams.clear()
@@ -150,7 +150,7 @@ class _FactorSums:
             self._B = factors.add_gram(self._B, pieces.flatten(-3, -2))
 
     def block(self) -> KronBlock:
-        """The block of the sums so far."""
+        """The block given by the sums so far."""
         if self.role.kind != "matrix":
             return KronBlock(self._shape, self._B.clone(), diagonal_B=self.role.diagonal_B)
         self._put_together()
@@ -170,7 +170,7 @@ class _FactorSums:
 class _Role:
     """How a parameter enters its uses, and what block that gives."""
 
-    kind: str  # "matrix": a weight; "bias": of matrix uses alone; "vector": elementwise in at least one use
+    kind: str  # "matrix": a weight; "bias": bias of matrix uses only; "vector": elementwise in at least one use
     approx: KfacApprox
     diagonal_A: bool = False
     diagonal_B: bool = False

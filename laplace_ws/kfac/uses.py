@@ -1,7 +1,7 @@
 """Uses of parameters, and their canonical form.
 
 A *use* is one call in the forward pass that reads parameters: `linear(x, W, b)`, `conv2d(x, W)`, `x * scale`. Whatever the layer, a use
-hands out what every curvature is made of: inputs a and output gradients g by example and sharing position (matrix uses), and the
+provides what every curvature is made of: inputs a and output gradients g by example and sharing position (matrix uses), and the
 gradients of each example with respect to the parameters (all uses).
 
 The leading axis of a use's tensors holds rows, which belong to examples as `Rows` says: one row per example, or several (images of a
@@ -22,7 +22,7 @@ from laplace_ws.kfac.factors import gram, total
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x, half precision widened: sums over data need more digits than activations have."""
+    """x, with half precision widened: sums over data need more digits than activations have."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -49,7 +49,7 @@ class Use(ABC):
         """Names of the parameters of this use that require grad."""
 
     def without_inputs(self) -> Use:
-        """What gradients in canonical form need of the use; its inputs, which take the memory, are let go."""
+        """The use with only what gradients in canonical form need; its inputs, which take up the memory, are released."""
         return self
 
     @abstractmethod
@@ -74,7 +74,7 @@ class MatrixUse(Use):
     transposed = False
     """Whether the first axis of W holds inputs, not outputs."""
     diagonal_inputs = False
-    """Whether Σ a aᵀ is diagonal in the expand setting, and kept as its diagonal."""
+    """Whether Σ a aᵀ is diagonal in the expand setting, and stored as its diagonal."""
     groups = 1
 
     @property
@@ -189,12 +189,12 @@ class LinearUse(MatrixUse):
 
 @dataclass(frozen=True, kw_only=True)
 class PackedLinearUse(LinearUse):
-    """`linear(x, W[parts], b[parts])` of a W that holds several matrices one above the other, as attention's in-projection does.
+    """`linear(x, W[parts], b[parts])` of a W that stacks several matrices on top of each other, as attention's in-projection does.
 
     Each matrix is a group of its own, so W has one block for the queries, one for the keys and one for the values.
 
     Attributes:
-        parts: which of the matrices x meets, one after the other.
+        parts: which of the matrices are applied to x, in order.
         n_parts: how many W holds.
     """
 
@@ -207,7 +207,7 @@ class PackedLinearUse(LinearUse):
         return self.n_parts
 
     def _place(self, parts: Tensor) -> Tensor:
-        """Put the parts at their places among all, which are zero."""
+        """Put the parts at their positions among all matrices; the rest are zero."""
         if len(self.parts) == self.n_parts:
             return parts
         out = parts.new_zeros(self.n_parts, *parts.shape[1:])
@@ -265,9 +265,9 @@ class ElementwiseUse(Use):
     Attributes:
         name: name of p.
         shape: shape of p.
-        broadcast_shape: shape of p as it meets the output, one entry per output axis, the batch axis left out.
+        broadcast_shape: shape of p as broadcast against the output, one entry per output axis except the batch axis.
         factor: ∂y/∂p element by element, broadcastable to the output `[B, ...]`.
-        index: where y holds a selection of p's entries in place of p, their places in the flattened p.
+        index: where a selection of p's entries takes the place of p, their positions in the flattened p.
     """
 
     name: str

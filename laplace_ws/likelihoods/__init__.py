@@ -1,6 +1,6 @@
 """Likelihoods p(y | f) of network outputs f: log probability, square root of the Hessian, label samples, predictions.
 
-Outputs are `[N, C]` (one loss term per example), `[N, T, C]` (T terms per example), for regression and binary targets of any further
+Outputs are `[N, C]` (one loss term per example), `[N, T, C]` (T terms per example), for regression and binary targets any other
 shape (`[N, C, H, W]`: images), or, for a single output, `[N]`. Losses are **sums** over examples and terms, in nats. A *column* is a
 tensor of the shape of f: a vector of loss space for each example.
 """
@@ -35,10 +35,10 @@ LIKELIHOODS: Registry[type[Likelihood]] = Registry(
 
 
 def register_likelihood(kind: type[Likelihood]) -> None:
-    """Let `likelihood=kind.name` mean a likelihood of your own, and files of a posterior with it be read.
+    """Make `likelihood=kind.name` refer to a likelihood of your own, and let posterior files that use it be read.
 
     Args:
-        kind: its class, whose `options()` are arguments that make it anew.
+        kind: its class, whose `options()` are the arguments that recreate an instance.
     """
     LIKELIHOODS.register(kind.name, kind)
 
@@ -54,10 +54,10 @@ def make_likelihood(likelihood: str | Likelihood) -> Likelihood:
 
 
 def likelihood_from_state(state: Mapping[str, Any]) -> Likelihood:
-    """The likelihood that gave a `Likelihood.state()`.
+    """The likelihood that a `Likelihood.state()` describes.
 
     Raises:
-        ValueError: it is none of the toolkit's own, nor registered.
+        ValueError: it is neither one of the toolkit's own nor registered.
     """
     options = dict(state)
     return LIKELIHOODS[options.pop("name")](**options)

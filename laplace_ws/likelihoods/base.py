@@ -24,9 +24,9 @@ class Likelihood(ABC):
         name: the name by which `make_likelihood` knows it.
         has_noise: whether it has an observation noise σ.
         is_regression: whether predictions are means and variances of y, see `RegressionLikelihood`; else they are probabilities.
-        target_ndim: axes of the targets that belong to one loss term: 1 for a vector as the outputs are, 0 for one label of all outputs of
-            the term.
-        links: names of the approximations by which class probabilities follow from Gaussian outputs, see `links.LinkApprox`; none
+        target_ndim: axes of the targets that belong to one loss term: 1 for a vector like the outputs, 0 for one label for all outputs
+            of the term.
+        links: names of the approximations that turn Gaussian outputs into class probabilities, see `links.LinkApprox`; none
             where predictions have a closed form.
         scores: names of the scores of predictions that `score` knows.
         sigma_noise: σ in the units of the targets; 1 where there is no noise.
@@ -60,7 +60,7 @@ class Likelihood(ABC):
         """
 
     def projected_column(self, f: Float[Tensor, "N ..."], generator: torch.Generator | None) -> Float[Tensor, "N ..."]:
-        """Σ_c ε_c s_c with fresh signs ε_c = ±1 for each example: its square has the Hessian as its mean."""
+        """Σ_c ε_c s_c with fresh signs ε_c = ±1 for each example: the mean of its outer product is the Hessian."""
         column = torch.zeros_like(f)
         for root in self.hessian_columns(f):
             column += root * random_signs(f.shape[:1] + (1,) * (f.ndim - 1), f, generator)
@@ -79,13 +79,13 @@ class Likelihood(ABC):
         """E[y | f]: class probabilities, or the regression mean."""
 
     def needs_covariance(self, link: str) -> bool:
-        """Whether predictions need the covariance of Gaussian outputs, not their variances alone.
+        """Whether predictions need the covariance of Gaussian outputs rather than only their variances.
 
         Args:
             link: the approximation that leads from outputs to probabilities.
 
         Raises:
-            ValueError: it is not for this likelihood.
+            ValueError: the approximation does not apply to this likelihood.
         """
         if link not in self.links:
             raise ValueError(f'link_approx={link!r} is for "classification"; use "probit" or "mc".')
@@ -95,11 +95,11 @@ class Likelihood(ABC):
         """Mean negative log probability of targets in nats, differentiable in the prediction.
 
         Args:
-            prediction: probabilities; for regression mean and variances of the targets, of one shape.
+            prediction: probabilities; for regression, mean and variances of the targets, of the same shape.
             y: targets.
 
         Raises:
-            ValueError: this likelihood does not know it.
+            ValueError: this likelihood does not provide it.
         """
         raise ValueError(f'loss="nll" is not known for {self.name!r}; pass a function of predictions and targets.')
 
@@ -123,7 +123,7 @@ class Likelihood(ABC):
         return y.numel() if mask is None else int(mask.count_nonzero())
 
     def at_noise(self, sigma_noise: float) -> Likelihood:
-        """This likelihood with another σ; itself, where there is no noise."""
+        """This likelihood with another σ; unchanged where there is no noise."""
         return self
 
     def nll_at_noise(self, unit_nll_sum: Tensor, n_targets: float, sigma_noise: Tensor) -> Tensor:
@@ -135,11 +135,11 @@ class Likelihood(ABC):
         return torch.ones_like(sigma_noise)
 
     def options(self) -> dict[str, Any]:
-        """Arguments that make this likelihood anew, as plain values."""
+        """Arguments that recreate this likelihood, as plain values."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Name and options, from which `likelihood_from_state` makes this likelihood anew."""
+        """Name and options, from which `likelihood_from_state` recreates this likelihood."""
         return {"name": self.name, **self.options()}
 
     def __repr__(self) -> str:
@@ -159,7 +159,7 @@ class RegressionLikelihood(Likelihood):
     links = ()
 
     def predictive_nll(self, prediction: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
-        """See `Likelihood.predictive_nll`; of a Gaussian with the predicted moments."""
+        """See `Likelihood.predictive_nll`; that of a Gaussian with the predicted moments."""
         mean, variances = prediction
         return 0.5 * ((y - mean).square() / variances + variances.log() + math.log(2 * math.pi)).mean()
 
@@ -174,7 +174,7 @@ class RegressionLikelihood(Likelihood):
 
         Args:
             f: mean of the outputs.
-            spread: their covariance for each example, their variances, or, with `joint`, the covariance of them all.
+            spread: their covariance for each example, their variances, or, with `joint`, the covariance of all of them.
             sigma_noise: σ, if the observation noise is to be added.
             joint: whether `spread` is over all examples and outputs.
         """
@@ -185,7 +185,7 @@ class RegressionLikelihood(Likelihood):
                 )
             mean = self.predictive_mean(f)
             variances = spread.diagonal().reshape(f.shape)
-            # means are the first outputs, where there are others
+            # the means come first, where there are other outputs
             places = torch.arange(f.numel(), device=f.device).reshape(f.shape)
             of_means = (places if f.ndim == 1 else places[..., : mean.shape[-1]]).flatten()
             spread, mean = spread[of_means][:, of_means], mean.flatten()
@@ -239,7 +239,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def check_same_shape(name: str, f: Tensor, y: Tensor) -> None:
-    """Raise `InvalidBatchError` unless outputs and targets have one shape."""
+    """Raise `InvalidBatchError` unless outputs and targets have the same shape."""
     if f.shape != y.shape:
         hint = " (add y.unsqueeze(-1))" if f.shape == (*y.shape, 1) else ""
         raise InvalidBatchError(

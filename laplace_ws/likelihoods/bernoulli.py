@@ -34,7 +34,7 @@ class Bernoulli(Likelihood):
         return F.binary_cross_entropy_with_logits(f, y.to(f.dtype), reduction="sum")
 
     def hessian_columns(self, f: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Unit vectors times √(p(1 − p)), in a form that does not lose small p."""
+        """Unit vectors times √(p(1 − p)), in a form that does not lose small p to rounding."""
         return unit_columns((F.logsigmoid(f) + F.logsigmoid(-f)).mul(0.5).exp(), mask)
 
     def sampled_column(self, f: Tensor, generator: torch.Generator | None) -> Tensor:

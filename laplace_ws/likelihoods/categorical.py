@@ -19,16 +19,16 @@ from laplace_ws.likelihoods.base import Likelihood, at_least_float32, random_sig
 from laplace_ws.metrics import evaluate_classification
 
 _USUAL_IGNORE_INDEX = -100
-"""What torch's cross entropy and tokenisers mark positions without a label by."""
+"""The label by which torch's cross entropy and tokenisers mark positions without one."""
 
 
 @dataclass(frozen=True)
 class _Ranks:
-    """Softmax probabilities from the likeliest class down, and the root of diag(p) − ppᵀ that follows from them.
+    """Softmax probabilities from the most probable class down, and the root of diag(p) − ppᵀ that follows from them.
 
-    "Is it the class of rank j, given that it is none above?" is a question with two answers, and the covariance of a label is the sum over
-    these questions: s_j = scale_j (e_j − p_below / below_j). That is the Cholesky factor with the classes in this order, of C − 1 columns
-    [Tanabe & Sagae 1992]; the order lets its columns vanish together where the model is sure, and no term cancels.
+    "Is it the class of rank j, given that it is none above?" is a yes-or-no question, and the covariance of a label is the sum over these
+    questions: s_j = scale_j (e_j − p_below / below_j). That is the Cholesky factor with the classes in this order, with C − 1
+    columns [Tanabe & Sagae 1992]; the order makes its columns vanish together where the model is certain, and no terms cancel.
 
     Attributes:
         classes: class of each rank, `[N, T, C]`.
@@ -52,10 +52,10 @@ class _Ranks:
         from_here = p.flip(-1).cumsum(-1).flip(-1)
         below = F.pad(from_here[..., 1:], (0, 1))
         scale = (p * (below / from_here)).sqrt()
-        return cls(classes, p, below, scale.nan_to_num())  # 0/0 where the probabilities end in zeros
+        return cls(classes, p, below, scale.nan_to_num())  # 0/0 where the last probabilities are zero
 
     def column(self, term: int, rank: int) -> Float[Tensor, "N C"]:
-        """s of a rank, in the order of classes."""
+        """s_j of a rank j, in the order of classes."""
         ranked = torch.zeros_like(self.p[:, term])
         scale = self.scale[:, term, rank]
         ranked[:, rank] = scale
@@ -77,8 +77,8 @@ class Categorical(Likelihood):
     """Softmax over the last dimension of f; labels are class indices of shape f.shape[:-1].
 
     Args:
-        ignore_index: the label of terms that have none, as padding has: they carry no loss and no curvature, and do not count as targets.
-            Their inputs still enter the input factors A of K-FAC, which are means over all positions of a layer.
+        ignore_index: the label of terms without a true label, such as padding: they carry no loss and no curvature, and are not counted as
+            targets. Their inputs still enter the input factors A of K-FAC, which are means over all positions of a layer.
     """
 
     name = "classification"
@@ -136,7 +136,7 @@ class Categorical(Likelihood):
     def hessian_columns(self, f: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
         """C − 1 columns for each of the T terms in turn, see `_Ranks`: Σ_c s_c s_cᵀ = diag(p) − ppᵀ.
 
-        A column is left out where, for every class, its part of Σ_n p_c(1 − p_c) over the batch is below the rounding of that sum.
+        A column is left out where, for every class, its part of Σ_n p_c(1 − p_c) over the batch is below the rounding error of that sum.
         """
         ranks = _Ranks.of(f, mask)
         eps = torch.finfo(ranks.p.dtype).eps
@@ -151,7 +151,7 @@ class Categorical(Likelihood):
                 yield column.reshape(f.shape).to(f.dtype)
 
     def projected_column(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
-        """See `Likelihood.projected_column`; all columns and terms in one go, at the cost of a cumulative sum."""
+        """See `Likelihood.projected_column`; all columns and terms at once, at the cost of a cumulative sum."""
         ranks = _Ranks.of(f)
         signed = ranks.scale * random_signs(ranks.scale.shape, ranks.scale, generator)
         shares = (signed / ranks.below).nan_to_num()[..., :-1].cumsum(-1)

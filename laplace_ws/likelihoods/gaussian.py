@@ -1,4 +1,4 @@
-"""Gaussian noise: of one standard deviation, of one per output, or of one that the model gives itself."""
+"""Gaussian noise: with one standard deviation, with one per output, or with one that the model itself predicts."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Gaussian(RegressionLikelihood):
     """y_c = f_c + σ s_c ε_c with ε ~ N(0, I); targets have the shape of f.
 
     Args:
-        sigma_noise: σ, in the units of the targets; what `sigma_noise` of a posterior replaces and what is tuned.
+        sigma_noise: σ, in the units of the targets; the value that `sigma_noise` of a posterior replaces and that is tuned.
         output_scales: s_c, how much noisier one output is than another, one number for each entry of the last axis of f; 1 where
-            not given. They stay as they are.
+            not given. They stay fixed.
 
     Attributes:
         output_scales: s_c as a tuple, None where all are 1.
@@ -112,7 +112,7 @@ class Gaussian(RegressionLikelihood):
 
     @property
     def _log_scale(self) -> float:
-        """Mean of log s_c over the outputs, which is that over the targets."""
+        """Mean of log s_c over the outputs, which equals that over the targets."""
         return (
             0.0
             if self.output_scales is None
@@ -132,8 +132,8 @@ class Gaussian(RegressionLikelihood):
 class HeteroscedasticGaussian(RegressionLikelihood):
     """y_d = m_d + exp(v_d / 2) ε_d with ε ~ N(0, I), mean m and log-variance v both outputs of the model.
 
-    Outputs are `[N, ..., 2D]`, on the last axis the D means and then the D log-variances; targets are `[N, ..., D]`. Start the
-    log-variances near those of the residuals, as by the bias of the last layer.
+    Outputs are `[N, ..., 2D]`, on the last axis the D means and then the D log-variances; targets are `[N, ..., D]`. Initialise
+    the log-variances near those of the residuals, for example through the bias of the last layer.
 
     The Hessian of −log p in (m, v) is indefinite, so all curvature but the empirical Fisher is of the **Fisher information**
     diag(exp(−v), ½), its mean over y, which is positive [Martens 2020, "New insights and perspectives on the natural gradient method"].
@@ -193,5 +193,5 @@ class HeteroscedasticGaussian(RegressionLikelihood):
         return mean, f_var[..., of_means, of_means] if f_var.ndim > f_mean.ndim else f_var[..., of_means]
 
     def noise_variance(self, f_mean: Tensor, f_var: Tensor, sigma_noise: float | Tensor) -> Tensor:
-        """E[exp(v)] = exp(E[v] + ½ var[v]); σ has no part in it."""
+        """E[exp(v)] = exp(E[v] + ½ var[v]); σ plays no part in it."""
         return (self.split(f_mean)[1] + 0.5 * self.split(f_var)[1]).exp()

@@ -23,7 +23,7 @@ class LinkApprox(Choice):
     """How E[p(y | f)] is approximated under a Gaussian f.
 
     `PROBIT`: outputs scaled by 1/√(1 + π v/8) [Spiegelhalter & Lauritzen 1990, MacKay 1992]. `MC`: a mean over samples of f. `BRIDGE`: the
-    mean of the Dirichlet that the Laplace bridge gives [Hobbhahn et al. 2022]; `BRIDGE_NORM`: with f scaled first to a variance at which
+    mean of the Dirichlet that the Laplace bridge gives [Hobbhahn et al. 2022]; `BRIDGE_NORM`: with f first scaled to a variance at which
     the bridge is accurate.
     """
 
@@ -44,7 +44,7 @@ def probabilities(
     """E[p(y | f)] for outputs with mean f and the given covariances or variances.
 
     Args:
-        likelihood: of classes.
+        likelihood: a likelihood with class labels.
         f: mean of the outputs.
         spread: their covariance for each example and term, or, for "probit" and "mc", variances.
         link: how it is approximated.
@@ -62,7 +62,7 @@ def probabilities(
 def draw_outputs(
     f: Float[Tensor, "N ..."], spread: Tensor, n_samples: int, generator: torch.Generator | None, *, joint: bool = False
 ) -> Float[Tensor, "S N ..."]:
-    """Draws from N(f, spread), by covariances or, where it has the shape of f, variances; with `joint` by the covariance of them all."""
+    """Draws from N(f, spread), spread being covariances or, if shaped like f, variances; with `joint`, the covariance of all outputs."""
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
     with torch.autocast(f.device.type, enabled=False):
@@ -70,14 +70,14 @@ def draw_outputs(
             return sample_outputs(f.flatten(), spread, n_samples, generator).reshape(n_samples, *f.shape)
         if spread.shape == f.shape:
             noise = torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
-            return f + spread.clamp_min(0).sqrt() * noise  # a variance of zero may be rounded below it
+            return f + spread.clamp_min(0).sqrt() * noise  # a variance of zero may be rounded below zero
         if f.ndim == 1:  # one output per example, without an axis of its own
             return sample_outputs(f[:, None], spread, n_samples, generator)[..., 0]
         return sample_outputs(f, spread, n_samples, generator)
 
 
 def probit_scaled(f: Float[Tensor, "*S C"], variances: Float[Tensor, "*S C"]) -> Float[Tensor, "*S C"]:
-    """f/√(1 + π v/8), whose sigmoid or softmax approximates the mean of that of f."""
+    """f/√(1 + π v/8), whose sigmoid or softmax approximates the mean of the sigmoid or softmax of f."""
     return f / (1 + math.pi / 8 * variances).sqrt()
 
 
@@ -85,7 +85,7 @@ def bridge(f: Float[Tensor, "*S C"], covariance: Float[Tensor, "*S C C"], *, nor
     """Mean of the Dirichlet distribution that matches softmax(f).
 
     The softmax does not see the sum of the outputs, so the Gaussian is first conditioned on Σ_c f_c = 0. The Dirichlet parameters are
-    α_c = (1 − 2/C + e^{f_c} Σ_k e^{−f_k}/C²)/v_c. Where the covariance is zero, f is certain, and the answer its softmax.
+    α_c = (1 − 2/C + e^{f_c} Σ_k e^{−f_k}/C²)/v_c. Where the covariance is zero, f is certain, and the result is its softmax.
     """
     n_classes = f.shape[-1]
     is_certain = (covariance == 0).flatten(-2).all(-1)[..., None, None]
@@ -117,7 +117,7 @@ def sample_outputs(
 
 
 def root(covariance: Float[Tensor, "*B D D"]) -> Float[Tensor, "*B D D"]:
-    """L with L Lᵀ the covariance: its Cholesky factor, or where rounding has made it indefinite, the root without its negative part."""
+    """L with L Lᵀ the covariance: its Cholesky factor or, where rounding has made it indefinite, the root without its negative part."""
     wide = covariance.double()
     factor, info = torch.linalg.cholesky_ex(wide)
     if (info > 0).any():

@@ -25,7 +25,7 @@ class CurvatureMatrix(ABC):
 
     Attributes:
         shapes: shape of each parameter, by name.
-        is_separable: whether parameter tensors (and weights, where each may have a δ of its own) do not interact.
+        is_separable: whether parameter tensors (and weights, where each may have its own δ) do not interact.
     """
 
     is_separable: ClassVar[bool] = True
@@ -56,7 +56,7 @@ class CurvatureMatrix(ABC):
     def effective_parameters(
         self, scale: Tensor, delta: Float[Tensor, " G"], groups: Int[Tensor, " K"]
     ) -> tuple[Float[Tensor, " G"], Float[Tensor, " G"] | Float[Tensor, "G G"]]:
-        """Effective number of parameters of each group [MacKay 1992], γ_g = Σ_{i∈g} (1 − δ_g [(scale·H + Δ)⁻¹]_ii), in float64.
+        """Effective number of parameters in each group [MacKay 1992], γ_g = Σ_{i∈g} (1 − δ_g [(scale·H + Δ)⁻¹]_ii), in float64.
 
         Args:
             scale: factor on H.
@@ -76,7 +76,7 @@ class CurvatureMatrix(ABC):
         """L v for each row v, with L Lᵀ = (scale·H + diag(δ))⁻¹: turns white noise into posterior samples."""
 
     def basis(self, name: str) -> EigenBasis | None:
-        """The coordinates of one parameter tensor in which `pushforward` takes rows; None for its own, flattened."""
+        """The coordinates in which `pushforward` takes the rows of one parameter tensor; None for its own, flattened."""
         return None
 
     @abstractmethod

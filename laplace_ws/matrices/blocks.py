@@ -34,7 +34,7 @@ class Block(ABC):
     @cached_property
     @abstractmethod
     def factor_eigenvalues(self) -> tuple[Tensor, Tensor]:
-        """Two vectors in float64, `[*G, O]` and `[*G, I]`, whose products are the eigenvalues; found without eigenvectors."""
+        """Two vectors in float64, `[*G, O]` and `[*G, I]`, whose products are the eigenvalues; computed without eigenvectors."""
 
     @abstractmethod
     def eigenvalues(self) -> Float[Tensor, "*G O I"]:

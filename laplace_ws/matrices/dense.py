@@ -52,9 +52,9 @@ class Dense(CurvatureMatrix):
 
     @cached_property
     def _psd(self) -> Float[Tensor, "P P"]:
-        """H in float64 without the negative eigenvalues that rounding gives, so that every δ > 0 makes it definite."""
+        """H in float64 without the negative eigenvalues that rounding causes, so that every δ > 0 makes it positive definite."""
         symmetric = (self.matrix + self.matrix.mT) / 2
-        if self.decomposition_dtype != torch.float64:  # then it is definite by more than its rounding
+        if self.decomposition_dtype != torch.float64:  # then its smallest eigenvalue exceeds its rounding
             return symmetric.double()
         values, vectors = self._eigen
         return (vectors * values) @ vectors.mT
@@ -98,7 +98,7 @@ class Dense(CurvatureMatrix):
         return self._last[2]
 
     def pushforward(self, dampings: Sequence[Damping], layout: Layout) -> Pushforward:
-        """See `CurvatureMatrix.pushforward`; several scalar δ share the eigenvectors of H in place of a factor each."""
+        """See `CurvatureMatrix.pushforward`; several scalar δ share the eigenvectors of H instead of having a factor each."""
         if len(dampings) > 1 and all(delta.ndim == 0 for _, delta in dampings):
             return RotatedPushforward(*self._eigen, dampings, layout)
         return DensePushforward([self.cholesky(*damping) for damping in dampings], dampings, layout)

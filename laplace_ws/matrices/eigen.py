@@ -1,4 +1,4 @@
-"""Eigenvalues and eigenvectors of positive semi-definite matrices, each in the precision that it needs."""
+"""Eigenvalues and eigenvectors of positive semi-definite matrices, in the precision that each matrix needs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def decomposition_dtype(matrix: Float[Tensor, "*G D D"]) -> torch.dtype:
     """The precision that decomposes a symmetric matrix without losing its positive-definiteness.
 
     An eigensolver moves each eigenvalue by a few ε·λ_max. Where every eigenvalue exceeds the `rounding` of the matrix, which a Cholesky
-    factorisation of F − rounding·I tells at a sixth of the price of the eigenvalues or less, the matrix's own precision suffices;
-    elsewhere the small eigenvalues would be noise, and it is float64. A stack of matrices is one decision.
+    factorisation of F − rounding·I shows at a sixth of the cost of the eigenvalues or less, the matrix's own precision suffices;
+    elsewhere the small eigenvalues would be noise, and it is float64. A stack of matrices shares one decision.
     """
     if matrix.dtype == torch.float64:
         return torch.float64
-    bound = torch.linalg.matrix_norm(matrix, dtype=torch.float64)  # Frobenius: no eigenvalue is larger
+    bound = torch.linalg.matrix_norm(matrix, dtype=torch.float64)  # Frobenius norm: no eigenvalue is larger
     shift = (rounding(matrix.shape[-1], matrix.dtype) * bound)[..., None].to(matrix.dtype)
     # the smallest eigenvalue is not above the smallest entry of the diagonal
     if not (matrix.diagonal(dim1=-2, dim2=-1) > shift).all():
@@ -41,10 +41,10 @@ def rounding(n_rows: int, dtype: torch.dtype) -> float:
 def eigh(
     matrix: Float[Tensor, "*G D D"], dtype: torch.dtype, what: str
 ) -> tuple[Float[Tensor, "*G D"], Float[Tensor, "*G D D"]]:
-    """Eigenvalues and eigenvectors of a positive semi-definite matrix, computed in `dtype`, given in float64; see `clamped`.
+    """Eigenvalues and eigenvectors of a positive semi-definite matrix, computed in `dtype`, returned in float64; see `clamped`.
 
     The divide-and-conquer routine behind torch sometimes fails on wide matrices of low rank; LAPACK's relatively robust
-    representations, through scipy, then take its place.
+    representations, called through scipy, then take its place.
     """
     working = matrix.to(dtype)
     try:
@@ -58,7 +58,7 @@ def eigh(
 
 
 def eigenvalues(matrix: Float[Tensor, "*G D D"], dtype: torch.dtype, what: str) -> Float[Tensor, "*G D"]:
-    """Eigenvalues of a positive semi-definite matrix, computed in `dtype`, given in float64; see `clamped`."""
+    """Eigenvalues of a positive semi-definite matrix, computed in `dtype`, returned in float64; see `clamped`."""
     try:
         values = torch.linalg.eigvalsh(matrix.to(dtype))
     except torch.linalg.LinAlgError:  # pyright: ignore

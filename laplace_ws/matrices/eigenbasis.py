@@ -1,4 +1,4 @@
-"""The eigenvectors of a Kronecker block, as coordinates of vectors over its parameter."""
+"""The eigenvectors of a Kronecker block, as a coordinate system for vectors over its parameter."""
 
 from __future__ import annotations
 

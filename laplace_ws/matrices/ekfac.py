@@ -1,4 +1,4 @@
-"""Kronecker eigenvectors with eigenvalues of their own: EKFAC."""
+"""Kronecker eigenvectors with corrected eigenvalues: EKFAC."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from laplace_ws.matrices.eigenbasis import EigenBasis
 class EkfacBlock(Block):
     """Q diag(values) Qᵀ, with Q the eigenvectors of a Kronecker product [George et al. 2018].
 
-    The values that are closest to a curvature, in the Frobenius norm, are the diagonal of it in these coordinates.
+    The values that best approximate a curvature, in the Frobenius norm, are its diagonal in these coordinates.
 
     Attributes:
         shape: shape of the parameter.

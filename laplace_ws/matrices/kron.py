@@ -28,7 +28,7 @@ class KronBlock(Block):
         shape: shape of the parameter.
         B: gradient factor, a sum over data, `[*G, O, O]`; `[O]` for a diagonal.
         A: input factor, a mean over data, `[*G, I, I]`; `[I]` for a diagonal; None for a vector.
-        n_inputs: number of inputs that the mean A is over, `[G, 1, 1]` where the groups' differ.
+        n_inputs: number of inputs that the mean A is taken over, `[G, 1, 1]` where the groups differ.
         transposed: whether the block is A ⊗ B.
         diagonal_B: whether B is kept as its diagonal.
         diagonal_A: whether A is kept as its diagonal.
@@ -63,7 +63,7 @@ class KronBlock(Block):
     def decomposition_dtypes(self) -> tuple[torch.dtype | None, torch.dtype | None]:
         """The precisions in which B and A are decomposed, see `eigen.decomposition_dtype`; None where there is nothing to decompose.
 
-        The groups of a grouped factor share one. Asking decomposes nothing.
+        The groups of a grouped factor share one. Reading this decomposes nothing.
         """
         B = None if self.diagonal_B else decomposition_dtype(self.B)
         return B, None if self.A is None or self.diagonal_A else decomposition_dtype(self.A)
@@ -132,7 +132,7 @@ class Kron(BlockMatrix[KronBlock]):
 
 
 def at_least_one(n_inputs: float | Tensor) -> float | Tensor:
-    """A number of inputs to divide by: a sum over none is zero, and so is its mean."""
+    """A number of inputs to divide by: with no inputs the sum is zero, and so is its mean."""
     if isinstance(n_inputs, Tensor):
         return torch.where(n_inputs == 0, 1, n_inputs)
     return n_inputs or 1

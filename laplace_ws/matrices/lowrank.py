@@ -16,14 +16,15 @@ from laplace_ws.matrices.eigen import eigh
 from laplace_ws.matrices.pushforward import Damping, Layout, LowRankPushforward
 
 _CHUNK = 2**22
-"""Entries of the eigenvectors that are in float64 at a time."""
+"""Entries of the eigenvectors that are converted to float64 at a time."""
 
 
 class LowRank(CurvatureMatrix):
     """U diag(l) Uᵀ with k orthonormal columns U.
 
-    With A = U diag(s·l)^½ and the k×k matrix C = I + Aᵀ Δ⁻¹ A, all that is asked of s·H + Δ follows from the matrix determinant lemma and
-    Woodbury's identity, in O(P·k²) at most. The eigenvectors keep their precision; sums over the weights, and all of size k, are float64.
+    With A = U diag(s·l)^½ and the k×k matrix C = I + Aᵀ Δ⁻¹ A, everything needed of s·H + Δ follows from the matrix determinant
+    lemma and Woodbury's identity, in O(P·k²) at most. The eigenvectors keep their precision; sums over the weights, and everything of size
+    k, are float64.
 
     Args:
         shapes: shape of each parameter, by name.
@@ -55,7 +56,7 @@ class LowRank(CurvatureMatrix):
         return len(self.values)
 
     def __add__(self, other: CurvatureMatrix) -> LowRank:
-        """The sum in full, of the sum of both ranks (P at most): nothing is cut off."""
+        """The exact sum, whose rank is the sum of both ranks (at most P): nothing is truncated."""
         self._check_same_parameters(other)
         pairs = [(matrix.vectors, matrix.values) for matrix in (self, other)]  # type: ignore[attr-defined]
         Q, R = torch.linalg.qr(torch.cat([vectors for vectors, _ in pairs], 1))
@@ -73,7 +74,7 @@ class LowRank(CurvatureMatrix):
         return (self.vectors * self.values.to(self.vectors.dtype)) @ self.vectors.mT
 
     def log_det(self, scale: Tensor, delta: Tensor) -> Tensor:
-        """See `CurvatureMatrix.log_det`: log det Δ + log det C; a δ of less than one number per weight needs no sum over the weights."""
+        """See `CurvatureMatrix.log_det`: log det Δ + log det C; a δ that is not per weight needs no sum over the weights."""
         log_det_delta = expand_per_weight(delta, self.shapes).double().log().sum()
         if delta.ndim == 0:
             return log_det_delta + (self.values.double() * scale.double() / delta.double()).log1p().sum()
@@ -154,12 +155,12 @@ class LowRank(CurvatureMatrix):
 
     @cached_property
     def _grams(self) -> Float[Tensor, "T k k"]:
-        """Σ u uᵀ over the weights of each parameter tensor: with these a δ of one number per tensor needs no sum over the weights."""
+        """Σ u uᵀ over the weights of each parameter tensor: given these, a δ with one number per tensor needs no sum over the weights."""
         sizes = [shape.numel() for shape in self.shapes.values()]
         return torch.stack([_gram(rows) for rows in self.vectors.split(sizes)])
 
     def _weighted_gram(self, weights: Tensor) -> Float[Tensor, "k k"]:
-        """Σ_i w_i u_i u_iᵀ, the weights as a damping is given; differentiable in them."""
+        """Σ_i w_i u_i u_iᵀ, with weights w in any form that a damping may take; differentiable in them."""
         if weights.ndim == 0 or weights.shape == (len(self.shapes),):
             return (weights.expand(len(self.shapes))[:, None, None] * self._grams).sum(0)
         return _gram(self.vectors, expand_per_weight(weights, self.shapes))

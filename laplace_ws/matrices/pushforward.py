@@ -1,4 +1,4 @@
-"""Covariances J Σ Jᵀ of linear functions of the weights, summed over the parameter tensors so that J is never whole."""
+"""Covariances J Σ Jᵀ of linear functions of the weights, summed over the parameter tensors so that J is never formed in full."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VariancesOf = Callable[[str, Tensor, Tensor], Float[Tensor, " D"]]
 
 
 class Layout(Enum):
-    """Which covariances are wanted: of the K outputs of each example, of all outputs of all examples, or variances alone."""
+    """Which covariances are wanted: of the K outputs of each example, of all outputs of all examples, or variances only."""
 
     EXAMPLE = "example"
     JOINT = "joint"
@@ -29,7 +29,7 @@ class Layout(Enum):
 class Pushforward(ABC):
     """Sums J Σ Jᵀ over the parameter tensors, for several Σ at once.
 
-    Rows of J are in the coordinates of the matrix (`CurvatureMatrix.basis`). All is differentiable, in the rows and in the dampings.
+    Rows of J are in the coordinates of the matrix (`CurvatureMatrix.basis`). Everything is differentiable in the rows and in the dampings.
 
     Args:
         dampings: (s, δ) of each Σ.
@@ -50,7 +50,7 @@ class Pushforward(ABC):
 
     @abstractmethod
     def result(self) -> list[Tensor]:
-        """For each Σ the covariance `[N, K, K]`, `[N·K, N·K]` or `[N, K]`; the sums start anew."""
+        """For each Σ the covariance `[N, K, K]`, `[N·K, N·K]` or `[N, K]`; the sums are then reset."""
 
     def gram(self, rows: Float[Tensor, "N K D"], weights: Tensor | None = None) -> Tensor:
         """Σ_d w_d j_d j_d in the layout."""
@@ -63,7 +63,7 @@ class Pushforward(ABC):
 
 
 class SeparablePushforward(Pushforward):
-    """For matrices that are diagonal in coordinates of each parameter tensor by itself.
+    """For matrices that are diagonal in separate coordinates for each parameter tensor.
 
     Args:
         variances: `variances(name, s, δ)`: the diagonal of Σ in these coordinates.
@@ -77,7 +77,7 @@ class SeparablePushforward(Pushforward):
         self._sums: list[Tensor] | None = None
 
     def add(self, name: str, rows: Float[Tensor, "N K D"]) -> None:
-        """See `Pushforward.add`; variances of all dampings are one product."""
+        """See `Pushforward.add`; the variances for all dampings take a single product."""
         variances = [self._variances(name, *damping).to(rows.dtype) for damping in self.dampings]
         if self.layout is Layout.DIAGONAL:
             squares = rows.square() @ torch.stack([v.expand(rows.shape[-1]) for v in variances], dim=1)
@@ -86,7 +86,7 @@ class SeparablePushforward(Pushforward):
             self._add([self.gram(rows, v) for v in variances])
 
     def add_outer(self, name: str, g: Float[Tensor, "N K O"], a: Float[Tensor, "N I"]) -> None:
-        """See `Pushforward.add_outer`; with one position the inputs only weigh the outputs, and no row is formed."""
+        """See `Pushforward.add_outer`; with one position the inputs only weight the outputs, and no row is formed."""
         if self.layout is Layout.JOINT:
             super().add_outer(name, g, a)
             return
@@ -108,7 +108,7 @@ class SeparablePushforward(Pushforward):
 
 
 class _WholePushforward(Pushforward):
-    """For a Σ over all weights: the rows of all parameter tensors are kept until all are there, in the order of the matrix."""
+    """For a Σ over all weights: the rows of the parameter tensors are kept until all have arrived, in the order of the matrix."""
 
     def __init__(self, dampings: Sequence[Damping], layout: Layout):
         super().__init__(dampings, layout)
@@ -151,7 +151,7 @@ class RotatedPushforward(_WholePushforward):
 
 
 class DensePushforward(_WholePushforward):
-    """For dampings of any kind, by the Cholesky factors of the precisions.
+    """For dampings of any kind, from the Cholesky factors of the precisions.
 
     Args:
         factors: lower Cholesky factor of s·H + diag(δ) for each damping.
@@ -172,8 +172,8 @@ class DensePushforward(_WholePushforward):
 class LowRankPushforward(Pushforward):
     """For Σ = Δ⁻¹ − Δ⁻¹ U T Tᵀ Uᵀ Δ⁻¹, with k columns U.
 
-    Sums in float64, as the difference of two sums of like size is wanted. Where each parameter tensor has one δ, the products with its rows
-    are taken once for all dampings.
+    Sums in float64, as the result is the difference of two sums of similar size. Where each parameter tensor has one δ, the products with
+    its rows are computed once for all dampings.
 
     Args:
         vectors: U of each parameter tensor by name, `[D, k]`.

@@ -1,7 +1,7 @@
 """Sums over the spectrum of a damped Kronecker product, Σ_ij f(r b_i a_j), with b and a the factors' eigenvalues and r = scale/δ.
 
 Most products of a wide block lie far below the damping. Where r b_i a_j stays below `_SMALL` in a whole row or column, f is replaced by
-its power series, whose sums factor, Σ_ij (b_i a_j)^k = (Σ b_i^k)(Σ a_j^k): as exact as float64, at the price of the row.
+its power series, whose sums factor, Σ_ij (b_i a_j)^k = (Σ b_i^k)(Σ a_j^k): as exact as float64, at the cost of one row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _SMALL = 1e-3
-_N_TERMS = 5  # what the series leaves out is below _SMALL**5 = 1e-15 of each summand
+_N_TERMS = 5  # the truncation error is below _SMALL**5 = 1e-15 of each summand
 _ORDERS = torch.arange(1, _N_TERMS + 1, dtype=torch.float64)
 _SIGNS = -((-1.0) ** _ORDERS)
 
