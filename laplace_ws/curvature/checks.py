@@ -40,7 +40,8 @@ class LinearisationCheck:
     """
 
     def __init__(self, backend: Backend, model: nn.Module):
-        self.backend, self.model = backend, model
+        self.backend = backend
+        self.model = model
         self.column_bytes_per_example = 0.0
         self._parameters: Mapping[str, nn.Parameter] = {}
         self._anatomy: _Anatomy | None = None
@@ -74,7 +75,7 @@ class LinearisationCheck:
         """Check a batch, see `check_linearisation`; returns its uses and its outputs."""
         uses, f, column_bytes = check_linearisation(self.backend, self.model, x, self._parameters)
         self._signatures.add(_signature(uses))
-        self.column_bytes_per_example = column_bytes / len(x)
+        self.column_bytes_per_example: float = column_bytes / len(x)
         return uses, f
 
     def n_parts(self, n_examples: int, device: torch.device) -> int:

@@ -151,7 +151,7 @@ class RegressionLikelihood(Likelihood):
     """A likelihood of real targets, whose predictions are means and variances."""
 
     is_regression = True
-    links = ()
+    links: tuple[str, ...] = ()
 
     def predictive_nll(self, prediction: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
         """See `Likelihood.predictive_nll`; of a Gaussian with the predicted moments."""
