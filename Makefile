@@ -1,18 +1,20 @@
 # make demo: tune a Wide ResNet by its marginal likelihood.  make test: the test suite.  make test-fast: a part of it, under a minute.
-# make lint, make types: ruff and pyright.  make docs: the pages, in $(DOCS).  make architecture: the picture of the layers.
+# make lint, make types: ruff and pyright.  make docs: the pages, in $(DOCS).  make dist: wheel and sources, in $(DIST).
+# make architecture: the picture of the layers.
 # All create the environment that they need; run again, they are quick.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DOCS ?= build/docs
+DIST ?= dist
 
 # the rungs of the ladder in CONTRIBUTING.md, in small
 FAST := tests/test_registration.py tests/test_looked_at_once.py tests/test_architecture.py tests/test_likelihoods.py tests/kfac tests/matrices \
 	tests/curvature/test_kron_exactness.py tests/curvature/test_native.py tests/posterior/test_posterior.py tests/posterior/test_newton.py \
 	tests/marglik/test_objective.py tests/marglik/test_checkpoint.py
 
-.PHONY: demo test test-fast test-device test-matrix lint types format docs architecture clean
+.PHONY: demo test test-fast test-device test-matrix lint types format dist docs architecture clean
 
 demo: $(VENV)/.installed
 	$(BIN)/laplace-ws train --config configs/demo.yaml
@@ -28,8 +30,14 @@ PYTHONS ?= python3.10 python3.13
 test-matrix:
 	$(PYTHON) scripts/test_matrix.py $(PYTHONS)
 
+# Strict where pyproject.toml says so; then every public name of the package must have a type that users' checkers know.
 types: $(VENV)/.installed-test
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)" $(BIN)/python -m pyright --verifytypes laplace_ws --ignoreexternal \
+		> $(VENV)/types.txt || { cat $(VENV)/types.txt; exit 1; }
+
+dist: $(VENV)/.installed-test
+	$(BIN)/python scripts/check_dist.py $(DIST)
 
 architecture: $(VENV)/.installed-test
 	$(BIN)/python scripts/draw_architecture.py

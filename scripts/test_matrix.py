@@ -29,17 +29,20 @@ def oldest_torch() -> str:
 
 def cell(python: str, torch: str) -> tuple[str, bool]:
     """Install and test; what is to be said of it, and whether all passed."""
+    today = datetime.date.today().isoformat()
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([python, "-m", "venv", folder], check=True)
         own = str(Path(folder) / "bin" / "python")
-        subprocess.run([own, "-m", "pip", "install", "--quiet", f"{ROOT}[test,docs]", torch], check=True)
-        seen = subprocess.run([own, "-c", SEEN], check=True, capture_output=True, text=True).stdout.split()
+        try:
+            subprocess.run([python, "-m", "venv", folder], check=True)
+            subprocess.run([own, "-m", "pip", "install", "--quiet", f"{ROOT}[test,docs]", torch], check=True)
+            seen = subprocess.run([own, "-c", SEEN], check=True, capture_output=True, text=True).stdout.split()
+        except (OSError, subprocess.CalledProcessError) as error:
+            return f"{today}: {python}, {torch}: not installed ({error})", False
         done = subprocess.run([own, "-m", "pytest", "-n", "2"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     print(done.stdout, file=sys.stderr)
     last = next(
         (line for line in reversed(done.stdout.splitlines()) if re.search(r"passed|failed|error", line)), "no result"
     )
-    today = datetime.date.today().isoformat()
     return f"{today}: Python {seen[0]}, torch {seen[1]}: {last.strip('= ')}", done.returncode == 0
 
 

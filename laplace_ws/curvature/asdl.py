@@ -68,9 +68,9 @@ class AsdlBackend(Backend):
 class AsdlLinearisation(ColumnwiseLinearisation):
     """Outputs of one forward pass under ASDL's hooks."""
 
-    def __init__(self, f: Tensor, operations: Sequence[KeepOperation]):
-        self.outputs = f.detach()
-        self.uses = [use for operation in operations for uses in operation.uses for use in uses]
+    def __init__(self, f: Tensor, operations: Sequence[_KeepOperation]):
+        self.outputs: Tensor = f.detach()
+        self.uses: Sequence[Use] = [use for operation in operations for uses in operation.uses for use in uses]
         self._f = f
         self._operations = operations
         self._targets: Any = [target for operation in operations for target in operation.targets]
@@ -87,7 +87,7 @@ class AsdlLinearisation(ColumnwiseLinearisation):
         ]
 
 
-class KeepOperation(asdl.Operation):
+class _KeepOperation(asdl.Operation):
     """An ASDL operation that keeps the uses of each call of its module, and the gradients at their outputs.
 
     Attributes:
@@ -175,7 +175,7 @@ def _owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[st
 @contextmanager
 def _operations(
     model: nn.Module, owners: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter], examples: Examples
-) -> Iterator[list[KeepOperation]]:
+) -> Iterator[list[_KeepOperation]]:
     """Register an operation for each owner in ASDL's context, and ASDL's hooks where ASDL provides none."""
     hooked = [module for _, module in named_supported_modules(model)]
     ignored = [module for module in hooked if not any(module is owner for owner in owners.values())]
@@ -184,7 +184,7 @@ def _operations(
     with run_by_asdl as context:
         try:
             for name, module in owners.items():
-                operations.append(KeepOperation(name, module, parameters, examples))
+                operations.append(_KeepOperation(name, module, parameters, examples))
                 context.register_operation(module, operations[-1])
                 handles.append(module.register_forward_pre_hook(operations[-1].forward_pre_process))
                 handles.append(module.register_forward_hook(_without_view, prepend=True))

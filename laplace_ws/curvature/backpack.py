@@ -101,7 +101,7 @@ class BackpackLinearisation(Linearisation):
         parameters: Mapping[str, nn.Parameter],
         examples: Examples,
     ):
-        self.outputs = f.detach()
+        self.outputs: Tensor = f.detach()
         self._f = f
         self._leaves = [leaf for leaf, _ in live]
         # where no gradient goes further back: the backward pass may stop there
@@ -112,11 +112,11 @@ class BackpackLinearisation(Linearisation):
         for leaf, rows in live:
             with row_examples(rows):
                 pairs += [(use, leaf) for use in _uses(leaf, parameters, examples)]
-        self.uses = [use for use, _ in pairs]
+        self.uses: Sequence[Use] = [use for use, _ in pairs]
         self._users = [leaf for _, leaf in pairs]
         check_covered(self.uses, parameters)
         n_bytes = sum(stored_output(leaf).nbytes for leaf in self._leaves)
-        self.columns_at_once = max(1, COLUMN_BYTES // max(1, n_bytes))
+        self.columns_at_once: int = max(1, COLUMN_BYTES // max(1, n_bytes))
 
     def pullback(self, columns: Tensor) -> list[Tensor]:
         """See `Linearisation.pullback`."""

@@ -148,7 +148,9 @@ class Apply(nn.Module):
     def __init__(self, expression: Expression):
         super().__init__()
         self.expression = expression
-        self.slots = tuple(dict.fromkeys(leaf.name for leaf in expression.leaves() if isinstance(leaf, Slot)))
+        self.slots: tuple[str, ...] = tuple(
+            dict.fromkeys(leaf.name for leaf in expression.leaves() if isinstance(leaf, Slot))
+        )
         self.others: dict[str, Any] = {}  # in the current call, the values of slots that are not tensors
 
     def values(self, tensors: Sequence[Tensor]) -> dict[str, Any]:

@@ -383,7 +383,7 @@ READERS: dict[Callable[..., Any], Callable[..., list[Use]]] = {
 }
 """Readers by the function that a `TorchFunctionMode` reports."""
 
-IN_PLACE = {torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.sub_}
+IN_PLACE: set[Any] = {torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.sub_}
 """In-place calls."""
 OVERWRITES_INPUT = {torch.Tensor.mul_}
 """In-place calls whose reader needs the input as it was before."""

@@ -41,8 +41,9 @@ class LinearisationCheck:
     """
 
     def __init__(self, backend: Backend, model: nn.Module):
-        self.backend, self.model = backend, model
-        self.column_bytes_per_example = 0.0
+        self.backend = backend
+        self.model = model
+        self.column_bytes_per_example: float = 0.0
         self._parameters: Mapping[str, nn.Parameter] = {}
         self._anatomy: _Anatomy | None = None
         self._signatures: set[tuple[Any, ...]] = set()

@@ -82,13 +82,13 @@ class CurvatureSum:
             raise ValueError(f"mc_samples must be at least 1, got {mc_samples}.")
         self.model = model
         self.likelihood = likelihood
-        self.parameters = trainable_parameters(model)
-        self.accumulator = make_accumulator(self.parameters)
+        self.parameters: dict[str, nn.Parameter] = trainable_parameters(model)
+        self.accumulator: Accumulator = make_accumulator(self.parameters)
         self.curvature = curvature
         self.backend = backend
         self.mc_samples = mc_samples
-        self.generator = generator or default_generator(next(iter(self.parameters.values())).device)
-        self.totals = DataTotals()
+        self.generator: torch.Generator = generator or default_generator(next(iter(self.parameters.values())).device)
+        self.totals: DataTotals = DataTotals()
         self._check = check or LinearisationCheck(backend, model)
 
     def add_all(self, data: Data) -> None:

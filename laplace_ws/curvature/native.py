@@ -66,13 +66,13 @@ class NativeLinearisation(Linearisation):
     """Outputs of one forward pass, with the autograd graph behind them."""
 
     def __init__(self, f: Tensor, kept: Sequence[_Kept], differentiable: bool = False):
-        self.outputs = f if differentiable else f.detach()
-        self.uses = [use for use, _, _ in kept]
+        self.outputs: Tensor = f if differentiable else f.detach()
+        self.uses: Sequence[Use] = [use for use, _, _ in kept]
         self._f = f
         self._edges = [edge for _, edge, _ in kept]
         self._output_shapes = [shape for _, _, shape in kept]
         outputs = {(edge.node, edge.output_nr): shape.numel() for _, edge, shape in kept}
-        self.column_bytes = sum(outputs.values()) * f.element_size()
+        self.column_bytes: int = sum(outputs.values()) * f.element_size()
         self.columns_at_once = columns_in_memory(self.column_bytes, f.device)
         self._can_vectorise = True
         self._differentiable = differentiable
@@ -87,7 +87,7 @@ class NativeLinearisation(Linearisation):
                 return self._pull_in_parts(columns)
             except RuntimeError:  # an operation without a batching rule, such as a custom autograd function
                 self._can_vectorise = False
-                self.columns_at_once = 1
+                self.columns_at_once: int = 1
         if len(columns) > 1:
             return self._pull_in_parts(columns)
         return [g[None] for g in self._pull(columns[0])]

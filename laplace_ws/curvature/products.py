@@ -103,17 +103,17 @@ class CurvatureProducts:
                 "DataLoader or a list of batches."
             )
         self.model = model
-        self.likelihood = make_likelihood(likelihood)
+        self.likelihood: Likelihood = make_likelihood(likelihood)
         self.batches = batches
-        self.curvature = Curvature(curvature)
+        self.curvature: Curvature = Curvature(curvature)
         self.mc_samples = mc_samples
-        self.parameters = trainable_parameters(model)
+        self.parameters: dict[str, nn.Parameter] = trainable_parameters(model)
         parameters = list(self.parameters.values())
-        self.shapes = {name: p.shape for name, p in self.parameters.items()}
-        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
-        self.device = parameters[0].device
+        self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in self.parameters.items()}
+        self.dtype: torch.dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        self.device: torch.device = parameters[0].device
         self.totals: PassTotals | None = None
-        self.n_products = 0
+        self.n_products: int = 0
         self._sizes = [p.numel() for p in parameters]
         self._generator = generator or default_generator(self.device)
         self._first_draw = self._generator.get_state()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -90,7 +91,7 @@ class GraphBatch:
         """Where the tensors are."""
         return self.nodes.device
 
-    def to(self, *args, **kwargs) -> GraphBatch:
+    def to(self, *args: Any, **kwargs: Any) -> GraphBatch:
         """Move to a device, and the nodes to a type; see `Tensor.to`."""
         nodes = self.nodes.to(*args, **kwargs)
         return GraphBatch(nodes, self.edges.to(nodes.device), self.graph.to(nodes.device), self.n_graphs)

@@ -58,7 +58,7 @@ class TensorLoader:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         if drop_last and batch_size > len(x):
             raise ValueError(f"drop_last with batch_size={batch_size} leaves no batch of {len(x)} examples")
-        self.dataset = TensorDataset(x, y)
+        self.dataset: TensorDataset = TensorDataset(x, y)
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last

@@ -28,8 +28,8 @@ class Accumulator(ABC):
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]):
-        self.parameters = {name: at_least_float32(p.detach()) for name, p in parameters.items()}
-        self.shapes = {name: p.shape for name, p in parameters.items()}
+        self.parameters: dict[str, Tensor] = {name: at_least_float32(p.detach()) for name, p in parameters.items()}
+        self.shapes: Mapping[str, torch.Size] = {name: p.shape for name, p in parameters.items()}
         self._uses: Sequence[Use] = ()
         self._n_uses: Counter[str] = Counter()
         self._pieces: dict[str, list[Tensor]] = defaultdict(list)
@@ -118,7 +118,9 @@ class WeightAccumulator(Accumulator):
     def __init__(self, parameters: Mapping[str, Tensor], selection: Mapping[str, Int[Tensor, " D"]] | None = None):
         super().__init__(parameters)
         self._selection = selection or {}
-        self.shapes = self.shapes | {n: torch.Size([len(chosen)]) for n, chosen in self._selection.items()}
+        self.shapes: Mapping[str, torch.Size] = {**self.shapes} | {
+            n: torch.Size([len(chosen)]) for n, chosen in self._selection.items()
+        }
 
     def _piece(self, name: str, gradients: OutputGradients) -> Float[Tensor, "K N D"]:
         of_examples = gradients.of_examples(name)

@@ -55,16 +55,14 @@ def products_in(precision: FactorPrecision) -> Iterator[None]:
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    """Allow TF32 in matrix products; torch before 2.9 has a different switch for it, and mixing the two is an error."""
-    switch, on = (
-        ("fp32_precision", "tf32") if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ("allow_tf32", True)
-    )
-    before = getattr(torch.backends.cuda.matmul, switch)
-    setattr(torch.backends.cuda.matmul, switch, on)
+    """Allow TF32 in matrix products."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
     try:
         yield
     finally:
-        setattr(torch.backends.cuda.matmul, switch, before)
+        matmul.fp32_precision = before
 
 
 def _product(a: Float[Tensor, "*B C M"], b: Float[Tensor, "*B D M"]) -> Float[Tensor, "*B C D"]:

@@ -44,7 +44,7 @@ class KronAccumulator(Accumulator):
     ):
         super().__init__(parameters)
         self.approximations = approximations
-        self.factor_precision = factors.FactorPrecision(factor_precision)
+        self.factor_precision: factors.FactorPrecision = factors.FactorPrecision(factor_precision)
         self._sums: dict[str, _FactorSums] = {}
 
     def start_batch(self, uses: Sequence[Use], output_ndim: int) -> None:

@@ -155,8 +155,8 @@ class RegressionLikelihood(Likelihood):
     """
 
     is_regression = True
-    has_linear_mean = False
-    links = ()
+    has_linear_mean: bool = False
+    links: tuple[str, ...] = ()
 
     def predictive_nll(self, prediction: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
         """See `Likelihood.predictive_nll`; that of a Gaussian with the predicted moments."""

@@ -83,8 +83,8 @@ class Categorical(Likelihood):
 
     name = "classification"
     target_ndim = 0
-    links = ("probit", "mc", "bridge", "bridge_norm")
-    scores = ("nll", "ece", "brier")
+    links: tuple[str, ...] = ("probit", "mc", "bridge", "bridge_norm")
+    scores: tuple[str, ...] = ("nll", "ece", "brier")
 
     def __init__(self, ignore_index: int | None = None):
         self.ignore_index = ignore_index

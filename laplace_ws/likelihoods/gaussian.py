@@ -43,7 +43,7 @@ class Gaussian(RegressionLikelihood):
     def __init__(self, sigma_noise: float = 1.0, output_scales: Sequence[float] | Tensor | None = None):
         if not sigma_noise > 0:
             raise ValueError(f"sigma_noise must be positive, got {sigma_noise}.")
-        self.sigma_noise = float(sigma_noise)
+        self.sigma_noise: float = float(sigma_noise)
         self.output_scales: tuple[float, ...] | None = None
         if output_scales is not None:
             self.output_scales = tuple(float(scale) for scale in output_scales)

@@ -76,16 +76,20 @@ class Hyperparameters(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.hyper_optimizer = HyperOptimizer(hyper_optimizer)
+        self.hyper_optimizer: HyperOptimizer = HyperOptimizer(hyper_optimizer)
         is_adam = self.hyper_optimizer is HyperOptimizer.ADAM
         if tune_temperature and not is_adam:
             raise ValueError(
                 f'tune_temperature needs hyper_optimizer="adam": "{self.hyper_optimizer.value}" has no closed form for it'
             )
         self.groups = groups
-        self.index = groups.index.to(device)
-        self.lr = float(lr)  # numpy's would go into Adam's state, and no checkpoint with it could be read back
-        self.starts = {"prior_precision": prior_precision, "sigma_noise": sigma_noise, "temperature": temperature}
+        self.index: Tensor = groups.index.to(device)
+        self.lr: float = float(lr)  # numpy's would go into Adam's state, and no checkpoint with it could be read back
+        self.starts: dict[str, float] = {
+            "prior_precision": prior_precision,
+            "sigma_noise": sigma_noise,
+            "temperature": temperature,
+        }
         tuned = {"prior_precision": tune_prior, "sigma_noise": tune_sigma, "temperature": tune_temperature}
         for name, start in self.starts.items():
             if not (math.isfinite(start) and start > 0):
@@ -95,9 +99,11 @@ class Hyperparameters(nn.Module):
             if name == "prior_precision" and ELEMENTWISE in groups.names and len(groups.names) > 1:
                 value[groups.names.index(ELEMENTWISE)] = math.log(ELEMENTWISE_START)
             self.register_parameter(f"log_{name}", nn.Parameter(value, requires_grad=tuned[name]))
-        self.tuned_names = [name for name, is_tuned in tuned.items() if is_tuned]
-        self.tuned = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.tuned, lr=self.lr, maximize=True) if self.tuned and is_adam else None
+        self.tuned_names: list[str] = [name for name, is_tuned in tuned.items() if is_tuned]
+        self.tuned: list[nn.Parameter] = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer: torch.optim.Adam | None = (
+            torch.optim.Adam(self.tuned, lr=self.lr, maximize=True) if self.tuned and is_adam else None
+        )
         self.reported: list[str] = []
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -37,14 +37,16 @@ class PriorGradient:
     def __init__(
         self, parameters: Sequence[nn.Parameter], prior_precision: Tensor, *, n_data: int, scale: float = 1.0
     ) -> None:
-        self.parameters = list(parameters)
+        self.parameters: list[nn.Parameter] = list(parameters)
         self.n_data = n_data
         self.scale = scale
-        self.prior_precisions = split_by_parameter(prior_precision.detach(), self.parameters)
+        self.prior_precisions: list[Tensor] = split_by_parameter(prior_precision.detach(), self.parameters)
         coefficients = [delta * (scale / n_data) for delta in self.prior_precisions]
-        self.one_per_tensor = all(c.ndim == 0 for c in coefficients)
-        self.scalars = torch.stack(coefficients).tolist() if self.one_per_tensor else []
-        self.tensors = [] if self.one_per_tensor else [c.to(p) for c, p in zip(coefficients, parameters, strict=True)]
+        self.one_per_tensor: bool = all(c.ndim == 0 for c in coefficients)
+        self.scalars: list[float] = torch.stack(coefficients).tolist() if self.one_per_tensor else []
+        self.tensors: list[Tensor] = (
+            [] if self.one_per_tensor else [c.to(p) for c, p in zip(coefficients, parameters, strict=True)]
+        )
 
     @torch.no_grad()
     def add_(self) -> None:

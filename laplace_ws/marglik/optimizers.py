@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from laplace_ws.marglik.plain import unwrapped
 
-SGD_DEFAULTS = {"lr": 0.03, "momentum": 0.9, "nesterov": True}
+SGD_DEFAULTS: dict[str, Any] = {"lr": 0.03, "momentum": 0.9, "nesterov": True}
 
 
 def make_optimizer(

@@ -15,10 +15,11 @@ import torch
 from tqdm import tqdm
 
 from laplace_ws.curvature.backend import trainable_parameters
-from laplace_ws.curvature.batches import Batches
+from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.inputs import call_model
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.kfac.uses import at_least_float32
+from laplace_ws.likelihoods import Likelihood
 from laplace_ws.marglik.accuracy import n_correct
 from laplace_ws.marglik.checkpoint import (
     check_settings,
@@ -79,20 +80,21 @@ class Trainer:
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
-        self.model, self.likelihood = self.la.model, self.la.likelihood
-        self.named_parameters = list(trainable_parameters(self.model).items())
-        self.parameters = [p for _, p in self.named_parameters]
-        self.loader = self.batches.loader
-        self.n_data = self.facts.n_data
-        self.device = self.parameters[0].device
+        self.model: torch.nn.Module = self.la.model
+        self.likelihood: Likelihood = self.la.likelihood
+        self.named_parameters: list[tuple[str, torch.nn.Parameter]] = list(trainable_parameters(self.model).items())
+        self.parameters: list[torch.nn.Parameter] = [p for _, p in self.named_parameters]
+        self.loader: Data = self.batches.loader
+        self.n_data: int = self.facts.n_data
+        self.device: torch.device = self.parameters[0].device
         lr = max(float(g.get("initial_lr", g["lr"])) for g in self.optimizer.param_groups)
-        self.stiffness = self.n_data / lr if lr > 0 else math.inf
-        self.keeps_last = "temperature" in self.hyper.tuned_names
-        self.subset_generator = torch.Generator().manual_seed(self.la.generator.initial_seed())
+        self.stiffness: float = self.n_data / lr if lr > 0 else math.inf
+        self.keeps_last: bool = "temperature" in self.hyper.tuned_names
+        self.subset_generator: torch.Generator = torch.Generator().manual_seed(self.la.generator.initial_seed())
         shuffler = getattr(self.loader, "generator", None)
-        self.generators = [self.la.generator, self.subset_generator]
+        self.generators: list[torch.Generator] = [self.la.generator, self.subset_generator]
         self.generators += [shuffler] if isinstance(shuffler, torch.Generator) else []
-        self.progress = Progress()
+        self.progress: Progress = Progress()
         self.hyper.assign_to(self.la)
 
     def run(self) -> MarglikResult:

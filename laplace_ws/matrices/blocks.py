@@ -52,8 +52,8 @@ class BlockMatrix(CurvatureMatrix, Mapping[str, B], Generic[B]):
     """A mapping from parameter name to its block, and the algebra of their direct sum."""
 
     def __init__(self, blocks: Mapping[str, B]):
-        self.blocks = dict(blocks)
-        self.shapes = {name: block.shape for name, block in self.blocks.items()}
+        self.blocks: dict[str, B] = dict(blocks)
+        self.shapes: Mapping[str, torch.Size] = {name: block.shape for name, block in self.blocks.items()}
 
     def __getitem__(self, name: str) -> B:
         return self.blocks[name]

@@ -26,7 +26,7 @@ class Dense(CurvatureMatrix):
     is_separable = False
 
     def __init__(self, shapes: Mapping[str, torch.Size], matrix: Float[Tensor, "P P"]):
-        self.shapes = dict(shapes)
+        self.shapes: Mapping[str, torch.Size] = dict(shapes)
         self.matrix = matrix
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 

@@ -23,7 +23,7 @@ class Diag(CurvatureMatrix):
     """
 
     def __init__(self, shapes: Mapping[str, torch.Size], values: Float[Tensor, " P"]):
-        self.shapes = dict(shapes)
+        self.shapes: Mapping[str, torch.Size] = dict(shapes)
         self.values = values
 
     def __add__(self, other: CurvatureMatrix) -> Diag:

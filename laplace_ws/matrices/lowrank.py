@@ -38,7 +38,7 @@ class LowRank(CurvatureMatrix):
     is_separable = False
 
     def __init__(self, shapes: Mapping[str, torch.Size], vectors: Float[Tensor, "P k"], values: Float[Tensor, " k"]):
-        self.shapes = dict(shapes)
+        self.shapes: Mapping[str, torch.Size] = dict(shapes)
         self.vectors = vectors
         self.values = values
         if vectors.shape != (self.n_params, len(values)):

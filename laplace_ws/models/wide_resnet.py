@@ -75,11 +75,11 @@ class WideResNet(nn.Module):
                 blocks.append(ResidualBlock(channels, out_channels, stride, norm))
                 channels = out_channels
 
-        self.stem = _conv(in_channels, _STEM_CHANNELS, 3, 1, norm)
-        self.blocks = nn.Sequential(*blocks)
-        self.pre_pool = _pre_activation(channels, norm)
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.classifier = nn.Linear(channels, n_classes)
+        self.stem: nn.Conv2d = _conv(in_channels, _STEM_CHANNELS, 3, 1, norm)
+        self.blocks: nn.Sequential = nn.Sequential(*blocks)
+        self.pre_pool: nn.Sequential = _pre_activation(channels, norm)
+        self.pool: nn.Sequential = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier: nn.Linear = nn.Linear(channels, n_classes)
         self._initialise(norm)
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
@@ -109,13 +109,13 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
-        self.pre1 = _pre_activation(in_channels, norm)
-        self.conv1 = _conv(in_channels, out_channels, 3, stride, norm)
-        self.pre2 = _pre_activation(out_channels, norm)
-        self.conv2 = _conv(out_channels, out_channels, 3, 1, norm)
-        self.scale = Scale() if norm is Norm.FIXUP else nn.Identity()
+        self.pre1: nn.Sequential = _pre_activation(in_channels, norm)
+        self.conv1: nn.Conv2d = _conv(in_channels, out_channels, 3, stride, norm)
+        self.pre2: nn.Sequential = _pre_activation(out_channels, norm)
+        self.conv2: nn.Conv2d = _conv(out_channels, out_channels, 3, 1, norm)
+        self.scale: Scale | nn.Identity = Scale() if norm is Norm.FIXUP else nn.Identity()
         same = in_channels == out_channels and stride == 1
-        self.shortcut = None if same else _conv(in_channels, out_channels, 1, stride, norm)
+        self.shortcut: nn.Conv2d | None = None if same else _conv(in_channels, out_channels, 1, stride, norm)
 
     def forward(self, x: Float[Tensor, "N I H W"]) -> Float[Tensor, "N O h w"]:
         """Identity plus branch."""

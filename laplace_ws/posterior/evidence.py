@@ -55,12 +55,14 @@ class Evidence:
     """
 
     def __init__(self, fit: Fit, prior: Prior, groups: PriorGroups) -> None:
-        self.fit, self.prior, self.groups = fit, prior, groups
-        self.index = groups.index.to(fit.mean.device)
+        self.fit = fit
+        self.prior = prior
+        self.groups = groups
+        self.index: Tensor = groups.index.to(fit.mean.device)
         n_groups = len(groups.names)
         squares = prior.squared_deviation(fit.mean, per_weight=len(self.index) != len(prior.shapes))
-        self.square_sums = squares.new_zeros(n_groups).index_add_(0, self.index, squares)
-        self.is_separate = fit.H.is_separable or n_groups == 1
+        self.square_sums: Tensor = squares.new_zeros(n_groups).index_add_(0, self.index, squares)
+        self.is_separate: bool = fit.H.is_separable or n_groups == 1
 
     def value(self, log_delta: Float[Tensor, " G"], log_sigma: float) -> float:
         """Log marginal likelihood in nats."""

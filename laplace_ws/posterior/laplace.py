@@ -31,7 +31,7 @@ from laplace_ws.posterior.precision import PosteriorPrecision
 from laplace_ws.posterior.predict import PredictionOptions, Predictor, PredType
 from laplace_ws.posterior.predictive import Predictive
 from laplace_ws.posterior.prior import Prior
-from laplace_ws.posterior.structure import Problem, make_structure
+from laplace_ws.posterior.structure import Problem, Structure, make_structure
 from laplace_ws.posterior.subset import WeightSubset, make_subset
 from laplace_ws.posterior.tune import Method, TuningOptions, tuned_prior
 
@@ -123,16 +123,16 @@ class Laplace(Predictive):
             )
         is_guess = subset_of_weights == "last_layer" and last_layer_name is None
         among: frozenset[str] = frozenset(trainable_parameters(model) if is_guess else ())
-        self.network = Network(model, subset, make_backend(backend), BatchKeys(dict_key_x, dict_key_y), among)
-        self.structure = structure.bound(self.parameter_names)
-        self._likelihood = make_likelihood(likelihood)
-        self.curvature = Curvature(curvature)
+        self.network: Network = Network(model, subset, make_backend(backend), BatchKeys(dict_key_x, dict_key_y), among)
+        self.structure: Structure = structure.bound(self.parameter_names)
+        self._likelihood: Likelihood = make_likelihood(likelihood)
+        self.curvature: Curvature = Curvature(curvature)
         self.mc_samples = mc_samples
         weights = self.network.flat_weights()
-        self.generator = generator or default_generator(weights.device)
+        self.generator: torch.Generator = generator or default_generator(weights.device)
         self.memory_budget = memory_budget
         self.class_names = None if class_names is None else tuple(class_names)
-        self.prior = Prior.of(
+        self.prior: Prior = Prior.of(
             self.shapes,
             self._likelihood,
             self.structure,

@@ -15,15 +15,15 @@ from laplace_ws.likelihoods import Likelihood, likelihood_from_state
 from laplace_ws.posterior import files
 from laplace_ws.posterior.laplace import Laplace
 
-KronLaplace = functools.partial(Laplace, hessian_structure="kron")
+KronLaplace: functools.partial[Laplace] = functools.partial(Laplace, hessian_structure="kron")
 """`Laplace` with Kronecker factors, by its name in laplace-torch."""
-EkfacLaplace = functools.partial(Laplace, hessian_structure="ekfac")
+EkfacLaplace: functools.partial[Laplace] = functools.partial(Laplace, hessian_structure="ekfac")
 """`Laplace` with eigenvalue-corrected Kronecker factors."""
-DiagLaplace = functools.partial(Laplace, hessian_structure="diag")
+DiagLaplace: functools.partial[Laplace] = functools.partial(Laplace, hessian_structure="diag")
 """`Laplace` with a diagonal curvature, by its name in laplace-torch."""
-FullLaplace = functools.partial(Laplace, hessian_structure="full")
+FullLaplace: functools.partial[Laplace] = functools.partial(Laplace, hessian_structure="full")
 """`Laplace` with the full curvature, by its name in laplace-torch."""
-LowRankLaplace = functools.partial(Laplace, hessian_structure="lowrank")
+LowRankLaplace: functools.partial[Laplace] = functools.partial(Laplace, hessian_structure="lowrank")
 """`Laplace` with the leading eigenpairs of the curvature, by its name in laplace-torch."""
 
 
