@@ -122,7 +122,7 @@ def test_examples_of_rows_that_the_model_declares():
             self.node, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
 
         def forward(self, x):
-            example = torch.tensor([0, 0, 0, 1], device=x.device)
+            example = torch.tensor([0, 0, 0, 1]).to(x.device)
             with row_examples(example):
                 h = self.node(x.flatten(0, 1)).tanh()
             return self.head(h.new_zeros(2, 4).index_add(0, example, h))
