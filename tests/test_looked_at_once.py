@@ -179,9 +179,12 @@ def test_what_mixes_examples_later_is_refused(change, then):
         la(train[0][0]) if then == "predict" else la.fit(train, recheck=False)
 
 
-def test_one_weight_that_is_written_past_torch_is_seen():
-    model, train = network(), data()
-    la = Laplace(model, "classification")
+@pytest.mark.parametrize(
+    "width", [4, 40_000]
+)  # a small tensor, and one of which a part would be looked at if it were frozen
+def test_one_covered_weight_that_is_written_past_torch_is_seen(width):
+    model, train = double(nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 3))), data()
+    la = Laplace(model, "classification", hessian_structure="diag")
     la.fit(train)
     la(train[0][0])
     model[0].weight.data[1, 2] += 1

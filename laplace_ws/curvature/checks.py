@@ -37,7 +37,8 @@ class LinearisationCheck:
         model: the network.
 
     Attributes:
-        column_bytes_per_example: bytes that a column takes per example at the outputs of all uses, as measured by the last check.
+        column_bytes_per_example: bytes that a column takes per example at the outputs of all uses, as measured on the largest examples
+            that were checked.
     """
 
     def __init__(self, backend: Backend, model: nn.Module):
@@ -84,9 +85,9 @@ class LinearisationCheck:
         """Check a batch, see `check_linearisation`; returns its uses and its outputs."""
         uses, f, column_bytes = check_linearisation(self.backend, self.model, x, self._parameters)
         self._signatures.add(_signature(uses))
-        self.column_bytes_per_example = column_bytes / len(x)
         self._most_examples = max(self._most_examples, min(len(x), N_PROBED))
-        self._largest_example = _example_size(x)
+        if (size := _example_size(x)) >= self._largest_example:
+            self._largest_example, self.column_bytes_per_example = size, column_bytes / len(x)
         return uses, f
 
     def n_parts(self, n_examples: int, device: torch.device) -> int:

@@ -59,9 +59,10 @@ def check_covered_weights(
 ) -> None:
     """Raise `ValueError` unless the covered weights of a model are those of a fit, to the rounding of float32."""
     sizes = [shape.numel() for shape in shapes.values()]
-    for name, weights, expected in zip(shapes, found.to(mean).split(sizes), mean.split(sizes), strict=True):
-        difference = (weights - expected).abs().max().item()
-        if not difference <= 1e-6 * expected.abs().max().item():
+    pairs = zip(found.to(mean).split(sizes), mean.split(sizes), strict=True)
+    largest = torch.stack([torch.stack([(w - m).abs().max(), m.abs().max()]) for w, m in pairs]).tolist()
+    for name, (difference, size) in zip(shapes, largest, strict=True):
+        if not difference <= 1e-6 * size:
             raise ValueError(
                 f"the model's weights are not those of the fit ({name!r} differs by up to {difference:.3g}); put them back by load_mean(), "
                 "or fit anew."
@@ -70,7 +71,7 @@ def check_covered_weights(
 
 @dataclass(frozen=True)
 class StateVersion:
-    """What reveals, without a full read, that a model's parameters and buffers may have changed.
+    """What reveals, without a full read, that what a posterior does not cover may have changed.
 
     Attributes:
         writes: of each tensor, which one it is and how often it was written.
@@ -83,9 +84,10 @@ class StateVersion:
     held: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, model: nn.Module) -> StateVersion:
+    def of(cls, model: nn.Module, subset: WeightSubset) -> StateVersion:
         """The state of a model as it is."""
-        tensors = (*model.parameters(), *model.buffers())
+        whole = {id(p) for name, p in subset.parameters(model).items() if name not in subset.selection}
+        tensors = tuple(t for t in (*model.parameters(), *model.buffers()) if id(t) not in whole)
         writes = tuple((id(t), None if t.is_inference() else t._version, t.shape) for t in tensors)
         with torch.no_grad():
             parts = [_entries(t.detach()).double() for t in tensors if t.numel()]

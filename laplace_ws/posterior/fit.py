@@ -142,14 +142,14 @@ def fit_posterior(
 def check_network(network: Network, fit: Fit) -> None:
     """Raise `ValueError` unless the model is that of a fit: the covered weights to the rounding of float32, all else by its fingerprint.
 
-    The tensors are read in full only where something may have been written since the last check.
+    What is not covered, which may be a large frozen base, is read in full only where something may have been written since the last check.
     """
-    version = StateVersion.of(network.model)
+    check_covered_weights(network.flat_weights(), fit.mean, network.shapes)
+    version = StateVersion.of(network.model, network.subset)
     if network.verified is not None:
         known, known_version = network.verified
         if known is fit and version.equals(known_version):
             return
-    check_covered_weights(network.flat_weights(), fit.mean, network.shapes)
     fit.fingerprint.check(network.model, network.subset)
     network.verified = fit, version
 

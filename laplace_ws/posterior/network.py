@@ -39,7 +39,7 @@ class Network:
         keys: names of the entries of batches that are mappings.
         last_layer_among: parameters among which those of the last layer were guessed; empty where they were named.
         check: checks the backend against autograd, once for each way in which the model uses the weights.
-        verified: the fit whose model this was last found to be, and the record of its state then; see `fit.check_network`.
+        verified: the fit whose fingerprint the model last had, and the record of its state then; see `fit.check_network`.
     """
 
     model: nn.Module
@@ -63,11 +63,6 @@ class Network:
     def n_params(self) -> int:
         """P, the number of covered weights."""
         return sum(shape.numel() for shape in self.shapes.values())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the first covered parameter."""
-        return next(iter(self.parameters().values())).dtype
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are covered in part or in whole."""

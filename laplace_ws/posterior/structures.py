@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import evaluation_mode
@@ -55,6 +54,10 @@ class FactorOptions:
         """The sums of the factors of a bound structure."""
         return KronAccumulator(parameters, self._by_parameter, self.factor_precision)
 
+    def check(self, problem: Problem, x: ModelInputs) -> None:
+        """See `Structure.check`."""
+        problem.check(x, self.accumulator)
+
     @property
     def _by_parameter(self) -> Mapping[str, KfacApprox]:
         assert isinstance(self.kfac_approx, Mapping), "bound(parameter_names) comes first"
@@ -73,10 +76,6 @@ class KronStructure(FactorOptions, Structure):
     def curvature(self, problem: Problem, batches: Batches, before: CurvatureMatrix | None) -> DataCurvature:
         """See `Structure.curvature`."""
         return problem.accumulate(batches, self.accumulator)
-
-    def check(self, problem: Problem, x: ModelInputs) -> None:
-        """See `Structure.check`."""
-        problem.check(x, self.accumulator)
 
 
 @register_structure
@@ -101,55 +100,49 @@ class EkfacStructure(FactorOptions, Structure):
         bases = {name: block.basis for name, block in factors.items()}
         return problem.accumulate(batches, lambda parameters: EkfacAccumulator(parameters, bases))
 
+
+class WeightSums:
+    """What structures share that sum up gradients weight by weight, over all weights of a parameter or over some.
+
+    Attributes:
+        accumulator: the sums.
+    """
+
+    accumulator: ClassVar[type[DiagAccumulator | DenseAccumulator]]
+    covers_single_weights = True
+
+    def curvature(self, problem: Problem, batches: Batches, before: CurvatureMatrix | None) -> DataCurvature:
+        """See `Structure.curvature`."""
+        return problem.accumulate(batches, lambda p: self.accumulator(p, problem.network.subset.selection))
+
     def check(self, problem: Problem, x: ModelInputs) -> None:
         """See `Structure.check`."""
-        problem.check(x, self.accumulator)
+        problem.check(x, lambda p: self.accumulator(p, problem.network.subset.selection))
+
+    def posterior_precision(self, precision: PosteriorPrecision) -> Tensor:
+        """H/τ + Δ in float64: its diagonal `[P]`, or the whole of it `[P, P]`."""
+        assert isinstance(precision.H, (Diag, Dense))
+        return precision.H.damped(precision.scale, precision.delta)
 
 
 @register_structure
 @dataclass(frozen=True)
-class DiagStructure(Structure):
+class DiagStructure(WeightSums, Structure):
     """Diagonal: all weights are independent."""
 
     name = "diag"
     matrix = Diag
-    covers_single_weights = True
-
-    def curvature(self, problem: Problem, batches: Batches, before: CurvatureMatrix | None) -> DataCurvature:
-        """See `Structure.curvature`."""
-        return problem.accumulate(batches, lambda p: DiagAccumulator(p, problem.network.subset.selection))
-
-    def check(self, problem: Problem, x: ModelInputs) -> None:
-        """See `Structure.check`."""
-        problem.check(x, DiagAccumulator)
-
-    def posterior_precision(self, precision: PosteriorPrecision) -> Float[Tensor, " P"]:
-        """The diagonal of H/τ + Δ, float64."""
-        assert isinstance(precision.H, Diag)
-        return precision.H.damped(precision.scale, precision.delta)
+    accumulator = DiagAccumulator
 
 
 @register_structure
 @dataclass(frozen=True)
-class FullStructure(Structure):
-    """The full matrix with all covariances, for small models."""
+class FullStructure(WeightSums, Structure):
+    """All covariances, for small models."""
 
     name = "full"
     matrix = Dense
-    covers_single_weights = True
-
-    def curvature(self, problem: Problem, batches: Batches, before: CurvatureMatrix | None) -> DataCurvature:
-        """See `Structure.curvature`."""
-        return problem.accumulate(batches, lambda p: DenseAccumulator(p, problem.network.subset.selection))
-
-    def check(self, problem: Problem, x: ModelInputs) -> None:
-        """See `Structure.check`."""
-        problem.check(x, lambda p: DenseAccumulator(p, problem.network.subset.selection))
-
-    def posterior_precision(self, precision: PosteriorPrecision) -> Float[Tensor, "P P"]:
-        """H/τ + Δ, float64."""
-        assert isinstance(precision.H, Dense)
-        return precision.H.damped(precision.scale, precision.delta)
+    accumulator = DenseAccumulator
 
 
 @register_structure
