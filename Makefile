@@ -14,7 +14,7 @@ FAST := tests/test_registration.py tests/test_looked_at_once.py tests/test_archi
 	tests/curvature/test_kron_exactness.py tests/curvature/test_native.py tests/posterior/test_posterior.py tests/posterior/test_newton.py \
 	tests/marglik/test_objective.py tests/marglik/test_checkpoint.py
 
-.PHONY: demo test test-fast test-device test-matrix lint types format dist docs architecture clean
+.PHONY: demo test test-fast test-hard test-device test-matrix lint types format dist docs architecture clean
 
 demo: $(VENV)/.installed
 	$(BIN)/laplace-ws train --config configs/demo.yaml
@@ -24,6 +24,10 @@ test: $(VENV)/.installed-test
 
 test-fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 $(FAST)
+
+# Kills, damaged files, full disks and threads, ten times as often as `make test` tries them; docs/reliability.md has the result.
+test-hard: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --hard -n 2 tests/hard
 
 # All tests on each of these, with the oldest and the newest torch: hours, and several GB at a time.
 PYTHONS ?= python3.10 python3.13

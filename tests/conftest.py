@@ -14,6 +14,7 @@ ON_THE_CPU = {
     "calibration": "a command, which chooses its device by its configuration",
     "data": "files and pictures, which are read on the CPU",
     "experiments": "programs, which run in processes of their own",
+    "hard": "files, processes and threads",
     "report": "pages and pictures",
     "selection": "a command, which chooses its device by its configuration",
     "test_cli.py": "commands, which choose their device by their configuration",
@@ -35,6 +36,11 @@ def pytest_addoption(parser):
         default=1,
         metavar="N",
         help="run each test with the first, and then every N-th, of its sets of parameters: a cross-section in little time",
+    )
+    parser.addoption(
+        "--hard",
+        action="store_true",
+        help="repeat the attacks of tests/hard as often as docs/reliability.md reports; a tenth of it otherwise",
     )
 
 
@@ -91,6 +97,12 @@ def pytest_make_collect_report(collector):
 def pytest_runtest_protocol(item, nextitem):
     with placed_for(item):
         return (yield)
+
+
+@pytest.fixture
+def attacks(request):
+    """How often to attack: what is asked for with `--hard`, a tenth of it otherwise."""
+    return lambda n: n if request.config.getoption("hard") else max(1, n // 10)
 
 
 @pytest.fixture(autouse=True)
