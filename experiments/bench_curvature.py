@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import sys
 
-from bench_curvature.command import main
+from laplace_ws.interrupts import quiet_imports
+
+with quiet_imports("bench_curvature.py"):
+    from bench_curvature.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from laplace_ws._version import __version__
 from laplace_ws.errors import InputError
+from laplace_ws.interrupts import INTERRUPTED, Terminated, asked_to_end
 from laplace_ws.marglik.schedule import TrainingDiverged
 from laplace_ws.options import Options, UnknownKeyError, instantiated
 from laplace_ws.registry import unknown_name
@@ -23,43 +24,46 @@ if TYPE_CHECKING:
     from laplace_ws.experiment.config import RunConfig
     from laplace_ws.selection import SelectConfig
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+NAME = "laplace-ws"
+OK, FAILED, USAGE = 0, 1, 2
 
 
-def train(config: RunConfig, *, resume: bool) -> int:
+def train(config: RunConfig, *, resume: bool, overwrite: bool) -> int:
     """Run `laplace-ws train`; returns the exit status."""
     from laplace_ws.experiment.folder import summary_table
     from laplace_ws.experiment.run import run_experiment
     from laplace_ws.report import write_report
 
-    folder, result = run_experiment(config, resume=resume)
+    folder, result = run_experiment(config, resume=resume, overwrite=overwrite)
     print(summary_table(result))
     print(f"report: {write_report(folder)}" if config.report else f"summary: {folder / 'summary.json'}")
     return OK
 
 
-def select(config: SelectConfig, *, resume: bool) -> int:
+def select(config: SelectConfig, *, resume: bool, overwrite: bool) -> int:
     """Run `laplace-ws select`; returns the exit status, that of a failed training where a candidate diverged."""
     from laplace_ws.report.selection_page import write_selection_page
     from laplace_ws.selection import run_selection, selection_table
 
-    selection = run_selection(config, resume=resume)
+    selection = run_selection(config, resume=resume, overwrite=overwrite)
     print(selection_table(selection))
     folder = config.folder
     print(f"report: {write_selection_page(folder)}" if config.report else f"ranking: {folder / 'select.json'}")
     return FAILED if selection.failed else OK
 
 
-def calibrate(config: CalibrateConfig) -> int:
+def calibrate(config: CalibrateConfig, *, overwrite: bool) -> int:
     """Run `laplace-ws calibrate`; returns the exit status."""
     from laplace_ws.calibration import as_text, output_folder, run_calibration, write_result
+    from laplace_ws.experiment.lock import sole_writer
     from laplace_ws.report.calibration_page import write_calibration_report
 
-    folder = output_folder(config)
-    result = run_calibration(config)
-    print(as_text(result.methods))
-    print(f"result: {write_result(result, folder)}")
-    print(f"report: {write_calibration_report(result, folder)}")
+    folder = output_folder(config, overwrite=overwrite)
+    with sole_writer(folder):
+        result = run_calibration(config)
+        print(as_text(result.methods))
+        print(f"result: {write_result(result, folder)}")
+        print(f"report: {write_calibration_report(result, folder)}")
     return OK
 
 
@@ -105,23 +109,28 @@ class Command:
         return Options(pkgutil.resolve_name(self.config), self.flags, self.as_positional)
 
 
+_REPLACE = "replace results that are in the folder already"
 COMMANDS = {
     "train": Command(
         train,
         "laplace_ws.experiment.config:RunConfig",
         "train a network and tune its prior precisions",
-        {"resume": "go on from the run folder's checkpoints"},
+        {"resume": "go on from the run folder's checkpoints", "overwrite": f"{_REPLACE} when this one has finished"},
     ),
     "select": Command(
         select,
         "laplace_ws.selection:SelectConfig",
         "train or load several models and rank them by log marginal likelihood",
-        {"resume": "keep finished candidates and go on with the others"},
+        {
+            "resume": "keep finished candidates and go on with the others",
+            "overwrite": f"{_REPLACE} when this one has finished",
+        },
     ),
     "calibrate": Command(
         calibrate,
         "laplace_ws.calibration:CalibrateConfig",
         "score a trained network's probabilities beside those of Laplace posteriors",
+        {"overwrite": _REPLACE},
     ),
     "report": Command(
         report, "laplace_ws.cli:ReportConfig", "write report.html anew from a run folder", as_positional=True
@@ -139,7 +148,7 @@ def parse(args: Sequence[str]) -> tuple[Command, Any, dict[str, bool]]:
         SystemExit: the arguments ask for help or the version, which is printed.
     """
     parser = ArgumentParser(
-        prog="laplace-ws",
+        prog=NAME,
         description="Laplace approximations and marginal likelihoods of networks with weight sharing.",
         version=__version__,
         exit_on_error=False,
@@ -173,9 +182,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     kept = "nothing was written"
     if args and args[0] in COMMANDS and "resume" in COMMANDS[args[0]].flags:
-        again = shlex.join([sys.argv[0], *[arg for arg in args if arg != "--resume"], "--resume"])
+        again = shlex.join([*called(), *[arg for arg in args if arg not in ("--resume", "--overwrite")], "--resume"])
         kept = f"this goes on from the last checkpoint, if there is one:\n  {again}"
-    return exit_status(run, "laplace-ws", kept)
+    return exit_status(run, NAME, kept)
+
+
+def called() -> list[str]:
+    """How this program was called, without its arguments."""
+    path = Path(sys.argv[0])
+    return ["python", "-m", "laplace_ws"] if path.name == "__main__.py" else [str(path)]
 
 
 def exit_status(run: Callable[[], int], name: str, kept: str) -> int:
@@ -187,12 +202,16 @@ def exit_status(run: Callable[[], int], name: str, kept: str) -> int:
         kept: what remains of the work when it is interrupted.
     """
     try:
-        return run()
+        with asked_to_end():
+            return run()
     except SystemExit as done:  # help and version were printed
         return int(done.code or OK)
     except (InputError, ArgumentError, OSError, TrainingDiverged) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED if isinstance(error, TrainingDiverged) else USAGE
+    except Terminated as end:
+        print(f"\n{name}: asked to end; {kept}", file=sys.stderr)
+        return end.status
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; {kept}", file=sys.stderr)
         return INTERRUPTED

@@ -132,29 +132,22 @@ def test_side_by_side_equals_in_order(finished, tmp_path):
     assert results(tmp_path / "tiny") == results(finished)
 
 
-def test_a_finished_run_is_replaced_whole(config_file, tmp_path):
+def test_a_finished_run_is_replaced_whole_when_told_to(config_file, tmp_path, capsys):
     folder = tmp_path / "runs" / "tiny"
     assert main(["train", "--config", str(config_file)]) == 0
     before = results(folder)
-    assert (
-        main(
-            [
-                "train",
-                "--config",
-                str(config_file),
-                "--marglik.n_epochs",
-                "3",
-                "--baselines.fixed_prior_precisions",
-                "[]",
-            ]
-        )
-        == 0
-    )
+    smaller = ["--marglik.n_epochs", "3", "--baselines.fixed_prior_precisions", "[]"]
+    assert main(["train", "--config", str(config_file), *smaller]) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert results(folder) == before
+    assert main(["train", "--config", str(config_file), *smaller, "--overwrite"]) == 0
     lines, summary = results(folder)
     assert len(lines) == 3
     assert summary["fixed"] == {}
     assert (lines, summary) != before
-    assert not list(folder.glob("checkpoint-*.pt"))
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["checkpoint.pt", "config.json", "metrics.jsonl", "summary.json"]
+    )
 
 
 def test_resume_after_an_interrupt_gives_the_same_files(config_file, finished, tmp_path, monkeypatch, capsys):

@@ -12,9 +12,10 @@ from bench_curvature.files import check_places, load_result, render, write_resul
 from bench_curvature.run import run_bench
 from bench_curvature.tables import Result, as_markdown
 from laplace_ws.cli import OK, exit_status
+from laplace_ws.experiment.lock import sole_writer
 from laplace_ws.options import Options
 
-NAME = "bench_curvature.py"
+NAME, OVERWRITE = "bench_curvature.py", "overwrite"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def parse(args: Sequence[str]) -> BenchConfig:
         "Measure the cost of curvature, ours and other libraries', in units of a training step; "
         f"'{NAME} render --help' says how to print the tables of a measured benchmark."
     )
-    return Options(BenchConfig).read(args, prog=NAME, description=description)
+    flags = {OVERWRITE: "replace the results of this name that are in the folder already"}
+    return Options(BenchConfig, flags).read(args, prog=NAME, description=description)
 
 
 def measure(args: Sequence[str]) -> int:
@@ -44,9 +46,10 @@ def measure(args: Sequence[str]) -> int:
     config = parse(args)
     folder, docs = Path(config.out), None if config.docs is None else Path(config.docs)
     check_config(config)
-    check_places(folder, docs, config.name)
-    result = run_bench(config)
-    print_result(result, write_result(result, folder, docs))
+    check_places(folder, docs, config.name, overwrite=f"--{OVERWRITE}" in args)
+    with sole_writer(folder):
+        result = run_bench(config)
+        print_result(result, write_result(result, folder, docs))
     return OK
 
 

@@ -9,16 +9,18 @@ from bench_curvature.config import BenchError
 from bench_curvature.figures import pictures
 from bench_curvature.run import FORMAT_VERSION
 from bench_curvature.tables import Result, as_markdown, check_markers, write_between_markers
-from laplace_ws.experiment.folder import make_writable, write_whole
+from laplace_ws.experiment.folder import check_free, check_name, make_writable, write_whole
 
 
-def check_places(folder: Path, docs: Path | None, name: str) -> None:
+def check_places(folder: Path, docs: Path | None, name: str, *, overwrite: bool) -> None:
     """See that the results can be written, before they are measured.
 
     Raises:
-        ExperimentError: the folder cannot be written to.
+        ExperimentError: the folder cannot be written to, or holds results of this name that may not be replaced.
         BenchError: the document has no place for the tables.
     """
+    check_name(name)
+    check_free(folder / f"{name}.json", "measurements", overwrite)
     make_writable(folder, "--out")
     if docs is not None:
         check_markers(docs, name)
@@ -38,7 +40,7 @@ def render(result: Result, folder: Path, docs: Path | None = None) -> list[Path]
     write_whole(written[0], tables + "\n")
     for end, svg in pictures(result).items():
         written.append(folder / f"{name}{end}.svg")
-        written[-1].write_bytes(svg)
+        write_whole(written[-1], svg.decode("utf-8"))
     if docs is not None:
         write_between_markers(docs, name, tables)
         written.append(docs)

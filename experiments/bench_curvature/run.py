@@ -127,7 +127,7 @@ def _answers(config: BenchConfig, items: list[Item], folder: Path) -> Iterator[I
     with log.open("w", encoding="utf-8") as stderr, _worker(config, folder, stderr) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(json.dumps({"config": asdict(config), "items": items}))
+        process.stdin.write(json.dumps({"config": asdict(config), "items": items, "parent": os.getpid()}))
         process.stdin.close()
         for line in process.stdout:
             n_answers += 1

@@ -13,6 +13,7 @@ import torch
 
 from bench_curvature.config import BenchConfig, CurvesConfig, NetworkConfig, UpdatesConfig
 from bench_curvature.measure import Item, measure
+from laplace_ws.interrupts import end_with
 
 
 def config_from(values: Item) -> BenchConfig:
@@ -24,6 +25,7 @@ def config_from(values: Item) -> BenchConfig:
 def main() -> None:
     """Measure what standard input asks for."""
     request = json.load(sys.stdin)
+    end_with(request["parent"])
     config = config_from(request["config"])
     torch.set_num_threads(config.threads)
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:

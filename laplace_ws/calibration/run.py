@@ -18,11 +18,11 @@ from laplace_ws.calibration.trained import TrainedRun, checkpoint_path, load_tra
 from laplace_ws.data.corruptions import PARAMETERS
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.experiment.environment import environment_record
-from laplace_ws.experiment.folder import make_writable, write_whole
+from laplace_ws.experiment.folder import check_free, check_page, make_writable, write_whole
 from laplace_ws.experiment.run import explained, torch_settings
 from laplace_ws.marglik.checkpoint import CheckpointError
 
-RESULT = "calibration.json"
+RESULT, PAGE = "calibration.json", "calibration.html"
 
 
 def run_calibration(config: CalibrateConfig) -> CalibrationResult:
@@ -83,13 +83,15 @@ def check_config(config: CalibrateConfig) -> None:
         raise ValueError("device=cuda, but torch sees no GPU; use device=auto or device=cpu")
 
 
-def output_folder(config: CalibrateConfig) -> Path:
-    """Make the folder of the results, see `make_writable`.
+def output_folder(config: CalibrateConfig, *, overwrite: bool = False) -> Path:
+    """Make the folder of the results, see `make_writable`, and see that nothing is lost in it.
 
     Raises:
-        ExperimentError: it cannot be written, or there is no checkpoint whose folder it would be.
+        ExperimentError: it cannot be written, there is no checkpoint whose folder it would be, or results are there already.
     """
     folder = Path(config.out) if config.out else checkpoint_path(config.checkpoint).parent
+    check_free(folder / RESULT, "a calibration", overwrite)
+    check_page(folder / PAGE)
     make_writable(folder, "--out")
     return folder
 

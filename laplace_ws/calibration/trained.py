@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from laplace_ws.calibration.config import CalibrateConfig
 from laplace_ws.data import ImageData, balanced_indices, load_dataset
 from laplace_ws.experiment.config import RunConfig, read_config
-from laplace_ws.experiment.folder import CONFIG, ExperimentError, Json, Task
+from laplace_ws.experiment.folder import CONFIG, ExperimentError, Json, Task, check_whole
 from laplace_ws.experiment.run import device_of, load_data, make_model
 from laplace_ws.marglik.checkpoint import load_checkpoint
 from laplace_ws.matrices import by_parameter
@@ -59,6 +59,7 @@ def load_trained(config: CalibrateConfig) -> TrainedRun:
         ValueError: a subset is larger than its data set.
     """
     path = checkpoint_path(config.checkpoint)
+    check_whole(path.parent)
     run = read_config(path.with_name(CONFIG))
     stored = run.settings()
     d = config.data

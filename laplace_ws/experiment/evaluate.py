@@ -71,4 +71,5 @@ def model_result(result: MarglikResult, data: ImageData) -> ModelResult:
         prior_group=result.prior_group,
         collapsed=tuple(result.collapsed),
         reliability=reliability_curve(f.double().softmax(-1), data.y_test),
+        changes=tuple(result.changes),
     )

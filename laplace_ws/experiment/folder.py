@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from laplace_ws.experiment.config import ExperimentError, RunConfig
-from laplace_ws.experiment.records import METRICS, SUMMARY, TUNED, ModelResult, RunResult
+from laplace_ws.experiment.lock import LOCK
+from laplace_ws.experiment.records import FIXED, METRICS, SUMMARY, TUNED, ModelResult, RunResult
 from laplace_ws.marglik.checkpoint import check_settings, load_checkpoint
 from laplace_ws.marglik.trainer import Record
 from laplace_ws.options import config_keys, flatten
 from laplace_ws.tables import Column, as_text
 
-CONFIG = "config.json"
+CONFIG, PAGE, PARTIAL = "config.json", "report.html", "run.partial"
+SAFE_TO_CHANGE = ("marglik.lr", "marglik.lr_hyp", "marglik.max_log_step")
+"""Settings with which a run may go on at other values after a training has diverged, as in `laplace_ws.marglik.checkpoint`."""
+PAGE_MARK = '<meta name="generator" content="laplace_ws">'
+"""What tells a page of ours from others."""
 Json = dict[str, Any]
 
 
@@ -37,6 +43,25 @@ class Task:
     def checkpoint(self) -> str:
         """Name of its checkpoint in the run folder."""
         return "checkpoint.pt" if self.prior_precision is None else f"checkpoint-{self.run}.pt"
+
+
+def check_name(name: str, option: str = "--name") -> None:
+    """Refuse a name that does not name a folder of its own below the one it is to be in.
+
+    Raises:
+        ExperimentError: it is empty, absolute, or leads out.
+    """
+    path = PurePath(name)
+    leads_out = path.is_absolute() or path.drive or ".." in path.parts or not path.parts
+    if leads_out or "\0" in name or name != name.strip():
+        raise ExperimentError(
+            f"{option} {name!r} does not name a folder of its own; give a name such as 'run', or 'group/run'"
+        )
+
+
+def tasks_of(fixed_prior_precisions: Iterable[float]) -> list[Task]:
+    """The networks of a run: the tuned one, and its baselines."""
+    return [Task(TUNED), *(Task(f"{FIXED}{delta:g}", delta) for delta in fixed_prior_precisions)]
 
 
 def make_writable(folder: Path, options: str) -> None:
@@ -59,31 +84,168 @@ def make_writable(folder: Path, options: str) -> None:
         ) from error
 
 
-def prepare_folder(folder: Path, config: RunConfig, tasks: Sequence[Task], resume: bool) -> None:
-    """Make the run folder and write into it, so that what could fail at the end fails now.
+def check_free(path: Path, what: str, overwrite: bool) -> None:
+    """Refuse to replace a result without being told to.
 
-    A finished run of the same name is replaced; an unfinished one can only be resumed.
+    Args:
+        path: of the result.
+        what: it is, as in "a calibration".
+        overwrite: whether it may be replaced.
+
+    Raises:
+        ExperimentError: it is there.
+    """
+    if path.exists() and not overwrite:
+        raise ExperimentError(
+            f"'{path.parent}' holds {what} already, '{path.name}'; choose another folder, or replace it by --overwrite"
+        )
+
+
+def check_page(path: Path) -> None:
+    """Refuse to replace a page that is none of ours.
+
+    Raises:
+        ExperimentError: somebody else put it there.
+    """
+    if path.exists() and PAGE_MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        raise ExperimentError(
+            f"'{path}' was not written by this version of laplace_ws and would be replaced; move it elsewhere first"
+        )
+
+
+def prepare_folder(folder: Path, config: RunConfig, tasks: Sequence[Task], resume: bool, overwrite: bool) -> Path:
+    """Find or make the folder in which a run works until it has finished, and write its settings there.
+
+    That is the run folder itself where it is new, or was begun there; `folder/run.partial` where the run will replace another.
+
+    Raises:
+        ExperimentError: a run is there that may not be replaced, or a file of somebody else is in the way.
+        CheckpointError: the run to be resumed has other settings.
     """
     flat = flatten(config.settings(), config_keys(RunConfig))
     settings = {key: value for key, value in flat.items() if not any(k.startswith(f"{key}.") for k in flat)}
-    make_writable(folder, "--out or --name")
-    checkpoints = [folder / task.checkpoint for task in tasks]
-    begun = [path for path in checkpoints if path.exists()]
-    if resume:
-        if (folder / CONFIG).exists():
-            check_settings(folder / CONFIG, json.loads((folder / CONFIG).read_text()), settings)
-        histories = [load_checkpoint(path)["progress"]["history"] for path in begun]
-        write_metrics(folder, histories)
-    else:
-        if begun and not (folder / SUMMARY).exists():
+    partial = folder / PARTIAL
+    begun = _begun(folder, tasks)
+    if _begun(partial, tasks):
+        if not resume:
             raise ExperimentError(
-                f"'{folder}' holds an unfinished run; go on with it by --resume, choose another --name, "
-                "or remove the folder"
+                f"'{partial}' holds an unfinished run that is to replace the one in '{folder}'; go on with it by --resume, or "
+                f"remove '{partial}'"
             )
-        for path in [*folder.glob("checkpoint*.pt"), folder / SUMMARY, folder / "report.html"]:
-            path.unlink(missing_ok=True)
-        write_metrics(folder, [])
-    write_whole(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
+        work = partial
+    elif resume or not (begun or (folder / SUMMARY).exists()):
+        work = folder
+    elif overwrite:
+        work = partial
+    elif begun and not (folder / SUMMARY).exists():
+        raise ExperimentError(
+            f"'{folder}' holds an unfinished run; go on with it by --resume, choose another --name, or replace it at the end of this "
+            "one by --overwrite"
+        )
+    else:
+        raise ExperimentError(
+            f"'{folder}' holds a finished run; choose another --name, or replace it at the end of this one by --overwrite"
+        )
+    check_foreign(folder, tasks)
+    make_writable(work, "--out or --name")
+    states = [load_checkpoint(path) for path in _begun(work, tasks)] if resume else []
+    if resume and (work / CONFIG).exists():
+        may_differ = SAFE_TO_CHANGE if any(state.get("diverged", False) for state in states) else ()
+        check_settings(work / CONFIG, stored_settings(work / CONFIG), settings, may_differ)
+    if (work / SUMMARY).exists():
+        return work
+    write_metrics(work, [state["progress"]["history"] for state in states])
+    write_whole(work / CONFIG, json.dumps(settings, indent=2) + "\n")
+    return work
+
+
+def _begun(folder: Path, tasks: Sequence[Task]) -> list[Path]:
+    """The checkpoints of a run."""
+    return [path for path in (folder / task.checkpoint for task in tasks) if path.exists()]
+
+
+def check_foreign(folder: Path, tasks: Sequence[Task]) -> None:
+    """Refuse to write a run where files of its names are none of ours.
+
+    Raises:
+        ExperimentError: names the file.
+    """
+    check_page(folder / PAGE)
+    names = [CONFIG, METRICS, SUMMARY, *(task.checkpoint for task in tasks)]
+    present = [name for name in names if (folder / name).exists()]
+    if present and not is_run_folder(folder):
+        raise ExperimentError(
+            f"'{folder / present[0]}' belongs to no run, as no '{CONFIG}' of one is beside it; choose another --name, or move it elsewhere"
+        )
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a folder holds the settings of a run."""
+    try:
+        return "marglik.n_epochs" in stored_settings(folder / CONFIG)
+    except (OSError, ExperimentError):
+        return False
+
+
+def stored_settings(path: Path) -> Json:
+    """The settings that a run wrote, by dotted keys.
+
+    Raises:
+        ExperimentError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ExperimentError(
+            f"'{path}', the settings of the run, is damaged ({error}); remove the folder and train again"
+        ) from error
+    if not isinstance(settings, dict):
+        raise ExperimentError(
+            f"'{path}', the settings of the run, is damaged: no JSON object; remove the folder and train again"
+        )
+    return settings
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Replace the run in `folder` by the finished one in `partial`; where this is cut off, it can be done again.
+
+    At no moment does `folder` look finished while it holds files of both. Files that belong to neither run stay.
+    """
+    replaced = partial / "replaced"
+    if (partial / CONFIG).exists():  # nothing has been moved into place yet
+        replaced.mkdir(exist_ok=True)
+        for name in (SUMMARY, CONFIG):
+            if (folder / name).exists():
+                os.replace(folder / name, replaced / name)
+        for name in [*_checkpoints_named_in(replaced / CONFIG), PAGE]:
+            (folder / name).unlink(missing_ok=True)
+        os.replace(partial / CONFIG, folder / CONFIG)
+    for path in partial.iterdir():
+        if path.is_file() and path.name not in (SUMMARY, LOCK):
+            os.replace(path, folder / path.name)
+    shutil.rmtree(replaced, ignore_errors=True)
+    (partial / LOCK).unlink(missing_ok=True)
+    os.replace(partial / SUMMARY, folder / SUMMARY)
+    partial.rmdir()
+
+
+def _checkpoints_named_in(path: Path) -> list[str]:
+    """Names of the checkpoints of the run with these settings."""
+    fixed = stored_settings(path).get("baselines.fixed_prior_precisions", []) if path.exists() else []
+    return [task.checkpoint for task in tasks_of(fixed)]
+
+
+def check_whole(folder: Path) -> None:
+    """Refuse to read a run that is just being replaced.
+
+    Raises:
+        ExperimentError: the replacement was cut off.
+    """
+    if (folder / PARTIAL / SUMMARY).exists():
+        raise ExperimentError(
+            f"the run in '{folder}' was about to be replaced when that was cut off; complete it by the same command with --resume"
+        )
 
 
 def write_metrics(folder: Path, histories: Sequence[Sequence[Record]]) -> None:
@@ -93,10 +255,21 @@ def write_metrics(folder: Path, histories: Sequence[Sequence[Record]]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically: at every moment it is the old one or the new one."""
+    """Write a file atomically: at every moment it is the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written; the old one is still there.
+    """
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def summary_table(result: RunResult) -> str:

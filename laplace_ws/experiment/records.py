@@ -69,6 +69,7 @@ class ModelResult:
         prior_group: the group with which a parameter shares it, by parameter.
         collapsed: groups whose prior precision ended at its upper limit.
         reliability: of the test set.
+        changes: settings that were changed when it was resumed after it had diverged, see `laplace_ws.marglik.result.MarglikResult`.
     """
 
     log_marginal_likelihood: float | None = None
@@ -82,6 +83,7 @@ class ModelResult:
     prior_group: Mapping[str, str] = field(default_factory=dict)
     collapsed: tuple[str, ...] = ()
     reliability: ReliabilityCurve | None = None
+    changes: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,20 @@ from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.experiment.config import ModelConfig, RunConfig
 from laplace_ws.experiment.environment import environment_record
 from laplace_ws.experiment.evaluate import epoch_logger, model_result
-from laplace_ws.experiment.folder import ExperimentError, Task, prepare_folder, write_metrics, write_whole
-from laplace_ws.experiment.records import FIXED, METRICS, SUMMARY, TUNED, DataFacts, ModelResult, RunResult
+from laplace_ws.experiment.folder import (
+    PARTIAL,
+    ExperimentError,
+    Task,
+    check_name,
+    make_writable,
+    prepare_folder,
+    put_in_place,
+    tasks_of,
+    write_metrics,
+    write_whole,
+)
+from laplace_ws.experiment.lock import sole_writer
+from laplace_ws.experiment.records import FIXED, METRICS, SUMMARY, DataFacts, ModelResult, RunResult, read_run
 from laplace_ws.experiment.training import check_config, check_training, train_loader, training_options
 from laplace_ws.experiment.workers import side_by_side
 from laplace_ws.marglik import CheckpointError, TrainingDiverged, marglik_training
@@ -27,37 +39,52 @@ from laplace_ws.marglik.result import Record
 from laplace_ws.models import build_model
 
 
-def run_experiment(config: RunConfig, *, resume: bool = False) -> tuple[Path, RunResult]:
+def run_experiment(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> tuple[Path, RunResult]:
     """Train everything that `config` asks for; returns the run folder and what its summary.json says.
 
-    The folder, the data and the model are checked before training starts.
+    The data, the model and the folder are checked before anything is written.
+
+    Args:
+        config: the run.
+        resume: go on from the run folder's checkpoints; a run that has finished is returned as it is.
+        overwrite: replace a run of the same name when this one has finished.
 
     Raises:
         ExperimentError: something does not allow the run.
         TrainingDiverged: a loss became NaN or infinite; checkpoints are kept.
     """
     start = time.perf_counter()
-    folder = Path(config.out) / config.name
-    tasks = [Task(TUNED), *(Task(f"{FIXED}{delta:g}", delta) for delta in config.baselines.fixed_prior_precisions)]
+    folder = config.folder
+    tasks = tasks_of(config.baselines.fixed_prior_precisions)
     with explained(ValueError, OSError, CheckpointError):
+        check_name(config.name)
         check_config(config, tasks)
         data = load_data(config)
         check_training(config, make_model(config, data), data)
-        prepare_folder(folder, config, tasks, resume)
-    with explained(UnsupportedParameterError, InvalidBatchError, CheckpointError, BrokenProcessPool):
-        outcomes = train_all(config, tasks, folder, data, resume)
-    models = [model for model, _ in outcomes]
-    result = RunResult(
-        name=config.name,
-        config=asdict(config),
-        environment=environment_record(threads=config.threads, device=device_of(config)),
-        data=DataFacts(name=data.name, n_train=len(data.y_train), n_test=len(data.y_test)),
-        total_seconds=time.perf_counter() - start,
-        tuned=models[0],
-        fixed={task.run.removeprefix(FIXED): model for task, model in zip(tasks[1:], models[1:], strict=True)},
-    )
-    write_metrics(folder, [history for _, history in outcomes])
-    write_whole(folder / SUMMARY, json.dumps(asdict(result), indent=2) + "\n")
+        make_writable(folder, "--out or --name")
+    with sole_writer(folder):
+        with explained(OSError, CheckpointError):
+            if (folder / PARTIAL / SUMMARY).exists():
+                put_in_place(folder / PARTIAL, folder)
+            work = prepare_folder(folder, config, tasks, resume, overwrite)
+        if (work / SUMMARY).exists():
+            return folder, read_run(work)
+        with explained(UnsupportedParameterError, InvalidBatchError, CheckpointError, BrokenProcessPool):
+            outcomes = train_all(config, tasks, work, data, resume)
+        models = [model for model, _ in outcomes]
+        result = RunResult(
+            name=config.name,
+            config=asdict(config),
+            environment=environment_record(threads=config.threads, device=device_of(config)),
+            data=DataFacts(name=data.name, n_train=len(data.y_train), n_test=len(data.y_test)),
+            total_seconds=time.perf_counter() - start,
+            tuned=models[0],
+            fixed={task.run.removeprefix(FIXED): model for task, model in zip(tasks[1:], models[1:], strict=True)},
+        )
+        write_metrics(work, [history for _, history in outcomes])
+        write_whole(work / SUMMARY, json.dumps(asdict(result), indent=2) + "\n")
+        if work != folder:
+            put_in_place(work, folder)
     return folder, result
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
+from laplace_ws.interrupts import end_with, on_interrupt, signals_held_back
+
 Result = TypeVar("Result")
 _stop: Event | None = None
+_is_calling = False
 
 
 def side_by_side(
@@ -35,11 +40,19 @@ def side_by_side(
         return
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    executor = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_begin, initargs=(stop, progress))
+    arguments = (stop, progress, os.getpid())
+    executor = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_begin, initargs=arguments)
     try:
-        futures = [executor.submit(_call_unless_stopped, function, arguments) for arguments in calls]
+        with signals_held_back():  # a worker that starts cannot yet say so in a line
+            futures = [executor.submit(_call_unless_stopped, function, arguments) for arguments in calls]
         for future in futures:
             yield future.result()
+    except KeyboardInterrupt:
+        stop.set()
+        for worker in multiprocessing.active_children():  # a signal may have reached this process alone
+            if worker.pid is not None:
+                os.kill(worker.pid, signal.SIGINT)
+        raise
     except BaseException:
         stop.set()
         raise
@@ -54,21 +67,37 @@ class _NoTerminal(io.TextIOBase):
         return 0 if sys.__stderr__ is None else sys.__stderr__.write(text)
 
 
-def _begin(stop: Event, progress: bool) -> None:
-    """Remember, in a worker, the event by which all of them stop."""
+def _begin(stop: Event, progress: bool, parent: int) -> None:
+    """Remember, in a worker, the event by which all of them stop, and end with the parent."""
     global _stop
     _stop = stop
+    end_with(parent)
+    on_interrupt(_interrupt)
     if not progress:
         sys.stderr = _NoTerminal()
 
 
+def _interrupt() -> None:
+    """Stop the call that is under way, once: it may be writing what it has by the time of a second signal."""
+    global _is_calling
+    assert _stop is not None
+    _stop.set()
+    if _is_calling:
+        _is_calling = False
+        raise KeyboardInterrupt
+
+
 def _call_unless_stopped(function: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
     """A failure or interrupt of one worker keeps the others from what the executor has queued for them."""
+    global _is_calling
     assert _stop is not None
-    if _stop.is_set():
-        raise KeyboardInterrupt
+    _is_calling = True
     try:
+        if _stop.is_set():
+            raise KeyboardInterrupt
         return function(*arguments)
     except BaseException:
         _stop.set()
         raise
+    finally:
+        _is_calling = False

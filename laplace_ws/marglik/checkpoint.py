@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ from laplace_ws.randomness import random_state, set_random_state
 
 FORMAT_VERSION = 1
 _SETTINGS_TO_NAME = 4
+
+
+SAFE_TO_CHANGE = ("optimizer_kwargs.lr", "lr_hyp", "max_log_step")
+"""Settings with which a training that diverged may go on at other values; the weights so far do not contradict them."""
 
 
 class CheckpointError(RuntimeError):
@@ -42,27 +46,56 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
     return state
 
 
-def check_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_settings(
+    path: Path, found: dict[str, Any], wanted: dict[str, Any], may_differ: Collection[str] = ()
+) -> dict[str, tuple[Any, Any]]:
     """Refuse to resume from a checkpoint made under other settings.
+
+    Args:
+        path: of the file with those that were found, for the message.
+        found: the settings of the run so far; nested ones are compared entry by entry.
+        wanted: the settings that it is to go on with.
+        may_differ: dotted keys of settings that may have changed.
+
+    Returns:
+        Those that have, with what they were and are.
 
     Raises:
         CheckpointError: names the settings that differ.
     """
-    differing = [sentence for key in wanted for sentence in differences(key, found.get(key), wanted[key])]
+    changed = {k: v for key in wanted for k, v in differences(key, found.get(key), wanted[key]).items()}
+    differing = [f"{key} was {was!r} and is {now!r}" for key, (was, now) in changed.items() if key not in may_differ]
     if differing:
         listed = ", ".join(differing[:_SETTINGS_TO_NAME])
         more = f", and {len(differing) - _SETTINGS_TO_NAME} more" if len(differing) > _SETTINGS_TO_NAME else ""
         raise CheckpointError(
             f"'{path}' belongs to a run with other settings ({listed}{more}); remove it or set them back"
         )
+    return changed
 
 
-def differences(key: str, found: Any, wanted: Any) -> list[str]:
-    """What differs, as "key was … and is …"; nested settings are compared entry by entry."""
+def differences(key: str, found: Any, wanted: Any) -> dict[str, tuple[Any, Any]]:
+    """What differs, by dotted key."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = dict.fromkeys([*wanted, *found])
-        return [s for k in keys for s in differences(f"{key}.{k}", found.get(k), wanted.get(k))]
-    return [] if found == wanted else [f"{key} was {found!r} and is {wanted!r}"]
+        return {
+            k: v for name in keys for k, v in differences(f"{key}.{name}", found.get(name), wanted.get(name)).items()
+        }
+    return {} if found == wanted else {key: (found, wanted)}
+
+
+def may_change(state: Mapping[str, Any], n_epochs: int) -> bool:
+    """Whether the training that left a checkpoint diverged, or has no epoch left that a change would concern."""
+    return state.get("diverged", False) or state["progress"]["epoch"] == n_epochs
+
+
+def copied(state: Any) -> Any:
+    """A nested state that later training leaves alone: dictionaries, lists and tensors are copied."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {key: copied(value) for key, value in state.items()}
+    return [copied(value) for value in state] if isinstance(state, list) else state
 
 
 def snapshot(module: nn.Module) -> dict[str, Any]:

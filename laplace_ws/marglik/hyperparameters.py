@@ -114,6 +114,7 @@ class Hyperparameters(nn.Module):
         """Restore what `get_extra_state` returned."""
         if self.optimizer:
             self.optimizer.load_state_dict(copy.deepcopy(state["adam"]))  # it would share the tensors
+            self.optimizer.param_groups[0]["lr"] = self.lr  # may be another in a resumed run
         self.reported = list(state["reported"])
 
     def prior_precision(self) -> Tensor:

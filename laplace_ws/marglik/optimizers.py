@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,3 +63,20 @@ def make_scheduler(
 def without_numpy(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with numpy scalars converted to plain ones, so that a checkpoint that holds them can be read back."""
     return {key: value if isinstance(value, Tensor) else unwrapped(value) for key, value in options.items()}
+
+
+def rescale_lr(optimizer: torch.optim.Optimizer, scheduler: Any, lrs: Sequence[float]) -> None:
+    """Go on under other learning rates, each at the same place of its schedule.
+
+    Args:
+        optimizer: at some step.
+        scheduler: of its learning rate, at the same step.
+        lrs: by parameter group, what its rate would be at the start.
+    """
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        before = group.get("initial_lr", group["lr"])
+        if before != lr:
+            group["lr"] = group["lr"] * lr / before
+            group["initial_lr"] = lr
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = list(lrs)

@@ -16,7 +16,11 @@ Record = dict[str, Any]
 
 @dataclass
 class Progress:
-    """What a run has done so far; plain numbers, apart from model snapshots."""
+    """What a run has done so far; plain numbers, apart from model snapshots.
+
+    Attributes:
+        changes: settings that were changed when it was resumed, each as "epoch" (the last before it), "setting", "was" and "now".
+    """
 
     epoch: int = 0
     losses: list[float] = field(default_factory=list[float])
@@ -25,6 +29,7 @@ class Progress:
     best: dict[str, Any] | None = None
     train_seconds: float = 0.0
     curvature_seconds: float = 0.0
+    changes: list[Record] = field(default_factory=list[Record])
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class MarglikResult:
         collapsed: groups of parameters whose prior precision ended at its upper limit.
         train_seconds: wall time of the training and the last fit, without `on_epoch`.
         curvature_seconds: the part of it that went into fits and steps on the hyperparameters.
+        changes: settings that were changed when the run was resumed after it had diverged, each as "epoch" (the last before the change),
+            "setting", "was" and "now".
     """
 
     la: Laplace
@@ -57,6 +64,7 @@ class MarglikResult:
     collapsed: list[str]
     train_seconds: float
     curvature_seconds: float
+    changes: list[Record] = field(default_factory=list[Record])
 
     def __getitem__(self, place: int) -> Any:
         return tuple(self)[place]

@@ -24,7 +24,11 @@ class TrainingDiverged(RuntimeError):
         self.checkpoint_path = checkpoint_path
 
     def __str__(self) -> str:
-        kept = f"; the checkpoint '{self.checkpoint_path}' is kept" if self.checkpoint_path else ""
+        kept = (
+            f"; a run with a lower learning rate can be resumed from the checkpoint '{self.checkpoint_path}'"
+            if self.checkpoint_path
+            else ""
+        )
         return (
             f"{self.what} in epoch {self.epoch}; the model is back at its state after epoch {self.epoch - 1}{kept}; "
             "lower the learning rate or the prior precision, or look for NaN in the data"

@@ -6,7 +6,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,19 @@ from laplace_ws.kfac.uses import at_least_float32
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.marglik.accuracy import n_correct
 from laplace_ws.marglik.checkpoint import (
+    SAFE_TO_CHANGE,
     check_settings,
+    copied,
     left_as_found,
     load_checkpoint,
+    may_change,
     save_checkpoint,
     snapshot,
 )
 from laplace_ws.marglik.checks import DataFacts, one_pass_error
 from laplace_ws.marglik.hyperparameters import Hyperparameters, TemperatureWarning
 from laplace_ws.marglik.objective import PriorGradient
+from laplace_ws.marglik.optimizers import rescale_lr
 from laplace_ws.marglik.passes import same_order_after
 from laplace_ws.marglik.plain import plain_record
 from laplace_ws.marglik.result import MarglikResult, Progress, Record
@@ -95,6 +100,8 @@ class Trainer:
         self.generators: list[torch.Generator] = [self.la.generator, self.subset_generator]
         self.generators += [shuffler] if isinstance(shuffler, torch.Generator) else []
         self.progress: Progress = Progress()
+        self.before_epoch: dict[str, Any] | None = None
+        self.saved_epoch: int = 0
         self.hyper.assign_to(self.la)
 
     def run(self) -> MarglikResult:
@@ -133,7 +140,7 @@ class Trainer:
             unit="epoch",
             disable=not (self.progress_bar and sys.stderr.isatty()),
         )
-        with bar:
+        with bar, self._kept_if_cut_off():
             while self.progress.epoch < self.schedule.n_epochs:
                 record = self._epoch(self.progress.epoch + 1)
                 bar.update()
@@ -142,6 +149,19 @@ class Trainer:
             self.model.load_state_dict(self.progress.best["model"])
             self.hyper.load_state_dict(self.progress.best["hyper"])
             self.hyper.assign_to(self.la)
+
+    @contextmanager
+    def _kept_if_cut_off(self) -> Iterator[None]:
+        """Write the last whole epoch into the checkpoint where the training is interrupted, or diverges."""
+        try:
+            yield
+        except (KeyboardInterrupt, TrainingDiverged) as error:
+            state, path, diverged = self.before_epoch, self.checkpoint_path, isinstance(error, TrainingDiverged)
+            if path is not None and state is not None and (diverged or state["progress"]["epoch"] > self.saved_epoch):
+                save_checkpoint(path, {**state, "diverged": diverged})
+            if diverged:
+                error.checkpoint_path = self.checkpoint_on_disk()
+            raise
 
     def _result(self, refit_seconds: float) -> MarglikResult:
         progress = self.progress
@@ -157,12 +177,17 @@ class Trainer:
             collapsed=self.hyper.collapsed(self.stiffness) if self.schedule.n_hypersteps else [],
             train_seconds=progress.train_seconds + refit_seconds,
             curvature_seconds=progress.curvature_seconds + refit_seconds,
+            changes=progress.changes,
         )
 
     def _epoch(self, epoch: int) -> Record:
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
-        good = snapshot(self.model), snapshot(self.hyper)
+        if self.checkpoint_path is not None and self.progress.epoch:
+            self.before_epoch = self._whole_epoch()
+            good = self.before_epoch["model"], self.before_epoch["hyper"]
+        else:
+            good = snapshot(self.model), snapshot(self.hyper)
         try:
             nll, accuracy = self._descend(epoch)
             log_marglik, curvature_seconds = self._tune(epoch)
@@ -193,6 +218,7 @@ class Trainer:
         self.progress.history.append(record)
         if self.checkpoint_path is not None and self.schedule.is_round(epoch):
             save_checkpoint(self.checkpoint_path, self.state_dict())
+            self.saved_epoch = epoch
         return record
 
     def _descend(self, epoch: int) -> tuple[float, float | None]:
@@ -292,10 +318,20 @@ class Trainer:
             "loader": getattr(self.loader, "state_dict", dict)(),
             "generators": [generator.get_state() for generator in self.generators],
             "rng": random_state(self.device),
+            "diverged": False,
         }
+
+    def _whole_epoch(self) -> dict[str, Any]:
+        """`state_dict` as the next epoch will leave it alone."""
+        state = self.state_dict()
+        state["progress"] = {k: list(v) if isinstance(v, list) else v for k, v in state["progress"].items()}
+        return state | {part: copied(state[part]) for part in ("optimizer", "scheduler", "hyper", "loader")}
 
     def resume(self) -> None:
         """Resume from the checkpoint on disk, if there is one.
+
+        After a training that diverged, and after one that has finished, what is `SAFE_TO_CHANGE` may differ; `progress.changes` says
+        since which epoch.
 
         Raises:
             CheckpointError: it cannot be read, or was made under other settings.
@@ -304,11 +340,17 @@ class Trainer:
         if path is None:
             return
         state = load_checkpoint(path, self.device)
-        check_settings(path, state["settings"], self.settings)
+        lrs = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
+        may_differ = may_change(state, self.schedule.n_epochs)
+        changed = check_settings(path, state["settings"], self.settings, SAFE_TO_CHANGE if may_differ else ())
         self.progress = Progress(**state["progress"])
+        self.saved_epoch = self.progress.epoch
+        for setting, (was, now) in changed.items():
+            self.progress.changes.append({"epoch": self.progress.epoch, "setting": setting, "was": was, "now": now})
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        rescale_lr(self.optimizer, self.scheduler, lrs)
         self.hyper.load_state_dict(state["hyper"])
         self.hyper.assign_to(self.la)
         if state["loader"]:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from laplace_ws.calibration import CalibrationResult, MethodResult
+from laplace_ws.calibration.run import PAGE
 from laplace_ws.calibration.table import shown_columns
+from laplace_ws.experiment.folder import write_whole
 from laplace_ws.report.calibration_pictures import (
     FEWEST_IN_A_BIN,
     confidence_pictures,
@@ -16,13 +18,11 @@ from laplace_ws.report.calibration_pictures import (
 from laplace_ws.report.page import duration, render
 from laplace_ws.tables import Column
 
-PAGE = "calibration.html"
-
 
 def write_calibration_report(result: CalibrationResult, folder: str | Path) -> Path:
     """Write calibration.html into a folder, one file without links to others; returns its path."""
     path = Path(folder) / PAGE
-    path.write_text(render_calibration(result), encoding="utf-8")
+    write_whole(path, render_calibration(result))
     return path
 
 

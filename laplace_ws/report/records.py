@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from laplace_ws.experiment.folder import check_whole
 from laplace_ws.experiment.records import (
     FIXED,
     TUNED,
@@ -77,6 +78,7 @@ def load_run(run_dir: str | Path) -> RunRecord:
     Raises:
         RecordError: naming the file, what is wrong and how to mend it.
     """
+    check_whole(Path(run_dir))
     result = read_run(Path(run_dir))
     epochs, notes = read_epochs(Path(run_dir))
     order = sorted(result.fixed, key=lambda delta: (_as_float(delta) is None, _as_float(delta) or 0.0))

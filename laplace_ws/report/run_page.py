@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from laplace_ws.experiment.folder import PAGE, check_page, write_whole
 from laplace_ws.marglik.hyperparameters import ELEMENTWISE, ELEMENTWISE_START
 from laplace_ws.report.page import duration, render
 from laplace_ws.report.plots import pictures_by_section
@@ -25,9 +26,11 @@ def write_report(run_dir: str | Path) -> Path:
 
     Raises:
         RecordError: if one of the two files is missing or broken.
+        ExperimentError: a page of somebody else would be replaced, or the run is being replaced.
     """
-    path = Path(run_dir) / "report.html"
-    path.write_text(render_run(load_run(run_dir)), encoding="utf-8")
+    path = Path(run_dir) / PAGE
+    check_page(path)
+    write_whole(path, render_run(load_run(run_dir)))
     return path
 
 
@@ -39,7 +42,7 @@ def render_run(record: RunRecord) -> str:
         title=result.name,
         about=_about(record),
         verdict=verdict(record),
-        warnings=[*_collapsed(record), *record.notes],
+        warnings=[*_collapsed(record), *_changes(record), *record.notes],
         record=record,
         columns=shown_columns(model_columns(record.n_train), record.models),
         remarks=_remarks(record),
@@ -62,6 +65,16 @@ def _collapsed(record: RunRecord) -> list[str]:
         f"Collapsed prior precision ({model.label}): {', '.join(model.collapsed)}. These parameters are held at their prior mean."
         for model in record.models
         if model.collapsed
+    ]
+
+
+def _changes(record: RunRecord) -> list[str]:
+    """What was changed where a training was resumed."""
+    return [
+        f"After epoch {c['epoch']} of the network {model.label}, {c['setting']} was changed from {c['was']} to {c['now']}: the training "
+        "had diverged."
+        for model in record.models
+        for c in model.changes
     ]
 
 

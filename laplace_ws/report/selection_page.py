@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from laplace_ws.experiment.folder import write_whole
 from laplace_ws.report.page import duration, render
 from laplace_ws.report.selection_pictures import evidence_picture
 from laplace_ws.selection.ranking import PAGE, Entry, Selection, correlation_sentence, load_selection
@@ -23,7 +24,7 @@ def write_selection_page(folder: Path) -> Path:
         RecordError: select.json is missing or broken.
     """
     path = folder / PAGE
-    path.write_text(render_selection(load_selection(folder)), encoding="utf-8")
+    write_whole(path, render_selection(load_selection(folder)))
     return path
 
 

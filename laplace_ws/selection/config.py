@@ -9,6 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentError
 
 from laplace_ws.experiment.config import ExperimentError, ModelConfig, RunConfig, TrainingConfig
+from laplace_ws.experiment.folder import PARTIAL
 from laplace_ws.options import UnknownKeyError, from_mapping
 
 _NOT_IN_NAMES = "/\\"
@@ -76,7 +77,7 @@ def check_candidates(candidates: Sequence[Candidate]) -> None:
         name = candidate.name
         if name in names[:i]:
             raise ExperimentError(f"candidate '{name}' is given twice; rename one")
-        if not name or name in (".", "..") or any(letter in name for letter in _NOT_IN_NAMES):
+        if not name or name in (".", "..", PARTIAL) or any(letter in name for letter in _NOT_IN_NAMES):
             raise ExperimentError(f"candidate '{name}' cannot be a folder's name; rename it")
         if candidate.run is not None and candidate.model:
             raise ExperimentError(f"candidate '{name}' has a run and changes to a model; give one of them")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -16,11 +18,18 @@ from laplace_ws.data import ImageData
 from laplace_ws.experiment.config import ModelConfig, RunConfig, read_config
 from laplace_ws.experiment.environment import environment_record
 from laplace_ws.experiment.folder import (
+    PARTIAL,
     ExperimentError,
     Task,
-    prepare_folder,
+    check_foreign,
+    check_name,
+    check_page,
+    check_whole,
+    make_writable,
+    put_in_place,
     write_whole,
 )
+from laplace_ws.experiment.lock import sole_writer
 from laplace_ws.experiment.records import SUMMARY, read_run
 from laplace_ws.experiment.run import (
     device_of,
@@ -60,7 +69,7 @@ class Member:
     n_test: int | None = None
 
 
-def run_selection(config: SelectConfig, *, resume: bool = False) -> Selection:
+def run_selection(config: SelectConfig, *, resume: bool = False, overwrite: bool = False) -> Selection:
     """Train the candidates that need it, and rank all of them; writes select.json into the comparison's folder.
 
     Data, models and folders are checked before training starts. A candidate whose training diverges is left out of the
@@ -69,6 +78,7 @@ def run_selection(config: SelectConfig, *, resume: bool = False) -> Selection:
     Args:
         config: The comparison.
         resume: Keep the candidates that have finished, and continue with the others.
+        overwrite: Replace a comparison of the same name when this one has finished.
 
     Raises:
         ExperimentError: something does not allow the comparison, such as candidates that are not on one scale, or a run
@@ -76,37 +86,51 @@ def run_selection(config: SelectConfig, *, resume: bool = False) -> Selection:
     """
     start = time.perf_counter()
     with explained(ValueError, OSError):
+        check_name(config.name)
         if config.workers < 1:
             raise ValueError(f"workers={config.workers} must be at least 1")
         check_candidates(config.candidates)
         members = [find(config, candidate) for candidate in config.candidates]
         data = load_data(members[0].run)
         check_members(members, data)
-    with explained(OSError, CheckpointError):
-        to_train = prepare(config, members, resume)
-    with explained(BrokenProcessPool):
-        failed = train(to_train, config.workers, resume)
-    entries = []
-    for member in members:
-        if member.name not in failed:
-            entry = read_entry(member, data)
-            if math.isfinite(entry.log_marginal_likelihood) and math.isfinite(entry.test_nll):
-                entries.append(entry)
-            else:
-                failed[member.name] = "its log marginal likelihood or its test NLL is not finite"
-    selection = Selection(
-        name=config.name,
-        config=asdict(config),
-        environment=environment_record(
-            threads=config.threads, device=device_of(members[0].run), workers=config.workers
-        ),
-        data={"name": data.name, "n_train": len(data.y_train), "n_test": len(data.y_test)},
-        ranking=ranked(entries),
-        correlation=correlate(entries),
-        failed=failed,
-        total_seconds=time.perf_counter() - start,
-    )
-    write_whole(config.folder / SELECTION, selection.to_json())
+        make_writable(config.folder, "--out or --name")
+    with sole_writer(config.folder):
+        partial = config.folder / PARTIAL
+        with explained(OSError, CheckpointError):
+            if (partial / SELECTION).exists():
+                put_comparison_in_place(partial, config.folder)
+            work = working_folder(config, members, resume, overwrite)
+            members = [replace(m, folder=work / m.name) if m.is_trained else m for m in members]
+            to_train = [m for m in members if m.is_trained and not (resume and is_finished(m))]
+            for member in to_train:
+                check_foreign(config.folder / member.name, [_TUNED])
+                make_writable(member.folder, "--out or --name")
+        with explained(BrokenProcessPool):
+            failed = train(to_train, config.workers, resume)
+        entries: list[Entry] = []
+        for member in members:
+            if member.name not in failed:
+                entry = read_entry(member, data)
+                if math.isfinite(entry.log_marginal_likelihood) and math.isfinite(entry.test_nll):
+                    folder = config.folder / member.name if member.is_trained else member.folder
+                    entries.append(replace(entry, folder=folder.as_posix()))
+                else:
+                    failed[member.name] = "its log marginal likelihood or its test NLL is not finite"
+        selection = Selection(
+            name=config.name,
+            config=asdict(config),
+            environment=environment_record(
+                threads=config.threads, device=device_of(members[0].run), workers=config.workers
+            ),
+            data={"name": data.name, "n_train": len(data.y_train), "n_test": len(data.y_test)},
+            ranking=ranked(entries),
+            correlation=correlate(entries),
+            failed=failed,
+            total_seconds=time.perf_counter() - start,
+        )
+        write_whole(work / SELECTION, selection.to_json())
+        if work != config.folder:
+            put_comparison_in_place(work, config.folder)
     return selection
 
 
@@ -116,6 +140,7 @@ def find(config: SelectConfig, candidate: Candidate) -> Member:
         run = config.run_config(candidate)
         return Member(candidate.name, run, Path(run.out) / run.name)
     folder = Path(candidate.run)
+    check_whole(folder)
     found = read_run(folder)
     with named(candidate.name):
         run = replace(read_config(found.config), device=config.device)
@@ -144,31 +169,52 @@ def named(candidate: str) -> Iterator[None]:
         raise ExperimentError(f"candidate '{candidate}': {error}") from error
 
 
-def prepare(config: SelectConfig, members: Sequence[Member], resume: bool) -> list[Member]:
-    """Make all folders, so that what could fail at the end fails now; returns the candidates that still have to be trained.
+def working_folder(config: SelectConfig, members: Sequence[Member], resume: bool, overwrite: bool) -> Path:
+    """Where the comparison works until it has finished: its own folder, or `run.partial` in it where it will replace another.
 
-    A finished comparison of the same name is replaced; an unfinished one can only be resumed.
+    Raises:
+        ExperimentError: a comparison is there that may not be replaced, or a page of somebody else.
     """
-    own = [member for member in members if member.is_trained]
-    begun = [m for m in own if (m.folder / _TUNED.checkpoint).exists() or (m.folder / SUMMARY).exists()]
-    if begun and not resume and not (config.folder / SELECTION).exists():
-        raise ExperimentError(
-            f"'{config.folder}' holds an unfinished comparison; go on with it by --resume, choose another --name, "
-            "or remove the folder"
-        )
-    if resume:
-        to_train = [member for member in own if not is_finished(member)]
-    else:
-        to_train = own
-        for member in begun:
-            for name in (_TUNED.checkpoint, SUMMARY):
-                (member.folder / name).unlink(missing_ok=True)
-    config.folder.mkdir(parents=True, exist_ok=True)
+    folder, partial = config.folder, config.folder / PARTIAL
+    check_page(folder / PAGE)
+    if _has_begun(partial, members):
+        if not resume:
+            raise ExperimentError(
+                f"'{partial}' holds an unfinished comparison that is to replace the one in '{folder}'; go on with it by --resume, or "
+                f"remove '{partial}'"
+            )
+        return partial
+    if resume or not ((folder / SELECTION).exists() or _has_begun(folder, members)):
+        return folder
+    if overwrite:
+        return partial
+    state = "a finished" if (folder / SELECTION).exists() else "an unfinished"
+    raise ExperimentError(
+        f"'{folder}' holds {state} comparison; go on with it by --resume, choose another --name, or replace it at the end of this one "
+        "by --overwrite"
+    )
+
+
+def _has_begun(folder: Path, members: Sequence[Member]) -> bool:
+    names = (_TUNED.checkpoint, SUMMARY)
+    return any((folder / member.name / name).exists() for member in members if member.is_trained for name in names)
+
+
+def put_comparison_in_place(partial: Path, folder: Path) -> None:
+    """Replace the comparison in `folder` by the finished one in `partial`; where this is cut off, it can be done again.
+
+    Runs of candidates that are not in the new one stay.
+    """
     for name in (SELECTION, PAGE):
-        (config.folder / name).unlink(missing_ok=True)
-    for member in to_train:
-        prepare_folder(member.folder, member.run, [_TUNED], resume)
-    return to_train
+        (folder / name).unlink(missing_ok=True)
+    for path in partial.iterdir():
+        if (path / SUMMARY).exists():
+            (folder / path.name).mkdir(exist_ok=True)
+            put_in_place(path, folder / path.name)
+        elif path.is_dir():  # it diverged
+            shutil.rmtree(path)
+    os.replace(partial / SELECTION, folder / SELECTION)
+    partial.rmdir()
 
 
 def is_finished(member: Member) -> bool:
@@ -188,7 +234,8 @@ def train(members: Sequence[Member], n_workers: int, resume: bool) -> dict[str, 
     """Train candidates one after another or in parallel; returns, by name, why those that diverged did so."""
     diverged = {}
     with tqdm(total=len(members), unit="candidate", disable=None) as bar:
-        reasons = side_by_side(train_candidate, [(member.run, resume) for member in members], n_workers)
+        calls = [(replace(member.run, out=str(member.folder.parent)), resume) for member in members]
+        reasons = side_by_side(train_candidate, calls, n_workers)
         for member, reason in zip(members, reasons, strict=True):
             if reason is not None:
                 diverged[member.name] = reason

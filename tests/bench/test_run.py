@@ -131,3 +131,43 @@ def command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return ""
+
+
+@pytest.mark.parametrize("name", ["bench_curvature", "bench_curvature_cuda", "bench_curvature_tiny"])
+def test_files_are_valid(name):
+    config = parse([f"--config={ROOT / 'configs' / f'{name}.yaml'}"])
+    assert config.name == name
+    run.check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--n_round", "3"], "unknown key 'n_round'; did you mean 'n_rounds'?"),
+        (["--network.dept", "3"], "unknown key 'network.dept'"),
+        (["--resume"], "unknown key 'resume'"),
+        (["--n_rounds", "many"], "n_rounds"),
+        (["--contestants", "[curvlinop]"], "unknown contestant 'curvlinop'; did you mean 'curvlinops'?"),
+        (["--docs", "nowhere.md"], "'nowhere.md' cannot be read"),
+        (["--out", "/proc/nowhere"], "cannot be written"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(arguments, says, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_help_and_commands(tmp_path, capsys):
+    assert main(["--help"]) == 0
+    assert "bench_curvature.py render --help" in " ".join(capsys.readouterr().out.split())
+    assert main(["render", "--help"]) == 0
+    assert "JSON file of a benchmark" in capsys.readouterr().out
+    assert main(["rendr"]) == 2
+    assert "rendr" in capsys.readouterr().err
+    assert main(["render"]) == 2
+    assert "result" in capsys.readouterr().err
+    assert main(["render", str(tmp_path / "nowhere.json")]) == 2
+    assert "nowhere.json" in capsys.readouterr().err

@@ -256,7 +256,11 @@ def test_a_finished_comparison_is_replaced_whole(config, trained):
     before = figures(config)
     trained.clear()
     config = replace(config, marglik=replace(config.marglik, n_epochs=2))
-    run_selection(config)
+    with pytest.raises(ExperimentError, match="holds a finished comparison"):
+        run_selection(config)
+    assert figures(config) == before
+    run_selection(config, overwrite=True)
+    assert not (config.folder / "run.partial").exists()
     assert trained == ["wide", "linear", "tanh"]
     assert figures(config) != before
 
@@ -279,4 +283,4 @@ def test_a_candidate_that_diverges_is_named_and_the_others_are_ranked(config, mo
     assert set(selection.failed) == {"tanh"}
     assert selection.correlation.n == 2
     assert "Not ranked: tanh" in (config.folder / "select.html").read_text()
-    assert len(run_selection(config).ranking) == 3
+    assert len(run_selection(config, overwrite=True).ranking) == 3
