@@ -17,7 +17,7 @@ FAST := tests/test_registration.py tests/test_looked_at_once.py tests/test_archi
 .PHONY: demo test test-fast test-hard test-device test-matrix lint types format dist docs architecture clean
 
 demo: $(VENV)/.installed
-	$(BIN)/laplace-ws train --config configs/demo.yaml
+	$(BIN)/laplace-ws train --config demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2

@@ -1,64 +1,6 @@
 """Laplace approximations and marginal likelihoods for PyTorch networks with weight sharing."""
 
-from laplace_ws._version import __version__
-from laplace_ws.curvature import Backend, Curvature, kron_factors, register_backend
-from laplace_ws.errors import InvalidBatchError, NotFittedError, NumericalRepairWarning, UnsupportedParameterError
-from laplace_ws.files import FileFormatError
-from laplace_ws.kfac import KfacApprox, row_examples
-from laplace_ws.likelihoods import (
-    Bernoulli,
-    Categorical,
-    Gaussian,
-    HeteroscedasticGaussian,
-    Likelihood,
-    likelihood_from_state,
-    make_likelihood,
-    register_likelihood,
-)
-from laplace_ws.marglik import marglik_training
-from laplace_ws.matrices import Kron
-from laplace_ws.posterior import (
-    DiagLaplace,
-    EkfacLaplace,
-    FullLaplace,
-    KronLaplace,
-    Laplace,
-    LowRankLaplace,
-    Structure,
-    load_posterior,
-    register_structure,
-)
+import lazy_loader  # pyright: ignore[reportMissingTypeStubs]
 
-__all__ = [
-    "Backend",
-    "Bernoulli",
-    "Categorical",
-    "Curvature",
-    "DiagLaplace",
-    "EkfacLaplace",
-    "FileFormatError",
-    "FullLaplace",
-    "Gaussian",
-    "HeteroscedasticGaussian",
-    "InvalidBatchError",
-    "KfacApprox",
-    "Kron",
-    "KronLaplace",
-    "Laplace",
-    "Likelihood",
-    "LowRankLaplace",
-    "NotFittedError",
-    "NumericalRepairWarning",
-    "Structure",
-    "UnsupportedParameterError",
-    "__version__",
-    "kron_factors",
-    "likelihood_from_state",
-    "load_posterior",
-    "make_likelihood",
-    "marglik_training",
-    "register_backend",
-    "register_likelihood",
-    "register_structure",
-    "row_examples",
-]
+# What the package offers is stated once, in `__init__.pyi`; torch is imported when something of it is first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # pyright: ignore[reportUnknownVariableType]

@@ -1,4 +1,4 @@
-"""The command line: `laplace-ws train --config configs/demo.yaml --marglik.n_epochs 20`."""
+"""The command line: `laplace-ws train --config demo --marglik.n_epochs 20`."""
 
 from __future__ import annotations
 
@@ -87,6 +87,31 @@ def report(config: ReportConfig) -> int:
 
 
 @dataclass(frozen=True)
+class ConfigsConfig:
+    """What to say of the bundled configurations.
+
+    Attributes:
+        show: name of one that is printed whole; a line about each if not given.
+    """
+
+    show: str | None = None
+
+
+def configs(config: ConfigsConfig) -> int:
+    """Run `laplace-ws configs`; returns the exit status."""
+    bundled = bundled_configs()
+    if config.show is None:
+        for name, path in bundled.items():
+            command, about = path.parent.name, path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+            print(f"laplace-ws {command} --config {name}\n    {about}")
+    elif config.show in bundled:
+        print(bundled[config.show].read_text(encoding="utf-8"), end="")
+    else:
+        raise UnknownKeyError(str(unknown_name("configuration", config.show, bundled)))
+    return OK
+
+
+@dataclass(frozen=True)
 class Command:
     """A command of the command line.
 
@@ -135,7 +160,39 @@ COMMANDS = {
     "report": Command(
         report, "laplace_ws.cli:ReportConfig", "write report.html anew from a run folder", as_positional=True
     ),
+    "configs": Command(configs, "laplace_ws.cli:ConfigsConfig", "list the configurations that come with the package"),
 }
+
+
+def bundled_configs() -> dict[str, Path]:
+    """The configurations that come with the package, by name; each lies in a folder that is called like its command."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*/*.yaml"))}
+
+
+def with_paths(args: Sequence[str]) -> list[str]:
+    """Arguments with the path of each bundled configuration in place of its name.
+
+    Raises:
+        UnknownKeyError: a configuration is neither a file nor bundled.
+    """
+    found = list(args)
+    for i, arg in enumerate(args):
+        key, equals, value = arg.partition("=")
+        if key == "--config" and (equals or i + 1 < len(args)):
+            path = _config_path(value if equals else args[i + 1])
+            found[i if equals else i + 1] = f"--config={path}" if equals else path
+    return found
+
+
+def _config_path(given: str) -> str:
+    bundled = bundled_configs()
+    if Path(given).is_file():
+        return given
+    if given in bundled:
+        return str(bundled[given])
+    raise UnknownKeyError(
+        f"'{given}' is no file; give a YAML file, or the name of a bundled configuration: {', '.join(bundled)}"
+    )
 
 
 def parse(args: Sequence[str]) -> tuple[Command, Any, dict[str, bool]]:
@@ -154,6 +211,7 @@ def parse(args: Sequence[str]) -> tuple[Command, Any, dict[str, bool]]:
         exit_on_error=False,
     )
     subcommands = parser.add_subcommands(dest="command")
+    args = with_paths(args)
     chosen = args[0] if args else ""
     options = None
     if chosen in COMMANDS:
@@ -165,7 +223,7 @@ def parse(args: Sequence[str]) -> tuple[Command, Any, dict[str, bool]]:
         # a configuration, with all that it imports, is imported only for its own command
         own = options.parser(description=command.help) if options and name == chosen else ArgumentParser()
         subcommands.add_subcommand(name, own, help=command.help)
-    values = parser.parse_args(list(args))
+    values = parser.parse_args(args)
     if options is None:
         raise UnknownKeyError(f"name the command first: {', '.join(COMMANDS)}")
     given = instantiated(parser, values)[chosen]

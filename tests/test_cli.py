@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from laplace_ws.cli import main, parse
+from laplace_ws.cli import bundled_configs, main, parse
 from laplace_ws.curvature import BACKENDS
 from laplace_ws.experiment import run as experiment
 from laplace_ws.experiment.config import RunConfig
@@ -223,7 +223,7 @@ def test_mapping_of_layers_to_approximations(tmp_path):
 
 
 def test_demo_file_is_valid():
-    config, _ = parse_train([f"--config={Path(__file__).parents[1] / 'configs' / 'demo.yaml'}"])
+    config, _ = parse_train(["--config=demo"])
     assert config.name == "demo"
     assert len(config.baselines.fixed_prior_precisions) == 3
     assert max(config.baselines.fixed_prior_precisions) >= 999 * min(config.baselines.fixed_prior_precisions)
@@ -247,7 +247,7 @@ def test_keys_cover_the_whole_configuration():
         (["--marglik", '{"n_epoch": 3}'], "n_epoch"),
         (["--marglik.n_epochs", "many"], "marglik.n_epochs"),
         (["--marglik.curvature", "hessian"], "curvature"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "nowhere.yaml"], "'nowhere.yaml' is no file; give a YAML file, or the name of a bundled"),
         (["--config"], "config"),
         (["--data.n_train", "99999"], "n_train=99999"),
         (["--data.name", "cifar10", "--data.root", "/nowhere"], "/nowhere"),
@@ -311,11 +311,31 @@ def test_divergence_names_the_network_and_keeps_what_there_is(config_file, tmp_p
 def test_commands(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0
-    assert "{train,select,calibrate,report}" in capsys.readouterr().out
+    assert "{train,select,calibrate,report,configs}" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert main(["trian"]) == 2
     assert "did you mean 'train'?" in capsys.readouterr().err
     assert main(["report", "nowhere"]) == 2
+
+
+def test_bundled_configurations(capsys, tmp_path, monkeypatch):
+    assert main(["configs"]) == 0
+    out = capsys.readouterr().out
+    assert "laplace-ws train --config demo" in out
+    assert "laplace-ws select --config select" in out
+    for name, path in bundled_configs().items():
+        assert main(["configs", "--show", name]) == 0
+        text = capsys.readouterr().out
+        assert text == path.read_text()
+        _, found, _ = parse([path.parent.name, "--config", name])
+        own = tmp_path / f"{name}.yaml"
+        own.write_text(text)
+        assert parse([path.parent.name, "--config", str(own)])[1] == found
+    assert main(["configs", "--show", "dem"]) == 2
+    assert "did you mean 'demo'?" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    Path("demo").write_text("name: mine\n")  # a file of one's own goes first
+    assert parse_train(["--config", "demo"])[0].name == "mine"
 
 
 def test_run_experiment_returns_what_it_writes(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import types
 from collections import OrderedDict
 from pathlib import Path
 
@@ -96,7 +97,8 @@ def test_the_blocks_of_a_page():
 def test_the_reference_names_all_that_is_public():
     page = (ROOT / "docs" / "reference" / "api.md").read_text()
     documented = set(re.findall(r"^\.\. auto\w+:: laplace_ws\.(\w+)$", page, re.MULTILINE))
-    assert documented == set(laplace_ws.__all__) - {"__version__"}
+    public = {name for name in laplace_ws.__all__ if not isinstance(getattr(laplace_ws, name), types.ModuleType)}
+    assert documented == public - {"__version__"}
 
 
 def test_every_page_of_the_guide_is_in_the_contents():

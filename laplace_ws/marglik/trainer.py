@@ -156,10 +156,11 @@ class Trainer:
         try:
             yield
         except (KeyboardInterrupt, TrainingDiverged) as error:
-            state, path, diverged = self.before_epoch, self.checkpoint_path, isinstance(error, TrainingDiverged)
+            diverged = isinstance(error, TrainingDiverged)
+            state, path = self.before_epoch, self.checkpoint_path
             if path is not None and state is not None and (diverged or state["progress"]["epoch"] > self.saved_epoch):
                 save_checkpoint(path, {**state, "diverged": diverged})
-            if diverged:
+            if isinstance(error, TrainingDiverged):
                 error.checkpoint_path = self.checkpoint_on_disk()
             raise
 

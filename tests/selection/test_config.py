@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from pathlib import Path
 
 import pytest
 
@@ -19,8 +18,6 @@ from laplace_ws.experiment.config import (
 from laplace_ws.selection import Candidate, SelectConfig
 from laplace_ws.selection.comparable import check_comparable, yardstick
 from laplace_ws.selection.config import changed_model, check_candidates
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_a_comparison_has_the_settings_of_a_run_and_their_defaults():
@@ -161,7 +158,7 @@ def test_tuned_temperatures_are_refused():
 
 
 def test_the_example_is_valid():
-    _, config, flags = parse(["select", f"--config={CONFIGS / 'select.yaml'}"])
+    _, config, flags = parse(["select", "--config=select"])
     assert not flags["resume"]
     check_candidates(config.candidates)
     runs = {candidate.name: config.run_config(candidate) for candidate in config.candidates}
