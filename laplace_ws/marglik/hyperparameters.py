@@ -158,6 +158,9 @@ class Hyperparameters(nn.Module):
             stiffness: upper limit of δ·τ·σ² of a prior precision δ. Gradient steps on a mean loss over N examples
                 stay stable up to about N over the learning rate.
 
+        Raises:
+            FloatingPointError: the log marginal likelihood has no gradient there.
+
         Warns:
             PriorCollapseWarning: once for every group that reaches the upper limit.
         """
@@ -184,6 +187,9 @@ class Hyperparameters(nn.Module):
                     prior_precision=self.prior_precision(), temperature=self.temperature(), **noise
                 )
                 log_marglik.backward(inputs=self.tuned)
+            slopes = torch.stack([p.grad.isfinite().all() for p in self.tuned if p.grad is not None])
+            if not slopes.all():
+                raise FloatingPointError("the gradient of the log marginal likelihood is not finite")
             self.optimizer.step()
             self._confine(start, max_log_step, stiffness)
 

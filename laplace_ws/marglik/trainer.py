@@ -267,7 +267,7 @@ class Trainer:
         start = time.perf_counter()
         try:
             log_marglik = self._fit_and_ascend()
-        except (InvalidBatchError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        except (InvalidBatchError, FloatingPointError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
             raise TrainingDiverged(f"no tuning was possible ({error})", epoch, self.checkpoint_on_disk()) from error
         self._check_finite("the log marginal likelihood", log_marglik, epoch)
         self.progress.margliks.append(log_marglik)

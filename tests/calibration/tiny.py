@@ -8,9 +8,9 @@ from laplace_ws.experiment.config import DataConfig, MarglikConfig, ModelConfig,
 from laplace_ws.experiment.run import run_experiment
 
 
-def train_tiny(out: Path, **data) -> Path:
-    """A perceptron of five hidden units, trained on 60 images; the run folder."""
-    config = RunConfig(
+def tiny_config(out: Path, **data) -> RunConfig:
+    """The run of a perceptron of five hidden units on 60 images."""
+    return RunConfig(
         name="tiny",
         out=str(out),
         test_every=4,
@@ -19,4 +19,8 @@ def train_tiny(out: Path, **data) -> Path:
         marglik=MarglikConfig(n_epochs=4, n_epochs_burnin=2, marglik_frequency=1, n_hypersteps=3, prior_prec_init=0.5),
         report=False,
     )
-    return run_experiment(config)[0]
+
+
+def train_tiny(out: Path, **data) -> Path:
+    """Train it; the run folder."""
+    return run_experiment(tiny_config(out, **data))[0]
