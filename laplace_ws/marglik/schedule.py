@@ -24,14 +24,12 @@ class TrainingDiverged(RuntimeError):
         self.checkpoint_path = checkpoint_path
 
     def __str__(self) -> str:
-        kept = (
-            f"; a run with a lower learning rate can be resumed from the checkpoint '{self.checkpoint_path}'"
-            if self.checkpoint_path
-            else ""
-        )
+        mend = "lower the learning rate or the prior precision"
+        if self.checkpoint_path:
+            mend = f"go on from '{self.checkpoint_path}' at a lower learning rate"
         return (
-            f"{self.what} in epoch {self.epoch}; the model is back at its state after epoch {self.epoch - 1}{kept}; "
-            "lower the learning rate or the prior precision, or look for NaN in the data"
+            f"{self.what} in epoch {self.epoch}; the model is back at its state after epoch {self.epoch - 1}; {mend}, or look for NaN in "
+            "the data"
         )
 
 

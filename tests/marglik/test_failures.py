@@ -41,7 +41,7 @@ def test_divergence_names_the_epoch_and_keeps_the_last_good_state(tmp_path):
     before = as_found(model)
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(
-        TrainingDiverged, match=r"loss became nan in epoch 4.*after epoch 3.*checkpoint\.pt' is kept"
+        TrainingDiverged, match=r"loss became nan in epoch 4.*after epoch 3; go on from .*checkpoint\.pt' at a lower"
     ) as e:
         marglik_training(model, loader, **QUICK, optimizer_kwargs=SGD, checkpoint_path=path, on_epoch=watch)
     assert e.value.epoch == 4
