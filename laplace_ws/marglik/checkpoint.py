@@ -34,7 +34,7 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
         CheckpointError: the file is damaged, or is not a checkpoint in this format.
     """
     try:
-        state = load_tensors(path, "a checkpoint", map_location)
+        state = load_tensors(path, "a checkpoint")
     except FileFormatError as error:
         raise CheckpointError(f"{str(error).rstrip('.')}; remove it to start afresh") from error
     if state.get("format_version") != FORMAT_VERSION:
