@@ -216,7 +216,7 @@ def _check_content(file: BinaryIO) -> None:
 
 def _check_plain(value: Any, name: str) -> None:
     """Raise `TypeError` for what could not be read back, naming where it is."""
-    kind: Any = type(value)
+    kind = cast(Any, type(value))
     if kind in (dict, OrderedDict, Counter):
         for key, entry in value.items():
             _check_plain(key, f"the key {key!r}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from laplace_ws.experiment.config import ExperimentError, RunConfig
 from laplace_ws.experiment.records import METRICS, SUMMARY, TUNED, ModelResult, RunResult
-from laplace_ws.marglik.checkpoint import check_settings, load_checkpoint
+from laplace_ws.marglik.checkpoint import check_settings, load_training
 from laplace_ws.marglik.trainer import Record
 from laplace_ws.options import config_keys, flatten
 from laplace_ws.tables import Column, as_text
@@ -72,7 +72,7 @@ def prepare_folder(folder: Path, config: RunConfig, tasks: Sequence[Task], resum
     if resume:
         if (folder / CONFIG).exists():
             check_settings(folder / CONFIG, json.loads((folder / CONFIG).read_text()), settings)
-        histories = [load_checkpoint(path)["progress"]["history"] for path in begun]
+        histories = [load_training(path)["progress"]["history"] for path in begun]
         write_metrics(folder, histories)
     else:
         if begun and not (folder / SUMMARY).exists():

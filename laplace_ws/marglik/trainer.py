@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -18,16 +19,19 @@ from laplace_ws.curvature.backend import trainable_parameters
 from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.inputs import call_model
 from laplace_ws.errors import InvalidBatchError
+from laplace_ws.files import FileFormatError
 from laplace_ws.kfac.uses import at_least_float32
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.marglik.accuracy import n_correct
 from laplace_ws.marglik.checkpoint import (
     check_settings,
     left_as_found,
-    load_checkpoint,
+    load_training,
+    refused_by_name,
     save_checkpoint,
     snapshot,
 )
+from laplace_ws.marglik.checkpoint_checks import check_fits
 from laplace_ws.marglik.checks import DataFacts, one_pass_error
 from laplace_ws.marglik.hyperparameters import Hyperparameters, TemperatureWarning
 from laplace_ws.marglik.objective import PriorGradient
@@ -297,14 +301,27 @@ class Trainer:
     def resume(self) -> None:
         """Resume from the checkpoint on disk, if there is one.
 
+        All of it is applied, or, where it is refused, nothing.
+
         Raises:
-            CheckpointError: it cannot be read, or was made under other settings.
+            CheckpointError: it cannot be read, is damaged, or was made under other settings.
         """
         path = self.checkpoint_on_disk()
         if path is None:
             return
-        state = load_checkpoint(path, self.device)
+        state = load_training(path)
         check_settings(path, state["settings"], self.settings)
+        before = copy.deepcopy(self.state_dict() | {"rng": self.rng})
+        with refused_by_name(path):
+            check_fits(state, before, self.model, self.optimizer, self.hyper.optimizer, self.schedule.n_epochs)
+            try:
+                self._apply(state)
+            except Exception as error:
+                self._apply(before)
+                raise FileFormatError(f"the saved state does not fit this run ({type(error).__name__})") from error
+
+    def _apply(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
         self.progress = Progress(**state["progress"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
