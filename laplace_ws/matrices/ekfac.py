@@ -88,7 +88,8 @@ class Ekfac(BlockMatrix[EkfacBlock]):
         for name, shape in shapes.items():
             block, of = saved.entry(state, name, Mapping), f" of {name!r}"
             values = saved.floats(saved.entry(block, "values", Tensor, of=of), f"eigenvalues{of}", least=0)
-            if values.numel() != shape.numel() or values.ndim not in (2, 3):
+            is_grouped = values.ndim == 3 and len(values) > 1
+            if values.numel() != shape.numel() or not (values.ndim == 2 or is_grouped):
                 raise FileFormatError(f"the saved eigenvalues{of} do not fit its shape {tuple(shape)}.")
             Q_B, Q_A = (saved.entry(block, field, Tensor, None, of=of) for field in ("Q_B", "Q_A"))
             *groups, n_out, n_in = values.shape

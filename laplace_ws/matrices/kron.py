@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -133,17 +134,21 @@ def _restored(name: str, shape: torch.Size, state: Mapping[str, Any]) -> KronBlo
     A = saved.entry(state, "A", Tensor, None, of=of)
     for field, factor in (("B", B), ("A", A)):
         if factor is not None and fields[f"diagonal_{field}"]:
-            saved.floats(factor, f"factor {field}{of}", least=0)
+            saved.floats(factor, f"factor {field}{of}", (factor.numel(),), least=0)
         elif factor is not None:
             saved.curvature(factor, f"factor {field}{of}")
+    factors = [(B, fields["diagonal_B"]), *([] if A is None else [(A, fields["diagonal_A"])])]
+    groups = {factor.shape[: -1 if is_diagonal else -2] for factor, is_diagonal in factors}
+    n_groups = math.prod(*groups) if len(groups) == 1 else 0
+    is_grouped = B.ndim == 3 and n_groups > 1 and A is not None
+    fits = n_groups * math.prod(factor.shape[-1] for factor, _ in factors) == shape.numel()
+    if not fits or not (is_grouped or groups == {()}):
+        raise FileFormatError(f"the saved factors{of} do not fit its shape {tuple(shape)}.")
     n_inputs = saved.entry(state, "n_inputs", int, float, Tensor, of=of)
     if isinstance(n_inputs, Tensor):
-        saved.floats(n_inputs.double(), f"number of inputs{of}", (B.shape[0], 1, 1), least=0)
+        saved.floats(n_inputs.double(), f"number of inputs{of}", (n_groups, 1, 1), least=0)
     else:
         saved.number(state, "n_inputs", of=of, above=-1)
-    n_groups = B.shape[0] if B.ndim == 3 else 1
-    if n_groups * B.shape[-1] * (1 if A is None else A.shape[-1]) != shape.numel():
-        raise FileFormatError(f"the saved factors of {name!r} do not fit its shape {tuple(shape)}.")
     return KronBlock(shape, B, A, n_inputs, **fields)
 
 
