@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from cases import CASES
 from posterior.shared import STRUCTURES, case_of, fitted
 from torch import nn
 
@@ -283,6 +284,14 @@ def test_factors_as_rounded_as_they_can_be_are_accepted():
             state = la.state_dict()
             state["H"] = (la.H * scale).state_dict()
             la.load_state_dict(state)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_a_fit_gives_is_accepted(case):
+    """Grouped, transposed and diagonal factors, too."""
+    for structure in ("kron", "ekfac"):
+        la, _, _ = fitted(structure, case)
+        la.load_state_dict(la.state_dict())
 
 
 @pytest.mark.parametrize(
