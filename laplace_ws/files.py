@@ -60,12 +60,14 @@ class FileFormatError(RuntimeError):
 def save_tensors(path: str | Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain values), sealed, so that `path` is at every moment the old file or the new one.
 
+    Tensors are written as they are on the CPU.
+
     Raises:
         OSError: the disk is full or the place cannot be written; what was there is untouched.
         TypeError: the state holds something that could not be read back; what was there is untouched.
     """
     try:
-        _check_plain(state, "")
+        state = _plain(state, "")
     except TypeError as error:
         message = f"'{path}' can hold tensors and plain values only, but {error}; convert it or leave it out."
         raise TypeError(message) from error
@@ -214,23 +216,26 @@ def _check_content(file: BinaryIO) -> None:
             raise ValueError(f"it refers to {unknown}")
 
 
-def _check_plain(value: Any, name: str) -> None:
-    """Raise `TypeError` for what could not be read back, naming where it is."""
+def _plain(value: Any, name: str) -> Any:
+    """A state with its tensors on the CPU, so that it can be read anywhere; raises `TypeError` for what could not be read back."""
+    if isinstance(value, Tensor) and value.device.type != "cpu" and not value.is_meta:
+        value = value.detach().cpu()
     kind = cast(Any, type(value))
     if kind in (dict, OrderedDict, Counter):
-        for key, entry in value.items():
-            _check_plain(key, f"the key {key!r}")
-            _check_plain(entry, f"{name}.{key}" if name else str(key))
-    elif kind in (list, tuple, set):
-        for i, entry in enumerate(value):
-            _check_plain(entry, f"{name}[{i}]")
-    elif kind in (Tensor, nn.Parameter):
+        entries = cast(dict[Any, Any], value).items()
+        return cast(
+            Any, kind({_plain(k, f"the key {k!r}"): _plain(v, f"{name}.{k}" if name else str(k)) for k, v in entries})
+        )
+    if kind in (list, tuple, set):
+        return cast(Any, kind([_plain(entry, f"{name}[{i}]") for i, entry in enumerate(cast(list[Any], value))]))
+    if kind in (Tensor, nn.Parameter):
         if value.dtype not in _DTYPES or value.layout != torch.strided or value.is_meta or value.__dict__:
             raise TypeError(
                 f"{name} is a tensor with {value.dtype}, {value.layout} and attributes {list(value.__dict__)}"
             )
     elif kind not in _SCALARS and not (kind is bytes and value):
         raise TypeError(f"{name} is a {kind.__name__}")
+    return value
 
 
 def _reason(error: OSError) -> str:
