@@ -32,7 +32,7 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"kfac": 2},
     {"likelihoods": 3},
     {"matrices": 1, "metrics": 3, "models": 0, "data": 4},
-    {"options": 1, "records": 2, "tables": 3},
+    {"saved": 0, "options": 1, "records": 2, "tables": 3},
     {"_version": 0, "errors": 1, "files": 2, "interrupts": 3, "randomness": 4, "registry": 5},
 )
 """The parts of the package, each with its column in the picture. A part may import what stands below it, not beside or above it."""

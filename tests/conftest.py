@@ -18,6 +18,7 @@ ON_THE_CPU = {
     "report": "pages and pictures",
     "selection": "a command, which chooses its device by its configuration",
     "test_cli.py": "commands, which choose their device by their configuration",
+    "test_files.py": "files, whose tensors are on the CPU",
     "test_docs.py": "examples of the pages, as a reader runs them",
 }
 """Tests that gain nothing from a device, and why. With `--device cuda` they run as always, with the simulated device not at all."""

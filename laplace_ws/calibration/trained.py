@@ -15,7 +15,7 @@ from laplace_ws.data import ImageData, balanced_indices, load_dataset
 from laplace_ws.experiment.config import RunConfig, read_config
 from laplace_ws.experiment.folder import CONFIG, ExperimentError, Json, Task, check_whole
 from laplace_ws.experiment.run import device_of, load_data, make_model
-from laplace_ws.marglik.checkpoint import load_checkpoint
+from laplace_ws.marglik.checkpoint import load_training
 from laplace_ws.matrices import by_parameter
 from laplace_ws.posterior import prior_groups
 
@@ -117,7 +117,7 @@ class _Kept(NamedTuple):
 
 
 def _kept(path: Path) -> _Kept:
-    state = load_checkpoint(path)
+    state = load_training(path)
     best = state["progress"]["best"]
     if best is None:
         return _Kept(state["progress"]["epoch"], state["model"], state["hyper"])

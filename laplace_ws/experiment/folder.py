@@ -14,7 +14,8 @@ from typing import Any
 from laplace_ws.experiment.config import ExperimentError, RunConfig
 from laplace_ws.experiment.lock import LOCK
 from laplace_ws.experiment.records import FIXED, METRICS, SUMMARY, TUNED, ModelResult, RunResult
-from laplace_ws.marglik.checkpoint import check_settings, load_checkpoint
+from laplace_ws.files import replacing
+from laplace_ws.marglik.checkpoint import check_settings, load_training
 from laplace_ws.marglik.trainer import Record
 from laplace_ws.options import config_keys, flatten
 from laplace_ws.tables import Column, as_text
@@ -148,7 +149,7 @@ def prepare_folder(folder: Path, config: RunConfig, tasks: Sequence[Task], resum
         )
     check_foreign(folder, tasks)
     make_writable(work, "--out or --name")
-    states = [load_checkpoint(path) for path in _begun(work, tasks)] if resume else []
+    states = [load_training(path) for path in _begun(work, tasks)] if resume else []
     if resume and (work / CONFIG).exists():
         may_differ = SAFE_TO_CHANGE if any(state.get("diverged", False) for state in states) else ()
         check_settings(work / CONFIG, stored_settings(work / CONFIG), settings, may_differ)
@@ -260,16 +261,8 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; the old one is still there.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def summary_table(result: RunResult) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_ws.files import FileFormatError, load_tensors, save_tensors
+from laplace_ws.marglik.checkpoint_checks import check_fields
 from laplace_ws.randomness import random_state, set_random_state
 
 FORMAT_VERSION = 1
@@ -31,19 +32,42 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     save_tensors(path, {"format_version": FORMAT_VERSION, **state})
 
 
-def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote; runs no code from the file.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, to the CPU; runs no code from the file.
 
     Raises:
+        FileNotFoundError: there is no such file.
         CheckpointError: the file is damaged, or is not a checkpoint in this format.
     """
     try:
-        state = load_tensors(path, "a checkpoint", map_location)
+        state = load_tensors(path, "a checkpoint")
     except FileFormatError as error:
         raise CheckpointError(f"{str(error).rstrip('.')}; remove it to start afresh") from error
     if state.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"'{path}' is not a checkpoint of format {FORMAT_VERSION}; remove it to start afresh")
     return state
+
+
+def load_training(path: Path) -> dict[str, Any]:
+    """Read the checkpoint of a training: that it has every field, and of its type, is checked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged, or is no checkpoint of a training.
+    """
+    state = load_checkpoint(path)
+    with refused_by_name(path):
+        check_fields(state)
+    return state
+
+
+@contextmanager
+def refused_by_name(path: Path) -> Iterator[None]:
+    """Turn what is wrong with the state that a checkpoint holds into an error that names the file."""
+    try:
+        yield
+    except FileFormatError as error:
+        raise CheckpointError(f"'{path}': {str(error).rstrip('.')}; remove it to start afresh") from error
 
 
 def check_settings(

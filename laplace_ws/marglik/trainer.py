@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -19,6 +20,7 @@ from laplace_ws.curvature.backend import trainable_parameters
 from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.inputs import call_model
 from laplace_ws.errors import InvalidBatchError
+from laplace_ws.files import FileFormatError
 from laplace_ws.kfac.uses import at_least_float32
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.marglik.accuracy import n_correct
@@ -27,11 +29,13 @@ from laplace_ws.marglik.checkpoint import (
     check_settings,
     copied,
     left_as_found,
-    load_checkpoint,
+    load_training,
     may_change,
+    refused_by_name,
     save_checkpoint,
     snapshot,
 )
+from laplace_ws.marglik.checkpoint_checks import check_fits
 from laplace_ws.marglik.checks import DataFacts, one_pass_error
 from laplace_ws.marglik.hyperparameters import Hyperparameters, TemperatureWarning
 from laplace_ws.marglik.objective import PriorGradient
@@ -331,27 +335,38 @@ class Trainer:
     def resume(self) -> None:
         """Resume from the checkpoint on disk, if there is one.
 
-        After a training that diverged, and after one that has finished, what is `SAFE_TO_CHANGE` may differ; `progress.changes` says
-        since which epoch.
+        All of it is applied, or, where it is refused, nothing. After a training that diverged, and after one that has finished, what is
+        `SAFE_TO_CHANGE` may differ; `progress.changes` says since which epoch.
 
         Raises:
-            CheckpointError: it cannot be read, or was made under other settings.
+            CheckpointError: it cannot be read, is damaged, or was made under other settings.
         """
         path = self.checkpoint_on_disk()
         if path is None:
             return
-        state = load_checkpoint(path, self.device)
+        state = load_training(path)
+        may_differ = SAFE_TO_CHANGE if may_change(state, self.schedule.n_epochs) else ()
+        changed = check_settings(path, state["settings"], self.settings, may_differ)
         lrs = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
-        may_differ = may_change(state, self.schedule.n_epochs)
-        changed = check_settings(path, state["settings"], self.settings, SAFE_TO_CHANGE if may_differ else ())
-        self.progress = Progress(**state["progress"])
+        before = copy.deepcopy(self.state_dict() | {"rng": self.rng})
+        with refused_by_name(path):
+            check_fits(state, before, self.model, self.optimizer, self.hyper.optimizer, self.schedule.n_epochs)
+            try:
+                self._apply(state)
+            except Exception as error:
+                self._apply(before)
+                raise FileFormatError(f"the saved state does not fit this run ({type(error).__name__})") from error
+        rescale_lr(self.optimizer, self.scheduler, lrs)
         self.saved_epoch = self.progress.epoch
         for setting, (was, now) in changed.items():
             self.progress.changes.append({"epoch": self.progress.epoch, "setting": setting, "was": was, "now": now})
+
+    def _apply(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.progress = Progress(**state["progress"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        rescale_lr(self.optimizer, self.scheduler, lrs)
         self.hyper.load_state_dict(state["hyper"])
         self.hyper.assign_to(self.la)
         if state["loader"]:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws import saved
 from laplace_ws.matrices.base import CurvatureMatrix, expand_per_weight
 from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh
 from laplace_ws.matrices.pushforward import Damping, DensePushforward, Layout, Pushforward, RotatedPushforward
@@ -124,9 +125,6 @@ class Dense(CurvatureMatrix):
     @classmethod
     def from_state_dict(cls, shapes: Mapping[str, torch.Size], state: Mapping[str, Any]) -> Dense:
         """See `CurvatureMatrix.from_state_dict`."""
-        matrix, n_params = state["matrix"], sum(shape.numel() for shape in shapes.values())
-        if matrix.shape != (n_params, n_params):
-            raise ValueError(
-                f"the saved matrix has shape {tuple(matrix.shape)}, which does not fit {n_params} weights."
-            )
-        return cls(shapes, matrix)
+        n_params = sum(shape.numel() for shape in shapes.values())
+        matrix = saved.floats(saved.entry(state, "matrix", Tensor), "matrix", (n_params, n_params))
+        return cls(shapes, saved.curvature(matrix, "matrix"))

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws import saved
 from laplace_ws.matrices import spectrum
 from laplace_ws.matrices.base import CurvatureMatrix, by_parameter, expand_per_weight
 from laplace_ws.matrices.pushforward import Damping, Layout, SeparablePushforward
@@ -86,7 +87,5 @@ class Diag(CurvatureMatrix):
     @classmethod
     def from_state_dict(cls, shapes: Mapping[str, torch.Size], state: Mapping[str, Any]) -> Diag:
         """See `CurvatureMatrix.from_state_dict`."""
-        values = state["values"]
-        if len(values) != sum(shape.numel() for shape in shapes.values()):
-            raise ValueError(f"the saved diagonal has {len(values)} entries, which do not fit the parameters.")
-        return cls(shapes, values)
+        n_params = sum(shape.numel() for shape in shapes.values())
+        return cls(shapes, saved.floats(saved.entry(state, "values", Tensor), "diagonal", (n_params,), least=0))

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws import saved
+from laplace_ws.files import FileFormatError
 from laplace_ws.matrices.base import CurvatureMatrix
 from laplace_ws.matrices.blocks import Block, BlockMatrix
 from laplace_ws.matrices.eigenbasis import EigenBasis
@@ -84,9 +86,16 @@ class Ekfac(BlockMatrix[EkfacBlock]):
         """See `CurvatureMatrix.from_state_dict`."""
         blocks = {}
         for name, shape in shapes.items():
-            values = state[name]["values"]
-            basis = EigenBasis(state[name]["Q_B"], state[name]["Q_A"], tuple(values.shape), state[name]["transposed"])
-            if values.numel() != shape.numel():
-                raise ValueError(f"the saved eigenvalues of {name!r} do not fit its shape {tuple(shape)}.")
-            blocks[name] = EkfacBlock(shape, basis, values)
+            block, of = saved.entry(state, name, Mapping), f" of {name!r}"
+            values = saved.floats(saved.entry(block, "values", Tensor, of=of), f"eigenvalues{of}", least=0)
+            is_grouped = values.ndim == 3 and len(values) > 1
+            if values.numel() != shape.numel() or not (values.ndim == 2 or is_grouped):
+                raise FileFormatError(f"the saved eigenvalues{of} do not fit its shape {tuple(shape)}.")
+            Q_B, Q_A = (saved.entry(block, field, Tensor, None, of=of) for field in ("Q_B", "Q_A"))
+            *groups, n_out, n_in = values.shape
+            for Q, n in ((Q_B, n_out), (Q_A, n_in)):
+                if Q is not None:
+                    saved.eigenvectors(Q, f"eigenvectors{of}", (*groups, n, n))
+            transposed = saved.entry(block, "transposed", bool, of=of)
+            blocks[name] = EkfacBlock(shape, EigenBasis(Q_B, Q_A, tuple(values.shape), transposed), values)
         return cls(blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws import saved
+from laplace_ws.files import FileFormatError
 from laplace_ws.matrices.base import CurvatureMatrix
 from laplace_ws.matrices.blocks import Block, BlockMatrix
 from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh
@@ -120,15 +123,33 @@ class Kron(BlockMatrix[KronBlock]):
     @classmethod
     def from_state_dict(cls, shapes: Mapping[str, torch.Size], state: Mapping[str, Any]) -> Kron:
         """See `CurvatureMatrix.from_state_dict`."""
-        blocks = {name: KronBlock(shape=shape, **state[name]) for name, shape in shapes.items()}
-        for name, block in blocks.items():
-            n_groups = block.B.shape[0] if block.B.ndim == 3 else 1
-            n_inputs = 1 if block.A is None else block.A.shape[-1]
-            factors = (block.B, block.diagonal_B), (block.A, block.diagonal_A)
-            are_square = all(f is None or is_diagonal or f.shape[-1] == f.shape[-2] for f, is_diagonal in factors)
-            if not are_square or n_groups * block.B.shape[-1] * n_inputs != block.shape.numel():
-                raise ValueError(f"the saved factors of {name!r} do not fit its shape {tuple(block.shape)}.")
-        return cls(blocks)
+        return cls({name: _restored(name, shape, saved.entry(state, name, Mapping)) for name, shape in shapes.items()})
+
+
+def _restored(name: str, shape: torch.Size, state: Mapping[str, Any]) -> KronBlock:
+    """One block of `Kron.state_dict`; raises `FileFormatError` for one that is damaged."""
+    of = f" of {name!r}"
+    fields = {field: saved.entry(state, field, bool, of=of) for field in ("transposed", "diagonal_B", "diagonal_A")}
+    B = saved.entry(state, "B", Tensor, of=of)
+    A = saved.entry(state, "A", Tensor, None, of=of)
+    for field, factor in (("B", B), ("A", A)):
+        if factor is not None and fields[f"diagonal_{field}"]:
+            saved.floats(factor, f"factor {field}{of}", (factor.numel(),), least=0)
+        elif factor is not None:
+            saved.curvature(factor, f"factor {field}{of}")
+    factors = [(B, fields["diagonal_B"]), *([] if A is None else [(A, fields["diagonal_A"])])]
+    groups = {factor.shape[: -1 if is_diagonal else -2] for factor, is_diagonal in factors}
+    n_groups = math.prod(*groups) if len(groups) == 1 else 0
+    is_grouped = B.ndim == 3 and n_groups > 1 and A is not None
+    fits = n_groups * math.prod(factor.shape[-1] for factor, _ in factors) == shape.numel()
+    if not fits or not (is_grouped or groups == {()}):
+        raise FileFormatError(f"the saved factors{of} do not fit its shape {tuple(shape)}.")
+    n_inputs = saved.entry(state, "n_inputs", int, float, Tensor, of=of)
+    if isinstance(n_inputs, Tensor):
+        saved.floats(n_inputs.double(), f"number of inputs{of}", (n_groups, 1, 1), least=0)
+    else:
+        saved.number(state, "n_inputs", of=of, above=-1)
+    return KronBlock(shape, B, A, n_inputs, **fields)
 
 
 def at_least_one(n_inputs: float | Tensor) -> float | Tensor:

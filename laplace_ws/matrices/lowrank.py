@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from laplace_ws import saved
 from laplace_ws.matrices.base import CurvatureMatrix, by_parameter, expand_per_weight
 from laplace_ws.matrices.eigen import eigh
 from laplace_ws.matrices.pushforward import Damping, Layout, LowRankPushforward
@@ -127,7 +128,9 @@ class LowRank(CurvatureMatrix):
     @classmethod
     def from_state_dict(cls, shapes: Mapping[str, torch.Size], state: Mapping[str, Any]) -> LowRank:
         """See `CurvatureMatrix.from_state_dict`."""
-        return cls(shapes, state["vectors"], state["values"])
+        values = saved.floats(saved.entry(state, "values", Tensor), "eigenvalues", least=0)
+        size = sum(shape.numel() for shape in shapes.values()), values.numel()
+        return cls(shapes, saved.eigenvectors(saved.entry(state, "vectors", Tensor), "eigenvectors", size), values)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.shapes)} parameters, {self.n_params} weights, rank {self.rank})"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from laplace_ws import saved
 from laplace_ws.curvature import Backend
-from laplace_ws.files import load_tensors
+from laplace_ws.files import FileFormatError, load_tensors
 from laplace_ws.likelihoods import Likelihood, likelihood_from_state
 from laplace_ws.posterior import files
 from laplace_ws.posterior.laplace import Laplace
@@ -43,27 +45,41 @@ def load_posterior(
         backend: what runs the model; default: as saved.
 
     Raises:
+        FileNotFoundError: there is no such file.
         FileFormatError: the file is damaged, not a posterior, or in another format.
         ValueError: the model has other parameters.
     """
     state = load_tensors(path, "a posterior")
-    files.check_format(state, f"'{path}'")
-    with files.damage_explained():
-        files.check_model(model, state)
-        options = dict(state["options"])
-        saved_likelihood = options.pop("likelihood")
-        la = Laplace(
-            model,
-            likelihood or _saved_likelihood(saved_likelihood),
-            subset_of_weights=files.saved_subset(state, next(model.parameters()).device),
-            backend=backend or state["backend"],
-            dict_key_x=state["dict_key_x"],
-            dict_key_y=state["dict_key_y"],
-            memory_budget=state["memory_budget"],
-            **options,
-        )
-    la.load_state_dict(state)
+    with _named(path):
+        files.check_format(state)
+        with files.damage_explained():
+            files.check_model(model, state)
+            options = dict(saved.entry(state, "options", Mapping))
+            saved_likelihood = saved.entry(options, "likelihood", Mapping)
+            del options["likelihood"]
+            la = Laplace(
+                model,
+                likelihood or _saved_likelihood(saved_likelihood),
+                subset_of_weights=files.saved_subset(state, next(model.parameters()).device),
+                backend=backend or saved.entry(state, "backend", str),
+                dict_key_x=saved.entry(state, "dict_key_x", str),
+                dict_key_y=saved.entry(state, "dict_key_y", str),
+                memory_budget=saved.whole_number(state, "memory_budget", 1),
+                **options,
+            )
+        la.load_state_dict(state)
     return la
+
+
+@contextmanager
+def _named(path: str | Path) -> Generator[None, None, None]:
+    """Say which file it is that is damaged or does not fit."""
+    try:
+        yield
+    except FileFormatError as error:
+        raise FileFormatError(f"'{path}': {error}") from error
+    except ValueError as error:
+        raise type(error)(f"'{path}': {error}") from error
 
 
 def _saved_likelihood(state: Mapping[str, Any]) -> Likelihood:

@@ -26,6 +26,7 @@ from laplace_ws.marglik import (
     marglik_training,
 )
 from laplace_ws.marglik.checkpoint import check_settings, load_checkpoint, save_checkpoint
+from laplace_ws.marglik.training import prepare
 
 
 class Stop(Exception):
@@ -245,3 +246,113 @@ def test_trainer_state_holds_tensors_and_plain_values_only(tmp_path, monkeypatch
     assert {"model", "optimizer", "scheduler", "hyper", "loader", "generators", "rng"} <= set(saved)
     torch.save(saved, tmp_path / "direct.pt")
     assert torch.load(tmp_path / "direct.pt", weights_only=True)["progress"]["epoch"] == 6
+
+
+# ------------------------------------------------------------------ damaged checkpoints
+
+
+def damaged(state, place: str, value):
+    """A nested state with another value, or without one, at a place such as "progress/best"."""
+    key, _, rest = place.partition("/")
+    if isinstance(state, list):
+        return [
+            damaged(item, rest, value) if rest else value if i == int(key) else item for i, item in enumerate(state)
+        ]
+    key = int(key) if key.isdigit() else key
+    if rest:
+        return state | {key: damaged(state[key], rest, value)}
+    return {k: v for k, v in state.items() if k != key} | ({} if value is MISSING else {key: value})
+
+
+MISSING = object()
+NAN = float("nan")
+DAMAGES = [
+    *((field, MISSING, f"'{field}' is missing") for field in
+      ("settings", "progress", "model", "optimizer", "scheduler", "hyper", "loader", "generators", "rng")),
+    *((f"progress/{field}", MISSING, f"'{field}' of 'progress' is missing") for field in
+      ("epoch", "losses", "margliks", "history", "best", "train_seconds", "curvature_seconds")),
+    ("model", [], "'model' is a list and not a dictionary"),
+    ("progress/epoch", 1.0, "'epoch' of 'progress' is a float"),
+    ("progress/epoch", 5, "it is of epoch 5 and has records of"),
+    ("progress/losses", [1, "a"], "'losses' of 'progress' are not all numbers"),
+    ("progress/history", [1, 2], "'history' of 'progress' is not one dictionary per epoch"),
+    ("progress/train_seconds", NAN, "'train_seconds' of 'progress' is nan"),
+    ("progress/best/epoch", "a", "'epoch' of 'best' is a str"),
+    ("progress/best/model", MISSING, "'model' of 'best' is missing"),
+    ("progress/best/model/3.weight", torch.zeros(3, 7).double(), r"torch.float64 \[3, 7\] in place of torch.float64 \[3, 8\]"),
+    ("progress/extra", 1, "does not fit this run"),
+    ("model/0.weight", torch.zeros(8, 5).double(), r"'0.weight' is torch.float64 \[8, 5\] in place of torch.float64 \[8, 4\]"),
+    ("model/0.weight", torch.zeros(8, 4), r"'0.weight' is torch.float32 \[8, 4\] in place of torch.float64 \[8, 4\]"),
+    ("model/0.weight", torch.full((8, 4), NAN).double(), "'0.weight' holds numbers that are not finite"),
+    ("model/0.weight", "text", "'0.weight' is str in place of"),
+    ("model/1.running_mean", MISSING, "lacks '1.running_mean', other than this model"),
+    ("model/more", torch.zeros(1), "has 'more', other than this model"),
+    ("optimizer/param_groups", [], r"one of \[\] parameters in place of \[6\]"),
+    ("optimizer/param_groups/0/params", [0], r"one of \[1\] parameters in place of \[6\]"),
+    ("optimizer/param_groups/0/lr", MISSING, "'lr' of the optimizer is missing"),
+    ("optimizer/state/0/momentum_buffer", torch.zeros(4), r"is not a number for each weight of shape \[8, 4\]"),
+    ("optimizer/state/0/momentum_buffer", torch.full((8, 4), NAN), "'momentum_buffer' of the optimizer is not a number"),
+    ("optimizer/state/99", {}, "the optimizer has no parameter 99"),
+    ("scheduler/T_max", MISSING, "'T_max' of the scheduler is missing"),
+    ("scheduler/last_epoch", "a", "'last_epoch' of the scheduler is a str"),
+    ("hyper/log_prior_precision", MISSING, "'log_prior_precision' of the hyperparameters is missing"),
+    ("hyper/log_prior_precision", torch.zeros(99).double(), r"'log_prior_precision' is torch.float64 \[99\] in place of"),
+    ("hyper/log_temperature", torch.tensor(NAN).double(), "log_temperature holds numbers that are not finite"),
+    ("hyper/_extra_state", {}, "'reported' is missing"),
+    ("hyper/_extra_state/adam/state/0/exp_avg", torch.zeros(99), "'exp_avg' of the optimizer is not a number"),
+    ("loader", {}, "another kind of loader"),
+    ("loader/generator", torch.zeros(3, dtype=torch.uint8), "does not fit this run"),
+    ("generators", [], "other random number generators"),
+    ("generators/0", torch.zeros(3), "state of a random number generator is damaged"),
+    ("generators/0", torch.zeros(5056, dtype=torch.uint8), "does not fit this run"),
+    ("rng/cpu", torch.zeros(3, dtype=torch.uint8), "state of a random number generator is damaged"),
+    ("rng/cpu", MISSING, "'cpu' of 'rng' is missing"),
+]  # fmt: skip
+"""A place in the state of a run, what is there instead, and what is said of it."""
+
+
+@pytest.mark.parametrize(("place", "value", "says"), DAMAGES, ids=[f"{d[0]} {i}" for i, d in enumerate(DAMAGES)])
+def test_a_damaged_state_is_refused_in_a_sentence_and_nothing_is_applied(
+    settings_checkpoint, tmp_path, place, value, says
+):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, damaged(load_checkpoint(settings_checkpoint), place, value))
+    found = {}
+
+    def prepared(*args, **kwargs):
+        found["trainer"] = trainer = prepare(*args, **kwargs)
+        found["before"] = everything(trainer)
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("laplace_ws.marglik.training.prepare", prepared)
+        with pytest.raises(CheckpointError, match=says) as error:
+            long_run(path, resume=True)
+    message = str(error.value)
+    assert message.startswith(f"'{path}': ")
+    assert message.endswith("; remove it to start afresh")
+    assert "\n" not in message
+    assert everything(found["trainer"]) == found["before"]
+
+
+def everything(trainer) -> str:
+    """What `resume` changes, in full."""
+    torch.set_printoptions(threshold=10**6, precision=17)
+    try:
+        return repr([trainer.state_dict(), trainer.rng, trainer.la.prior_precision, trainer.la.temperature])
+    finally:
+        torch.set_printoptions(profile="default")
+
+
+def test_a_buffer_may_be_infinite(tmp_path):
+    """Such as the mask of an attention."""
+    options = {"optimizer_kwargs": SGD, "checkpoint_path": tmp_path / "c.pt", **QUICK}
+
+    def run(**changes):
+        model = mlp()
+        model.register_buffer("mask", torch.full((2,), -float("inf")))
+        return marglik_training(model, blobs(), **options, **changes)
+
+    with pytest.raises(Stop):
+        run(on_epoch=stop_after(3))
+    assert len(run(resume=True).losses) == 6

@@ -5,11 +5,12 @@ import warnings
 
 import pytest
 import torch
+from cases import CASES
 from posterior.shared import STRUCTURES, case_of, fitted
 from torch import nn
 
 from laplace_ws import Categorical, Gaussian, Laplace, load_posterior
-from laplace_ws.files import FileFormatError
+from laplace_ws.files import FileFormatError, save_tensors
 
 OPTIONS = {
     "curvature": "ggn_mc",
@@ -179,3 +180,136 @@ def test_damaged_and_foreign_files_are_refused_in_a_sentence(content, tmp_path, 
 def test_a_file_that_is_not_there():
     with pytest.raises(FileNotFoundError):
         load_posterior("nowhere.pt", nn.Linear(2, 2))
+
+
+def changed(value, change):
+    """A nested state with a change of every tensor, if there is one."""
+    if isinstance(value, dict):
+        return {key: changed(item, change) for key, item in value.items()}
+    return change(value.clone()) if isinstance(value, torch.Tensor) else value
+
+
+def with_first(number):
+    def change(tensor):
+        tensor[(0,) * tensor.ndim] = number
+        return tensor
+
+    return change
+
+
+def askew(tensor):
+    if tensor.ndim > 1 and tensor.shape[-1] > 1:
+        tensor[..., 0, 1] += 0.1 * tensor.abs().max()
+    return tensor
+
+
+ENTRIES = {
+    "format": ("other", "this is no posterior"),
+    "format_version": (3, "this is a posterior of format 3, and this version reads format 2"),
+    "device": (1, "'device' is a int and not a string"),
+    "options": ([], "'options' is a list and not a dictionary"),
+    "subset": ({"parameters": {"0.weight": (5, 3)}}, "'selection' is missing"),
+    "model_parameters": ({"0.weight": "many"}, "'0.weight': 'many', which is no shape"),
+    "n_arguments": (0, "'n_arguments' is 0 and must be at least 1"),
+    "surroundings": ({"names": ["a"], "fingerprint": torch.zeros(0, 2)}, "'surroundings' is not two sums for each tensor"),
+    "mean": (torch.zeros(3), r"mean has shape \[3\] in place of \[\d+\]"),
+    "H": (None, "'H' is a NoneType and not a dictionary"),
+    "nll_sum": (float("nan"), "'nll_sum' is nan and must be finite"),
+    "n_data": (0, "'n_data' is 0 and must be at least 1"),
+    "n_targets": (-1, "'n_targets' is -1 and must be finite and above 0"),
+    "output_shape": ([0.5], r"'output_shape' is \[0.5\] and must be a list of whole numbers"),
+    "prior_precision": (torch.tensor(-1.0), "prior_precision must be positive, but its smallest entry is -1"),
+    "prior_mean": (torch.tensor(float("inf")), "prior_mean must be finite"),
+    "sigma_noise": (torch.tensor(2.0), "likelihood has no sigma_noise"),
+    "temperature": (torch.tensor(0.0), "temperature must be one positive number"),
+    "class_names": ([1], r"'class_names' is \[1\] and must be a list of strings"),
+}  # fmt: skip
+"""What each entry of a state may not be, and what is said of it."""
+ONLY_FILES = {
+    "backend": (None, "'backend' is a NoneType and not a string"),
+    "dict_key_x": (1, "'dict_key_x' is a int"),
+    "dict_key_y": (1, "'dict_key_y' is a int"),
+    "memory_budget": (0, "'memory_budget' is 0 and must be at least 1"),
+}
+"""What only `load_posterior` reads."""
+
+
+@pytest.mark.parametrize("name", [*ENTRIES, *ONLY_FILES])
+def test_an_entry_that_is_missing_or_cannot_be_is_said(name, tmp_path):
+    la, x, _ = fitted("kron", "mlp")
+    expected, state, path = la(x), la.state_dict(), tmp_path / "la.pt"
+    assert state.keys() == {*ENTRIES, *ONLY_FILES}
+    value, says = (ENTRIES | ONLY_FILES)[name]
+    lacking = {key: entry for key, entry in state.items() if key != name}
+    for damaged, pattern in ((state | {name: value}, says), (lacking, "is missing|is no posterior|of format None")):
+        save_tensors(path, damaged)
+        with pytest.raises(FileFormatError, match=pattern) as error:
+            load_posterior(path, la.model)
+        assert str(error.value).startswith(f"'{path}': ")
+        if name in ENTRIES:
+            with pytest.raises(FileFormatError, match=pattern):
+                la.load_state_dict(damaged)
+    assert torch.equal(la(x), expected)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (with_first(float("nan")), "not finite"),
+        (with_first(float("inf")), "not finite"),
+        (with_first(-1e6), "can be below 0|negative number on its diagonal|length is not one|not symmetric"),
+        (lambda tensor: tensor.long(), "torch.int64 and not a tensor of real numbers"),
+        (lambda tensor: tensor[None], "shape|is not square|do not fit"),
+        (lambda tensor: None, "NoneType"),
+        (askew, "not symmetric|length is not one"),
+    ],
+)  # fmt: skip
+def test_values_that_a_curvature_cannot_have_are_said(structure, change, says):
+    la, x, _ = fitted(structure, "mlp")
+    if change is askew and structure == "diag":
+        pytest.skip("a diagonal is always symmetric")
+    expected, state = la(x), la.state_dict()
+    with pytest.raises(FileFormatError, match=says) as error:
+        la.load_state_dict(state | {"H": changed(state["H"], change)})
+    assert "\n" not in str(error.value)
+    assert torch.equal(la(x), expected)
+
+
+def test_factors_as_rounded_as_they_can_be_are_accepted():
+    """In bfloat16, and scaled far from one."""
+    for structure in STRUCTURES:
+        for scale in (1e-12, 1e12):
+            la, _, _ = fitted(structure, "cnn", **of_structure(structure))
+            state = la.state_dict()
+            state["H"] = (la.H * scale).state_dict()
+            la.load_state_dict(state)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_a_fit_gives_is_accepted(case):
+    """Grouped, transposed and diagonal factors, too."""
+    for structure in ("kron", "ekfac"):
+        la, _, _ = fitted(structure, case)
+        la.load_state_dict(la.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("places", "says"),
+    [
+        ([0, 3, 999], "not among its weights"),
+        ([-1, 3], "not among its weights"),
+        ([3, 3], "not among its weights"),
+        ([0.0, 3.0], "are not indices"),
+    ],
+)  # fmt: skip
+def test_a_subnetwork_that_is_none_is_said(places, says, tmp_path):
+    model, x, y = case_of("mlp").make()
+    la = Laplace(model, "classification", "subnetwork", "diag", subnetwork_indices=[0, 3])
+    la.fit([(x, y)])
+    state = la.state_dict()
+    (name,) = state["subset"]["selection"]
+    state["subset"]["selection"][name] = torch.tensor(places)
+    save_tensors(tmp_path / "la.pt", state)
+    with pytest.raises(FileFormatError, match=says):
+        load_posterior(tmp_path / "la.pt", model)
