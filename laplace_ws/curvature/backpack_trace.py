@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
-from laplace_ws.curvature.backpack_graph import Apply, Chain, Expression, Method, Slot, Step, look_up
+from laplace_ws.curvature.backpack_graph import Apply, Autocast, Chain, Expression, Method, Slot, Step, look_up
 from laplace_ws.curvature.backpack_structure import copy_structure, model_hooks
 from laplace_ws.curvature.calls import READERS
 from laplace_ws.curvature.module_readers import module_call
@@ -54,6 +55,9 @@ class _Tracer(fx.Tracer):
     def __init__(self, originals: Mapping[int, nn.Module], opaque: bool) -> None:
         super().__init__(param_shapes_constant=True)
         self._originals, self._opaque = originals, opaque
+        parameter = next((p for module in originals.values() for p in module.parameters()))
+        self._outside = Autocast.current(parameter.device.type)
+        self._thread = get_ident()  # while a trace goes on, all threads call their modules through it
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self._opaque and not isinstance(m, nn.Sequential) and next(m.parameters(), None) is None:
@@ -69,9 +73,18 @@ class _Tracer(fx.Tracer):
                 _ = rows.node
         proxy = super().create_proxy(*args, **kwargs)
         proxy.node.meta["row_examples"] = rows
+        inside = Autocast.current(self._outside.device_type)
+        proxy.node.meta["autocast"] = None if inside == self._outside else inside
         return proxy
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if get_ident() != self._thread:
+            return forward(*args, **kwargs)
         original = self._originals.get(id(m), m)
         if original._forward_hooks_with_kwargs or original._forward_pre_hooks_with_kwargs:
             raise NotImplementedError(f"{type(m).__name__} has a forward hook that takes keyword arguments")
@@ -243,7 +256,8 @@ class _Builder:
                 if of_positions and module.padding_idx is None and module.max_norm is None:
                     function, args = look_up, (module.weight, *args)
                 elif isinstance(args[0], Slot):
-                    self._append(Step(node.name, module, (args[0].name,), self._rows(node)), node, in_place)
+                    step = Step(node.name, module, (args[0].name,), self._rows(node), autocast=node.meta["autocast"])
+                    self._append(step, node, in_place)
                     return
         else:
             function = Method(str(node.target)) if node.op == "call_method" else node.target  # type: ignore[assignment]
@@ -257,7 +271,8 @@ class _Builder:
             self._inlined[node] = expression
             return
         leaf = Apply(expression)
-        self._append(Step(node.name, leaf, leaf.slots, self._rows(node), _is_query(expression)), node, in_place)
+        rows, is_query = self._rows(node), _is_query(expression)
+        self._append(Step(node.name, leaf, leaf.slots, rows, is_query, node.meta["autocast"]), node, in_place)
 
     def _rows(self, node: fx.Node) -> Any:
         rows = node.meta["row_examples"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -72,10 +71,6 @@ class Network:
         """A copy of the covered weights."""
         return self.subset.flat(self.model)
 
-    def active(self) -> AbstractContextManager[None]:
-        """Let only the covered parameters require grad, temporarily."""
-        return self.subset.active(self.model)
-
     @torch.no_grad()
     def load(self, flat: Float[Tensor, " P"]) -> None:
         """Write a vector into the covered weights."""
@@ -111,15 +106,14 @@ class Network:
             UnsupportedParameterError: a parameter is read from somewhere other than its module.
         """
         outputs = []
-        with evaluation_mode(self.model):
-            if not self._is_replaceable:
-                with self.active():
-                    check_replaceable(self.model, x[:N_PROBED], self.subset)
-                self._is_replaceable = True
-            with torch.set_grad_enabled(backprop):
-                for flat in weights:
-                    with weights_in_place(self.model, self.subset.tensors(self.model, flat)):
-                        outputs.append(at_least_float32(call_model(self.model, own_copy(x))))
+        if not self._is_replaceable:
+            with evaluation_mode(self.model, self.parameters()):
+                check_replaceable(self.model, x[:N_PROBED], self.subset)
+            self._is_replaceable = True
+        with evaluation_mode(self.model), torch.set_grad_enabled(backprop):
+            for flat in weights:
+                with weights_in_place(self.model, self.subset.tensors(self.model, flat)):
+                    outputs.append(at_least_float32(call_model(self.model, own_copy(x))))
         return torch.stack(outputs)
 
     def forget(self) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -48,19 +49,6 @@ class WeightSubset:
                     f"the posterior covers {name!r} of shape {tuple(shape)}, but the model has {found}; make a new posterior."
                 )
         return {name: parameters[name] for name in self.parameter_shapes}
-
-    @contextmanager
-    def active(self, model: nn.Module) -> Iterator[None]:
-        """Let only the covered parameters require grad, temporarily."""
-        covered = {id(p) for p in self.parameters(model).values()}
-        changed = [p for p in model.parameters() if p.requires_grad != (id(p) in covered)]
-        try:
-            for p in changed:
-                p.requires_grad_(id(p) in covered)
-            yield
-        finally:
-            for p in changed:
-                p.requires_grad_(id(p) not in covered)
 
     def flat(self, model: nn.Module) -> Float[Tensor, " P"]:
         """The covered weights."""
@@ -151,17 +139,12 @@ def check_last_layer(model: nn.Module, x: ModelInputs, subset: WeightSubset, tra
     """
     of_trained = {id(p) for name, p in model.named_parameters() if name in trained}
     called: list[tuple[str, nn.Module]] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name, module=module: called.append((name, module)))
-        for name, module in model.named_modules()
-        if any(id(p) in of_trained for p in module.parameters(recurse=False))
-    ]
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            call_model(model, own_copy(x))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with evaluation_mode(model), torch.no_grad(), ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if any(id(p) in of_trained for p in module.parameters(recurse=False)):
+                note = partial(_note, called, name)
+                hooks.enter_context(module.register_forward_pre_hook(note))
+        call_model(model, own_copy(x))
     covered = {id(p) for p in subset.parameters(model).values()}
     name, module = called[-1] if called else ("", model)
     if not any(id(p) in covered for p in module.parameters(recurse=False)):
@@ -169,6 +152,10 @@ def check_last_layer(model: nn.Module, x: ModelInputs, subset: WeightSubset, tra
             f"the last module with parameters is {last_layer(model)!r} as registered, but {name!r} as called; say which is the last "
             f"layer by last_layer_name={name!r}."
         )
+
+
+def _note(called: list[tuple[str, nn.Module]], name: str, module: nn.Module, arguments: object) -> None:
+    called.append((name, module))
 
 
 def _whole(parameters: Mapping[str, nn.Parameter]) -> WeightSubset:
