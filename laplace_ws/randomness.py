@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock, get_ident
+
 import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class _Found:
+    """A global random state as a thread found it, to be put back."""
+
+    thread: int
+    device: torch.device
+    state: State
+
+
+_found: list[_Found] = []  # of all threads, the earliest first
+_found_lock = Lock()
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Put torch's global random state back on exit; of several threads that do so, the last puts back what the first has found."""
+    mine = _Found(get_ident(), device, random_state(device))
+    with _found_lock:
+        _found.append(mine)
+    try:
+        yield
+    finally:
+        with _found_lock:
+            place = _found.index(mine)
+            del _found[place]
+            others = [found.thread != mine.thread and found.device == device for found in _found]
+            if not any(others):
+                set_random_state(mine.state, device)
+            elif any(others[place:]):
+                _found[others.index(True, place)].state = mine.state
 
 
 def random_state(device: torch.device, generator: torch.Generator | None = None) -> State:

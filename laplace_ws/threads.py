@@ -75,7 +75,7 @@ class Turns:
 
 _turns = Turns()
 _trained = Turns()
-_libraries = object()
+_libraries, _random_state = object(), object()
 
 
 def alone_with(model: nn.Module) -> AbstractContextManager[None]:
@@ -93,8 +93,13 @@ def alone_with_modules(modules: Collection[nn.Module]) -> AbstractContextManager
 
 
 def alone_in_libraries() -> AbstractContextManager[None]:
-    """Keep other threads from what relies on the global state of a library (ASDL's, BackPACK's, warning filters), until the context ends."""
+    """Keep other threads from what relies on the global state of a library, such as BackPACK, until the context ends."""
     return _turns.taking((_libraries,))
+
+
+def alone_with_random_state() -> AbstractContextManager[None]:
+    """Keep other threads from what draws from torch's global random state and puts it back, until the context ends."""
+    return _turns.taking((_random_state,))
 
 
 def trained_by_one(model: nn.Module) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_ws.curvature.inputs import ModelInputs
+from laplace_ws.curvature.processes import check_not_wrapped
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import Use
 from laplace_ws.threads import SharedSetting, alone_with, alone_with_modules
@@ -129,6 +130,7 @@ def trainable_parameters(
     Raises:
         UnsupportedParameterError: there are none, or one of them can have no curvature block, however it is used.
     """
+    check_not_wrapped(model)
     chosen = None if covered is None else {id(p) for p in covered.values()}
     with alone_with(model):  # while another thread runs it, what requires grad is that thread's choice
         parameters = {
@@ -173,9 +175,13 @@ def evaluation_mode(model: nn.Module, covered: Mapping[str, nn.Parameter] | None
             "curvature needs gradients, which torch.inference_mode() rules out; leave it, or use torch.no_grad()."
         )
     modules = tuple(model.modules())
-    with alone_with_modules(modules), _all_in_eval_mode(model, modules), _require_grad(model, covered):
-        with torch.enable_grad():
-            yield
+    with (
+        alone_with_modules(modules),
+        _all_in_eval_mode(model, modules),
+        _require_grad(model, covered),
+        torch.enable_grad(),
+    ):
+        yield
 
 
 @contextmanager

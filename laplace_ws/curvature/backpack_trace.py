@@ -55,7 +55,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, originals: Mapping[int, nn.Module], opaque: bool) -> None:
         super().__init__(param_shapes_constant=True)
         self._originals, self._opaque = originals, opaque
-        parameter = next((p for module in originals.values() for p in module.parameters()))
+        parameter = next(p for module in originals.values() for p in module.parameters())
         self._outside = Autocast.current(parameter.device.type)
         self._thread = get_ident()  # while a trace goes on, all threads call their modules through it
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace_ws.files import FileFormatError, load_tensors, save_tensors
-from laplace_ws.randomness import random_state, set_random_state
+from laplace_ws.randomness import random_state_kept
+from laplace_ws.threads import alone_with
 
 FORMAT_VERSION = 1
 _SETTINGS_TO_NAME = 4
@@ -76,14 +77,15 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
 @contextmanager
 def left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore the mode of every module, every `.grad` and the global random state on exit, also after an exception."""
-    modes = [(module, module.training) for module in model.modules()]
+    with alone_with(model):  # another thread may have it in eval mode for a while
+        modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    rng = random_state(device)
     try:
-        yield
+        with random_state_kept(device):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with alone_with(model):
+            for module, training in modes:
+                module.training = training
         for parameter, grad in grads:
             parameter.grad = grad
-        set_random_state(rng, device)
