@@ -55,8 +55,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, originals: Mapping[int, nn.Module], opaque: bool) -> None:
         super().__init__(param_shapes_constant=True)
         self._originals, self._opaque = originals, opaque
-        parameter = next(p for module in originals.values() for p in module.parameters())
-        self._outside = Autocast.current(parameter.device.type)
+        self._outside = Autocast.current(_device_type(originals))
         self._thread = get_ident()  # while a trace goes on, all threads call their modules through it
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -102,6 +101,11 @@ class _Tracer(fx.Tracer):
         return self.create_proxy("call_function", _named(function, "hook"), args, {})
 
 
+def _device_type(originals: Mapping[int, nn.Module]) -> str:
+    """The type of device that a model is on."""
+    return next(p for module in originals.values() for p in module.parameters()).device.type
+
+
 def _run_hook(hook: Callable[..., Any], module: nn.Module, output: Any, *args: Any) -> Any:
     changed = hook(module, args, output)
     return output if changed is None else changed
@@ -140,10 +144,13 @@ def _recorded_len(function: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded_calls() -> Iterator[None]:
-    """Record calls that a trace would not see: tensors created to a size, and custom autograd functions, whose backward would be lost."""
+def _recorded_calls(own_type: str) -> Iterator[None]:
+    """Record calls that a trace would not see: tensors created to a size, and custom autograd functions, whose backward would be lost.
+
+    `torch.autocast(x.device.type)` is told the type, since it asks for it at once.
+    """
     factories = {name: getattr(torch, name) for name in _FACTORIES}
-    apply = torch.autograd.Function.__dict__["apply"]
+    apply, init = torch.autograd.Function.__dict__["apply"], torch.autocast.__init__
 
     def recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         found: list[fx.Proxy] = []
@@ -155,12 +162,17 @@ def _recorded_calls() -> Iterator[None]:
     def recorded_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         return recorded(_named(apply.__get__(None, cls), cls.__name__), *args, **kwargs)
 
+    def told_init(self: torch.autocast, device_type: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, own_type if isinstance(device_type, fx.Proxy) else device_type, *args, **kwargs)
+
     try:
+        torch.autocast.__init__ = told_init  # type: ignore[method-assign]
         for name, function in factories.items():
             setattr(torch, name, partial(recorded, function))
         torch.autograd.Function.apply = classmethod(recorded_apply)  # type: ignore[method-assign, assignment]
         yield
     finally:
+        torch.autocast.__init__ = init  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply
         for name, function in factories.items():
             setattr(torch, name, function)
@@ -192,7 +204,7 @@ def convert(model: nn.Module, keeps: Callable[[nn.Module], bool], n_arguments: i
 
 def _trace(root: nn.Module, originals: Mapping[int, nn.Module]) -> fx.Graph:
     """Graph of a model; where a first attempt fails, modules without parameters are not traced into."""
-    with _recorded_calls():
+    with _recorded_calls(_device_type(originals)):
         try:
             return _Tracer(originals, opaque=False).trace(root)
         except Exception as error:
