@@ -45,6 +45,22 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
                 _found[others.index(True, place)].state = mine.state
 
 
+@contextmanager
+def as_found_by_the_first(device: torch.device) -> Iterator[None]:
+    """Draw from the global random state that the threads in `random_state_kept` will leave, whatever they have drawn so far."""
+    with _found_lock:
+        others = [found.state for found in _found if found.thread != get_ident() and found.device == device]
+    if not others:
+        yield
+        return
+    before = random_state(device)
+    set_random_state(others[0], device)
+    try:
+        yield
+    finally:
+        set_random_state(before, device)
+
+
 def random_state(device: torch.device, generator: torch.Generator | None = None) -> State:
     """The state of a generator; if none is given, of torch's global generators that a computation on `device` draws from."""
     if generator is not None:

@@ -255,7 +255,9 @@ def check_gradients(
     )
     largest = max(gradient.abs().max().item() for gradient in expected)
     for (name, parameter), truth in zip(parameters.items(), expected, strict=True):
-        rounding = max(_tolerance(t) for t in (parameter, *g))  # under autocast gradients are rounded more than parameters
+        rounding = max(
+            _tolerance(t) for t in (parameter, *g)
+        )  # under autocast gradients are rounded more than parameters
         found = example_gradients(name, uses, [g_use[None] for g_use in g]).sum((0, 1)).to(truth.dtype)
         allowed = rounding * (truth.norm() + found.norm()) + torch.finfo(truth.dtype).eps * largest
         if not (found - truth).norm() <= allowed:

@@ -68,10 +68,11 @@ def differences(key: str, found: Any, wanted: Any) -> list[str]:
 
 def snapshot(module: nn.Module) -> dict[str, Any]:
     """A copy of a module's `state_dict` that later training leaves alone."""
-    return {
-        key: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-        for key, value in module.state_dict().items()
-    }
+    with alone_with(module):
+        return {
+            key: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+            for key, value in module.state_dict().items()
+        }
 
 
 @contextmanager

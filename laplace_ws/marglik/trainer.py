@@ -38,7 +38,7 @@ from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 from laplace_ws.marglik.steps import GradientSteps, StepOptions
 from laplace_ws.posterior import Laplace
 from laplace_ws.randomness import random_state, set_random_state
-from laplace_ws.threads import alone_with_modules, trained_by_one
+from laplace_ws.threads import alone_with, alone_with_modules, trained_by_one
 
 _STEPS_BETWEEN_LOSS_CHECKS = 20
 
@@ -145,9 +145,13 @@ class Trainer:
                 bar.update()
                 bar.set_postfix(nll=record["train_nll"], log_marglik=self.progress.margliks[-1:] or None)
         if self.progress.best is not None:
-            self.model.load_state_dict(self.progress.best["model"])
+            self._load(self.progress.best["model"])
             self.hyper.load_state_dict(self.progress.best["hyper"])
             self.hyper.assign_to(self.la)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        with alone_with(self.model):
+            self.model.load_state_dict(state)
 
     def _result(self, refit_seconds: float) -> MarglikResult:
         progress = self.progress
@@ -173,7 +177,7 @@ class Trainer:
             nll, accuracy = self._descend(epoch)
             log_marglik, curvature_seconds = self._tune(epoch)
         except TrainingDiverged:
-            self.model.load_state_dict(good[0])
+            self._load(good[0])
             self.hyper.load_state_dict(good[1])
             self.hyper.assign_to(self.la)
             raise
@@ -316,7 +320,7 @@ class Trainer:
         state = load_checkpoint(path, self.device)
         check_settings(path, state["settings"], self.settings)
         self.progress = Progress(**state["progress"])
-        self.model.load_state_dict(state["model"])
+        self._load(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.steps.scaler:

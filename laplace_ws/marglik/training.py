@@ -23,7 +23,7 @@ from laplace_ws.marglik.result import MarglikResult, Record
 from laplace_ws.marglik.schedule import Schedule
 from laplace_ws.marglik.settings import run_settings
 from laplace_ws.marglik.trainer import Trainer
-from laplace_ws.randomness import random_state
+from laplace_ws.randomness import as_found_by_the_first, random_state
 from laplace_ws.threads import alone_with_random_state
 
 
@@ -218,7 +218,7 @@ def prepare(
     likelihood = make_likelihood(likelihood)
     named_parameters = list(trainable_parameters(model).items())
     device = named_parameters[0][1].device
-    with alone_with_random_state(), left_as_found(model, device):
+    with alone_with_random_state(), left_as_found(model, device), as_found_by_the_first(device):
         with same_order_after(train_loader):
             facts = check_data(model, train_loader, likelihood, keys, n_data)
         generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))

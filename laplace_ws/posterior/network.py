@@ -25,6 +25,7 @@ from laplace_ws.curvature.inputs import (
 from laplace_ws.kfac.uses import at_least_float32
 from laplace_ws.posterior.subset import WeightSubset, check_last_layer
 from laplace_ws.posterior.weights import check_replaceable, weights_in_place
+from laplace_ws.threads import alone_with
 
 
 @dataclass(eq=False)
@@ -74,9 +75,10 @@ class Network:
     @torch.no_grad()
     def load(self, flat: Float[Tensor, " P"]) -> None:
         """Write a vector into the covered weights."""
-        parameters = self.parameters()
-        for name, tensor in self.subset.tensors(self.model, flat).items():
-            parameters[name].copy_(tensor)
+        with alone_with(self.model):
+            parameters = self.parameters()
+            for name, tensor in self.subset.tensors(self.model, flat).items():
+                parameters[name].copy_(tensor)
 
     def inputs(self, x: Any, *, is_row: bool = False) -> ModelInputs:
         """The inputs at which a user wants predictions, on the model's device.

@@ -9,7 +9,11 @@ from laplace_ws.curvature.exact import ggn
 from laplace_ws.curvature.inputs import call_model
 
 BACKENDS_AND_STRUCTURES = [
-    *((backend, structure) for backend in ("native", "asdl", "backpack") for structure in ("kron", "ekfac", "diag", "full")),
+    *(
+        (backend, structure)
+        for backend in ("native", "asdl", "backpack")
+        for structure in ("kron", "ekfac", "diag", "full")
+    ),
     ("native", "lowrank"),
 ]
 LINKS = ({}, {"link_approx": "mc"}, {"pred_type": "nn"})
