@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 from laplace_ws.marglik.steps import GradientSteps, StepOptions
 from laplace_ws.posterior import Laplace
 from laplace_ws.randomness import random_state, set_random_state
-from laplace_ws.threads import alone_with, alone_with_modules, trained_by_one
+from laplace_ws.threads import alone_with, alone_with_modules, alone_with_random_state, trained_by_one
 
 _STEPS_BETWEEN_LOSS_CHECKS = 20
 
@@ -123,8 +124,10 @@ class Trainer:
                 TemperatureWarning,
                 stacklevel=3,
             )
-        with trained_by_one(self.model), left_as_found(self.model, self.device):
-            set_random_state(self.rng, self.device)
+        with trained_by_one(self.model), ExitStack() as stack:
+            with alone_with_random_state():  # not in the midst of another thread's `prepare`
+                stack.enter_context(left_as_found(self.model, self.device))
+                set_random_state(self.rng, self.device)
             self._train()
             start = time.perf_counter()
             self.hyper.assign_to(self.final_la)
