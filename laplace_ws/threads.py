@@ -17,39 +17,42 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._changed = Condition(Lock())
+        self._lock = Lock()
+        self._changed = Condition(self._lock)
         self._owners: dict[Hashable, int] = {}
         self._wanted: dict[int, Collection[Hashable]] = {}  # by threads that wait
 
-    @contextmanager
-    def taking(self, things: Collection[object], refusal: str | None = None) -> Iterator[None]:
-        """Wait until no other thread uses any of these, and keep others from using them.
+    def taking(self, things: Collection[object], refusal: str | None = None) -> _Turn:
+        """A context to enter which is to wait until no other thread uses any of these, and which keeps others from using them.
 
         Args:
             things: told apart by identity.
             refusal: the message of the `RuntimeError` that is raised instead of waiting; by default there is a wait.
         """
-        taken = self._take([id(thing) for thing in things], refusal)
-        try:
-            yield
-        finally:
-            with self._changed:
-                for key in taken:
-                    self._owners.pop(key, None)  # gone already in a process that was forked within
-                if self._wanted:
-                    self._changed.notify_all()
+        return _Turn(self, things, refusal)
 
-    def _take(self, keys: Collection[Hashable], refusal: str | None) -> list[Hashable]:
+    def take(self, keys: Collection[Hashable], refusal: str | None) -> Collection[Hashable]:
         """Returns what this thread did not have before."""
         me, owners = get_ident(), self._owners
-        with self._changed:
-            while any(owners.get(key, me) != me for key in keys):
-                if refusal is not None:
-                    raise RuntimeError(refusal)
-                self._wait(me, keys)
-            taken = [key for key in dict.fromkeys(keys) if key not in owners]
+        with self._lock:
+            if owners.keys().isdisjoint(keys):
+                taken = keys
+            else:
+                while any(owners.get(key, me) != me for key in keys):
+                    if refusal is not None:
+                        raise RuntimeError(refusal)
+                    self._wait(me, keys)
+                taken = [key for key in keys if key not in owners]
             owners.update(dict.fromkeys(taken, me))
             return taken
+
+    def give_back(self, keys: Collection[Hashable]) -> None:
+        """Let others have what was taken."""
+        with self._lock:
+            for key in keys:
+                self._owners.pop(key, None)  # gone already in a process that was forked within
+            if self._wanted:
+                self._changed.notify_all()
 
     def _wait(self, me: int, keys: Collection[Hashable]) -> None:
         if self._waits_for(me, keys, set()):
@@ -71,6 +74,22 @@ class Turns:
             if any(self._owners.get(key) == me for key in wanted) or self._waits_for(me, wanted, seen):
                 return True
         return False
+
+
+class _Turn:
+    """A context in which a thread has some of the things of `Turns`; entered at every step, hence no generator."""
+
+    __slots__ = ("_refusal", "_taken", "_things", "_turns")
+
+    def __init__(self, turns: Turns, things: Collection[object], refusal: str | None) -> None:
+        self._turns, self._things, self._refusal = turns, things, refusal
+        self._taken: Collection[Hashable] = ()
+
+    def __enter__(self) -> None:
+        self._taken = self._turns.take(list(map(id, self._things)), self._refusal)
+
+    def __exit__(self, *error: object) -> None:
+        self._turns.give_back(self._taken)
 
 
 _turns = Turns()

@@ -175,41 +175,28 @@ def evaluation_mode(model: nn.Module, covered: Mapping[str, nn.Parameter] | None
             "curvature needs gradients, which torch.inference_mode() rules out; leave it, or use torch.no_grad()."
         )
     modules = tuple(model.modules())
-    with (
-        alone_with_modules(modules),
-        _all_in_eval_mode(model, modules),
-        _require_grad(model, covered),
-        torch.enable_grad(),
-    ):
-        yield
+    with alone_with_modules(modules), torch.enable_grad():
+        modes = [(module, module.training) for module in modules]
+        changed = [] if covered is None else _others(model, covered)
+        try:
+            model.eval()
+            for p, flag in changed:
+                p.requires_grad_(not flag)
+            yield
+        finally:
+            for p, flag in changed:
+                p.requires_grad_(flag)
+            for module, training in modes:
+                if type(module).train is not nn.Module.train:  # it may do more than set the flag
+                    module.train(training)
+            for module, training in modes:
+                module.training = training
 
 
-@contextmanager
-def _all_in_eval_mode(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
-    modes = [(module, module.training) for module in modules]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            if type(module).train is not nn.Module.train:  # it may do more than set the flag
-                module.train(training)
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _require_grad(model: nn.Module, covered: Mapping[str, nn.Parameter] | None) -> Iterator[None]:
-    """Let only these parameters require grad; by default those that do."""
-    chosen = set() if covered is None else {id(p) for p in covered.values()}
-    changed = [] if covered is None else [p for p in model.parameters() if p.requires_grad != (id(p) in chosen)]
-    try:
-        for p in changed:
-            p.requires_grad_(id(p) in chosen)
-        yield
-    finally:
-        for p in changed:
-            p.requires_grad_(id(p) not in chosen)
+def _others(model: nn.Module, covered: Mapping[str, nn.Parameter]) -> list[tuple[nn.Parameter, bool]]:
+    """Parameters that require grad and are not covered, or the reverse, and whether they do."""
+    chosen = set(map(id, covered.values()))
+    return [(p, p.requires_grad) for p in model.parameters() if p.requires_grad != (id(p) in chosen)]
 
 
 @contextmanager

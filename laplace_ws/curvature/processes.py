@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -15,11 +16,17 @@ _N_SHARES = ("num_replicas", "num_processes")
 """What samplers call the number of processes among which they divide the data."""
 
 
+@lru_cache(maxsize=1024)
+def _wrapper(kind: type[nn.Module]) -> str | None:
+    """The name of the wrapper that a class of modules is, or None."""
+    names = {base.__name__ for base in kind.__mro__}
+    return next((wrapper for wrapper in _WRAPPERS if wrapper in names), None)
+
+
 def check_not_wrapped(model: nn.Module) -> None:
     """Raise `UnsupportedParameterError` for a model that is run by several processes, threads or devices."""
     for name, module in model.named_modules():
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        wrapper = next((wrapper for wrapper in _WRAPPERS if wrapper in kinds), None)
+        wrapper = _wrapper(type(module))
         if wrapper is None:
             continue
         where = repr(name) if name else "the model"
