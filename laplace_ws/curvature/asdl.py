@@ -29,6 +29,7 @@ from laplace_ws.curvature.module_readers import MODULE_CALLS, instead_of, module
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac.examples import Examples
 from laplace_ws.kfac.uses import Use
+from laplace_ws.threads import alone_in_libraries
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # torch.jit.script in its preconditioners
@@ -54,7 +55,11 @@ class AsdlBackend(Backend):
     ) -> Iterator[AsdlLinearisation]:
         """See `Backend.linearise`."""
         owners = _owners(model, parameters)
-        with _as_found(model), _operations(model, owners, parameters, examples_of(x)) as operations:
+        with (
+            alone_in_libraries(),
+            _as_found(model),
+            _operations(model, owners, parameters, examples_of(x)) as operations,
+        ):
             with warnings.catch_warnings():
                 # of modules that are several autograd nodes; the gradient kept is that of the last node, as it should be
                 warnings.filterwarnings("ignore", message="Using a non-full backward hook")

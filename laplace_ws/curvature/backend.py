@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_ws.curvature.inputs import ModelInputs
+from laplace_ws.curvature.processes import check_not_wrapped
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import Use
+from laplace_ws.threads import SharedSetting, alone_with, alone_with_modules
 
 Receiver = Callable[[int, Float[Tensor, "K B ..."]], None]
 """Takes the number of a use, and columns back-propagated to its output."""
@@ -116,16 +118,32 @@ _OLD_PARAMETRISATIONS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "re
 """Hooks of the functions in torch.nn.utils that predate torch.nn.utils.parametrizations, and the functions that remove them."""
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require grad, by name; a tied parameter appears once, under its first name."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+def trainable_parameters(
+    model: nn.Module, covered: Mapping[str, nn.Parameter] | None = None
+) -> dict[str, nn.Parameter]:
+    """Parameters by name, in the order of the model; a tied parameter appears once, under its first name.
+
+    Args:
+        model: the network.
+        covered: those that are wanted; by default all that require grad.
+
+    Raises:
+        UnsupportedParameterError: there are none, or one of them can have no curvature block, however it is used.
+    """
+    check_not_wrapped(model)
+    chosen = None if covered is None else {id(p) for p in covered.values()}
+    with alone_with(model):  # while another thread runs it, what requires grad is that thread's choice
+        parameters = {
+            name: p for name, p in model.named_parameters() if (p.requires_grad if chosen is None else id(p) in chosen)
+        }
     if not parameters:
         raise UnsupportedParameterError(
             f"{type(model).__name__} has no parameter that requires grad; unfreeze what the posterior is to be over "
             "(requires_grad_(True))."
         )
+    found = {id(p) for p in parameters.values()}
     for module_name, module in model.named_modules():
-        is_trained = any(p.requires_grad and name != "bias" for name, p in module.named_parameters(recurse=False))
+        is_trained = any(id(p) in found and name != "bias" for name, p in module.named_parameters(recurse=False))
         for hook in module._forward_pre_hooks.values():
             remove = _OLD_PARAMETRISATIONS.get(type(hook).__name__)
             if remove is not None and is_trained:
@@ -145,30 +163,51 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode with gradients enabled, and leave each in the mode it was in."""
+def evaluation_mode(model: nn.Module, covered: Mapping[str, nn.Parameter] | None = None) -> Iterator[None]:
+    """Put every module in eval mode with gradients enabled, and leave each in the mode it was in; other threads wait with this model.
+
+    Args:
+        model: the network.
+        covered: if given, these parameters alone require grad.
+    """
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "curvature needs gradients, which torch.inference_mode() rules out; leave it, or use torch.no_grad()."
         )
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.enable_grad():
+    modules = tuple(model.modules())
+    with alone_with_modules(modules), torch.enable_grad():
+        modes = [(module, module.training) for module in modules]
+        changed = [] if covered is None else _others(model, covered)
+        try:
+            model.eval()
+            for p, flag in changed:
+                p.requires_grad_(not flag)
             yield
-    finally:
-        for module, training in modes:
-            if type(module).train is not nn.Module.train:  # it may do more than set the flag
-                module.train(training)
-        for module, training in modes:
-            module.training = training
+        finally:
+            for p, flag in changed:
+                p.requires_grad_(flag)
+            for module, training in modes:
+                if type(module).train is not nn.Module.train:  # it may do more than set the flag
+                    module.train(training)
+            for module, training in modes:
+                module.training = training
+
+
+def _others(model: nn.Module, covered: Mapping[str, nn.Parameter]) -> list[tuple[nn.Parameter, bool]]:
+    """Parameters that require grad and are not covered, or the reverse, and whether they do."""
+    chosen = set(map(id, covered.values()))
+    return [(p, p.requires_grad) for p in model.parameters() if p.requires_grad != (id(p) in chosen)]
 
 
 @contextmanager
 def differentiable_twice(model: nn.Module) -> Iterator[None]:
     """Restrict torch to kernels with second derivatives, which fused attention and cuDNN's recurrent layers lack."""
     with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_plain_attention())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(_plain_recurrence())
         yield
+
+
+_plain_attention = SharedSetting(lambda: sdpa_kernel(SDPBackend.MATH))
+_plain_recurrence = SharedSetting(lambda: torch.backends.cudnn.flags(enabled=False))

@@ -25,7 +25,7 @@ from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import Backend, Linearisation
-from laplace_ws.curvature.backpack_graph import Apply, Chain, Expression, look_up
+from laplace_ws.curvature.backpack_graph import Apply, Autocast, Chain, Expression, look_up
 from laplace_ws.curvature.backpack_rules import (
     derivatives_of,
     stored_inputs,
@@ -36,12 +36,13 @@ from laplace_ws.curvature.backpack_structure import model_state
 from laplace_ws.curvature.backpack_trace import convert
 from laplace_ws.curvature.calls import Call, Operand, UnreadableCallError, read_call
 from laplace_ws.curvature.checks import check_covered
-from laplace_ws.curvature.inputs import ModelInputs, StructuredInputs, check_outputs, examples_of
+from laplace_ws.curvature.inputs import ModelInputs, StructuredInputs, check_outputs, examples_of, running
 from laplace_ws.curvature.module_readers import instead_of, module_uses
 from laplace_ws.curvature.native import FREEZE_OR_WRITE
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac.examples import Examples, row_examples
 from laplace_ws.kfac.uses import Use
+from laplace_ws.threads import alone_in_libraries
 
 COLUMN_BYTES = 2**28
 """Memory that the columns of one pullback may take, at the outputs of all modules together."""
@@ -71,12 +72,18 @@ class BackpackBackend(Backend):
         self, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]
     ) -> Iterator[BackpackLinearisation]:
         """See `Backend.linearise`."""
+        with alone_in_libraries():
+            yield from self._linearise(model, x, parameters)
+
+    def _linearise(
+        self, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]
+    ) -> Iterator[BackpackLinearisation]:
         converted, self._cached = self._cached, None  # a second linearisation inside the first needs modules of its own
         n_arguments = len(x.arguments) if isinstance(x, StructuredInputs) else 1
         if converted is None or not converted.is_of(model, n_arguments):
             converted = _Converted.make(model, n_arguments)
         try:
-            with _storing():
+            with running(model, x), _storing():
                 f, live = converted.chain.run(_of_chain(x))
             yield BackpackLinearisation(check_outputs(f, len(x)), live, parameters, examples_of(x))
         finally:
@@ -259,6 +266,11 @@ def _returns_one_tensor_that_backpack_follows(module: nn.Module) -> bool:
     return derivatives_of(module) is not None and not getattr(module, "return_indices", False)
 
 
+def _state(model: nn.Module) -> list[Any]:
+    """What a chain depends on: the structure of the model, and the autocast that it is run under."""
+    return [Autocast.current(next(model.parameters()).device.type), *model_state(model)]
+
+
 @dataclass(frozen=True, eq=False)
 class _Converted:
     """A chain, the state of the model that it was made from, and the number of arguments that the model was called with."""
@@ -276,7 +288,7 @@ class _Converted:
         for step in chain.steps:
             extend(step.leaf)
         del CTX.hook_handles[n_handles:]  # the hooks live as long as the modules, which belong to us alone
-        return cls(weakref.ref(model), n_arguments, model_state(model), chain)
+        return cls(weakref.ref(model), n_arguments, _state(model), chain)
 
     def forget_batch(self) -> None:
         """Drop what the modules store from a forward pass."""
@@ -287,4 +299,4 @@ class _Converted:
 
     def is_of(self, model: nn.Module, n_arguments: int) -> bool:
         """Whether the model is the one that was converted, unchanged since, and called in the same way."""
-        return self.model() is model and self.n_arguments == n_arguments and model_state(model) == self.state
+        return self.model() is model and self.n_arguments == n_arguments and _state(model) == self.state

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +175,24 @@ class Apply(nn.Module):
         return self.expression.evaluate(self.values(tensors))
 
 
+@dataclass(frozen=True)
+class Autocast:
+    """Whether and to what torch converts the arguments of calls on a type of device; the type is None where autocast is off."""
+
+    device_type: str
+    dtype: torch.dtype | None
+
+    @classmethod
+    def current(cls, device_type: str) -> Autocast:
+        """What holds in this thread at present."""
+        is_on = torch.is_autocast_enabled(device_type)
+        return cls(device_type, torch.get_autocast_dtype(device_type) if is_on else None)
+
+    def active(self) -> torch.autocast:
+        """A context in which it holds."""
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None)
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """One leaf module of the chain.
@@ -184,6 +203,7 @@ class Step:
         slots: slots of its inputs.
         row_examples: example of each row, where the model declares it with `kfac.examples.row_examples`; a slot or a tensor.
         is_query: whether it queries a shape or the like and returns no tensor.
+        autocast: what the model itself sets for this call; None where it leaves autocast as it finds it.
     """
 
     name: str
@@ -191,6 +211,7 @@ class Step:
     slots: tuple[str, ...]
     row_examples: Any = None
     is_query: bool = False
+    autocast: Autocast | None = None
 
     def held(self) -> list[Tensor]:
         """Tensors of the model that the leaf reads."""
@@ -198,6 +219,10 @@ class Step:
 
     def run(self, values: dict[str, Any]) -> tuple[Any, bool]:
         """The output, and whether a gradient can flow through it, in which case the module's hooks were run."""
+        with nullcontext() if self.autocast is None else self.autocast.active():
+            return self._run(values)
+
+    def _run(self, values: dict[str, Any]) -> tuple[Any, bool]:
         inputs = {name: values[name] for name in self.slots}
         tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
         if isinstance(self.leaf, Apply):

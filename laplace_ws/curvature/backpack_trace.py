@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
-from laplace_ws.curvature.backpack_graph import Apply, Chain, Expression, Method, Slot, Step, look_up
+from laplace_ws.curvature.backpack_graph import Apply, Autocast, Chain, Expression, Method, Slot, Step, look_up
 from laplace_ws.curvature.backpack_structure import copy_structure, model_hooks
 from laplace_ws.curvature.calls import READERS
 from laplace_ws.curvature.module_readers import module_call
@@ -54,6 +55,8 @@ class _Tracer(fx.Tracer):
     def __init__(self, originals: Mapping[int, nn.Module], opaque: bool) -> None:
         super().__init__(param_shapes_constant=True)
         self._originals, self._opaque = originals, opaque
+        self._outside = Autocast.current(_device_type(originals))
+        self._thread = get_ident()  # while a trace goes on, all threads call their modules through it
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self._opaque and not isinstance(m, nn.Sequential) and next(m.parameters(), None) is None:
@@ -69,9 +72,18 @@ class _Tracer(fx.Tracer):
                 _ = rows.node
         proxy = super().create_proxy(*args, **kwargs)
         proxy.node.meta["row_examples"] = rows
+        inside = Autocast.current(self._outside.device_type)
+        proxy.node.meta["autocast"] = None if inside == self._outside else inside
         return proxy
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if get_ident() != self._thread:
+            return forward(*args, **kwargs)
         original = self._originals.get(id(m), m)
         if original._forward_hooks_with_kwargs or original._forward_pre_hooks_with_kwargs:
             raise NotImplementedError(f"{type(m).__name__} has a forward hook that takes keyword arguments")
@@ -87,6 +99,11 @@ class _Tracer(fx.Tracer):
 
     def _call(self, function: partial[Any], *args: Any) -> fx.Proxy:
         return self.create_proxy("call_function", _named(function, "hook"), args, {})
+
+
+def _device_type(originals: Mapping[int, nn.Module]) -> str:
+    """The type of device that a model is on."""
+    return next(p for module in originals.values() for p in module.parameters()).device.type
 
 
 def _run_hook(hook: Callable[..., Any], module: nn.Module, output: Any, *args: Any) -> Any:
@@ -127,10 +144,13 @@ def _recorded_len(function: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded_calls() -> Iterator[None]:
-    """Record calls that a trace would not see: tensors created to a size, and custom autograd functions, whose backward would be lost."""
+def _recorded_calls(own_type: str) -> Iterator[None]:
+    """Record calls that a trace would not see: tensors created to a size, and custom autograd functions, whose backward would be lost.
+
+    `torch.autocast(x.device.type)` is told the type, since it asks for it at once.
+    """
     factories = {name: getattr(torch, name) for name in _FACTORIES}
-    apply = torch.autograd.Function.__dict__["apply"]
+    apply, init = torch.autograd.Function.__dict__["apply"], torch.autocast.__init__
 
     def recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         found: list[fx.Proxy] = []
@@ -142,12 +162,17 @@ def _recorded_calls() -> Iterator[None]:
     def recorded_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         return recorded(_named(apply.__get__(None, cls), cls.__name__), *args, **kwargs)
 
+    def told_init(self: torch.autocast, device_type: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, own_type if isinstance(device_type, fx.Proxy) else device_type, *args, **kwargs)
+
     try:
+        torch.autocast.__init__ = told_init  # type: ignore[method-assign]
         for name, function in factories.items():
             setattr(torch, name, partial(recorded, function))
         torch.autograd.Function.apply = classmethod(recorded_apply)  # type: ignore[method-assign, assignment]
         yield
     finally:
+        torch.autocast.__init__ = init  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply
         for name, function in factories.items():
             setattr(torch, name, function)
@@ -179,7 +204,7 @@ def convert(model: nn.Module, keeps: Callable[[nn.Module], bool], n_arguments: i
 
 def _trace(root: nn.Module, originals: Mapping[int, nn.Module]) -> fx.Graph:
     """Graph of a model; where a first attempt fails, modules without parameters are not traced into."""
-    with _recorded_calls():
+    with _recorded_calls(_device_type(originals)):
         try:
             return _Tracer(originals, opaque=False).trace(root)
         except Exception as error:
@@ -243,7 +268,8 @@ class _Builder:
                 if of_positions and module.padding_idx is None and module.max_norm is None:
                     function, args = look_up, (module.weight, *args)
                 elif isinstance(args[0], Slot):
-                    self._append(Step(node.name, module, (args[0].name,), self._rows(node)), node, in_place)
+                    step = Step(node.name, module, (args[0].name,), self._rows(node), autocast=node.meta["autocast"])
+                    self._append(step, node, in_place)
                     return
         else:
             function = Method(str(node.target)) if node.op == "call_method" else node.target  # type: ignore[assignment]
@@ -257,7 +283,8 @@ class _Builder:
             self._inlined[node] = expression
             return
         leaf = Apply(expression)
-        self._append(Step(node.name, leaf, leaf.slots, self._rows(node), _is_query(expression)), node, in_place)
+        rows, is_query = self._rows(node), _is_query(expression)
+        self._append(Step(node.name, leaf, leaf.slots, rows, is_query, node.meta["autocast"]), node, in_place)
 
     def _rows(self, node: fx.Node) -> Any:
         rows = node.meta["row_examples"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, check_devices, split_batch
+from laplace_ws.curvature.processes import check_not_shared
 
 Data = Iterable[Any]
 """What users give: batches of one of the forms that `inputs.split_batch` knows, or `Batches`."""
@@ -43,9 +44,14 @@ class Batches:
     def of(
         cls, data: Data, model: nn.Module, keys: BatchKeys = DEFAULT_KEYS, *, progress: str | None = None
     ) -> Batches:
-        """The batches of a user's data for a model; `Batches` as they are."""
+        """The batches of a user's data for a model; `Batches` as they are.
+
+        Raises:
+            InvalidBatchError: the data are the share of one of several processes.
+        """
         if isinstance(data, Batches):
             return data
+        check_not_shared(data)
         return cls(data, next(model.parameters()).device, keys, progress=progress)
 
     def __iter__(self) -> Iterator[tuple[ModelInputs, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from laplace_ws.curvature.backend import Backend, memory_for_columns
 from laplace_ws.curvature.inputs import ModelInputs, call_model, leaves, own_copy
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import Use, example_gradients
+from laplace_ws.randomness import random_state, set_random_state
 
 N_PROBED = 4
 """Examples of the first batch that are probed, each separately: few enough to cost nothing, enough to tell examples apart."""
@@ -173,7 +175,7 @@ def check_linearisation(
         InvalidBatchError: the outputs are not finite.
     """
     backend.forget()
-    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+    with _random_state_after_refusal(x.device):
         f = call_model(model, own_copy(x))  # before the backend, which might hide what it does
         check_finite(model, f)
         if not f.requires_grad:
@@ -181,7 +183,10 @@ def check_linearisation(
                 f"the outputs of {type(model).__name__} do not depend on any parameter that requires grad; is there a detach() or a "
                 "no_grad() in its forward pass?"
             )
-        with backend.linearise(model, own_copy(x), parameters) as linearisation:
+        with (
+            backend.linearise(model, own_copy(x), parameters) as linearisation,
+            torch.autocast(x.device.type, enabled=False),
+        ):
             _check_same_outputs(model, f, linearisation.outputs)
             generator = torch.Generator(f.device).manual_seed(0)
             v = torch.randn(f.shape, dtype=torch.float32, device=f.device, generator=generator).to(f.dtype)
@@ -198,6 +203,17 @@ def check_linearisation(
             for gradients in ([g_use[0] for g_use in g], [g_use[-1] for g_use in g], by_use):
                 check_gradients(linearisation.uses, gradients, f, v, parameters)
             return linearisation.uses, linearisation.outputs, linearisation.column_bytes
+
+
+@contextmanager
+def _random_state_after_refusal(device: torch.device) -> Iterator[None]:
+    """Put torch's random state back where a model is refused, perhaps for drawing numbers; not otherwise, as other threads draw too."""
+    state = random_state(device)
+    try:
+        yield
+    except UnsupportedParameterError:
+        set_random_state(state, device)
+        raise
 
 
 def check_finite(model: nn.Module, f: Tensor) -> None:
@@ -239,8 +255,11 @@ def check_gradients(
     )
     largest = max(gradient.abs().max().item() for gradient in expected)
     for (name, parameter), truth in zip(parameters.items(), expected, strict=True):
+        rounding = max(
+            _tolerance(t) for t in (parameter, *g)
+        )  # under autocast gradients are rounded more than parameters
         found = example_gradients(name, uses, [g_use[None] for g_use in g]).sum((0, 1)).to(truth.dtype)
-        allowed = _tolerance(parameter) * (truth.norm() + found.norm()) + torch.finfo(truth.dtype).eps * largest
+        allowed = rounding * (truth.norm() + found.norm()) + torch.finfo(truth.dtype).eps * largest
         if not (found - truth).norm() <= allowed:
             calls = ", ".join(sorted({use.call for use in uses if name in use.parameters}))
             raise UnsupportedParameterError(

@@ -55,12 +55,13 @@ class CurvatureSum:
     Args:
         model: the network; each batch is run in eval mode and the model is left as it was.
         likelihood: p(y | f).
-        make_accumulator: makes the accumulator of the matrix to sum, given the parameters that require grad.
+        make_accumulator: makes the accumulator of the matrix to sum, given the covered parameters.
         curvature: which columns are back-propagated.
         backend: the backend that runs the model.
         mc_samples: random columns M per example, for `ggn_mc` and `ggn_mc_rademacher`.
         generator: source of the labels or signs.
         check: the check of this backend and model, with its findings from earlier passes; default: a new one.
+        parameters: those that are covered, by name; by default all that require grad.
 
     Attributes:
         totals: sums of everything else.
@@ -77,12 +78,13 @@ class CurvatureSum:
         mc_samples: int = 1,
         generator: torch.Generator | None = None,
         check: LinearisationCheck | None = None,
+        parameters: Mapping[str, nn.Parameter] | None = None,
     ):
         if mc_samples < 1:
             raise ValueError(f"mc_samples must be at least 1, got {mc_samples}.")
         self.model = model
         self.likelihood = likelihood
-        self.parameters: dict[str, nn.Parameter] = trainable_parameters(model)
+        self.parameters: dict[str, nn.Parameter] = trainable_parameters(model, parameters)
         self.accumulator: Accumulator = make_accumulator(self.parameters)
         self.curvature = curvature
         self.backend = backend
@@ -104,7 +106,7 @@ class CurvatureSum:
 
     def add(self, x: ModelInputs, y: Tensor) -> None:
         """Add one batch: the inputs of the model and the targets."""
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.model, self.parameters):
             if not self.totals.n_examples:
                 self.backend.forget()
                 self._check.start(x, self.parameters)

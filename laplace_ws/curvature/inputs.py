@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from laplace_ws.curvature.dtypes import type_mismatch
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.kfac.examples import Examples, RaggedInputs
 
@@ -183,7 +185,8 @@ def call_model(model: nn.Module, x: ModelInputs) -> Tensor:
             floating point type differs from that of its parameters.
     """
     try:
-        f = model(*x.arguments) if isinstance(x, StructuredInputs) else model(x)
+        with running(model, x):
+            f = model(*x.arguments) if isinstance(x, StructuredInputs) else model(x)
     except (TypeError, AttributeError) as error:
         if not isinstance(x, StructuredInputs):
             raise
@@ -192,25 +195,32 @@ def call_model(model: nn.Module, x: ModelInputs) -> Tensor:
             f"{type(model).__name__} is called as model({kinds}), which it does not take ({type(error).__name__}: {error}); wrap it in a "
             "module whose forward does, or let the loader give what it takes."
         ) from error
-    except RuntimeError as error:
-        mismatch = _type_mismatch(model, x) if "type" in str(error) else None
-        if mismatch is None:
-            raise
-        raise InvalidBatchError(mismatch) from error
     return check_outputs(f, len(x))
 
 
-def _type_mismatch(model: nn.Module, x: ModelInputs) -> str | None:
-    """The message about inputs whose floating point type differs from that of the model's parameters; None where there are none."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    types = [leaf.dtype for leaf in leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if parameter is None or set(types) <= {parameter.dtype}:
-        return None
-    other = next(dtype for dtype in types if dtype != parameter.dtype)
-    return (
-        f"the inputs are {other} and the model's parameters {parameter.dtype}; convert one of them, for example by "
-        f"x.to({parameter.dtype})."
-    )
+@contextmanager
+def running(model: nn.Module, x: ModelInputs) -> Iterator[None]:
+    """For every run of a model: under autocast with the weights as they are now, and with errors about types in our words.
+
+    Within one region of `torch.autocast`, torch keeps the weights that it has cast, and goes on with them after they have changed. Here
+    nothing that was kept is used, nothing is kept, and nothing from before is left to whoever opened the region.
+
+    Raises:
+        InvalidBatchError: the types of inputs and parameters do not go together.
+    """
+    keeps_casts = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        mismatch = type_mismatch(model, leaves(x), str(error))
+        if mismatch is None:
+            raise
+        raise InvalidBatchError(mismatch) from error
+    finally:
+        torch.set_autocast_cache_enabled(keeps_casts)
+        torch.clear_autocast_cache()
 
 
 def check_outputs(f: object, n_examples: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,7 @@ def low_rank_curvature(
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
     keys: BatchKeys = DEFAULT_KEYS,
+    parameters: Mapping[str, nn.Parameter] | None = None,
     progress_bar: bool = False,
 ) -> LowRankFit:
     """The leading eigenpairs of the curvature of the summed negative log likelihood.
@@ -72,6 +73,7 @@ def low_rank_curvature(
         mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
         generator: source of the labels or signs; by default a separate one, which `torch.manual_seed` makes reproducible.
         keys: keys of batches that are mappings.
+        parameters: those that are covered, by name; by default all that require grad.
         progress_bar: show the progress of the products, on a terminal.
 
     Raises:
@@ -81,7 +83,14 @@ def low_rank_curvature(
     if rank < 1:
         raise ValueError(f"the rank of a low-rank curvature must be at least 1, got {rank}.")
     products = CurvatureProducts(
-        model, likelihood, data, curvature=curvature, mc_samples=mc_samples, generator=generator, keys=keys
+        model,
+        likelihood,
+        data,
+        curvature=curvature,
+        mc_samples=mc_samples,
+        generator=generator,
+        keys=keys,
+        parameters=parameters,
     )
     hidden = not (progress_bar and sys.stderr.isatty())
     with tqdm(desc="Lanczos", unit="product", disable=hidden) as bar:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,9 +74,10 @@ class CurvatureProducts:
         mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
         generator: source of the labels or signs; by default a separate one, which `torch.manual_seed` makes reproducible.
         keys: keys of batches that are mappings.
+        parameters: those that are covered, by name; by default all that require grad.
 
     Attributes:
-        shapes: shape of each parameter that requires grad, by name: the order of v, each flattened row-major.
+        shapes: shape of each covered parameter, by name: the order of v, each flattened row-major.
         dtype: the precision that the parameters require: float64 if any has it, else float32.
         device: where they are.
         totals: the totals of the first pass over the data; None before it.
@@ -93,6 +94,7 @@ class CurvatureProducts:
         mc_samples: int = 1,
         generator: torch.Generator | None = None,
         keys: BatchKeys = DEFAULT_KEYS,
+        parameters: Mapping[str, nn.Parameter] | None = None,
     ):
         if mc_samples < 1:
             raise ValueError(f"mc_samples must be at least 1, got {mc_samples}.")
@@ -107,14 +109,14 @@ class CurvatureProducts:
         self.batches = batches
         self.curvature: Curvature = Curvature(curvature)
         self.mc_samples = mc_samples
-        self.parameters: dict[str, nn.Parameter] = trainable_parameters(model)
-        parameters = list(self.parameters.values())
+        self.parameters: dict[str, nn.Parameter] = trainable_parameters(model, parameters)
+        tensors = list(self.parameters.values())
         self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in self.parameters.items()}
-        self.dtype: torch.dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
-        self.device: torch.device = parameters[0].device
+        self.dtype: torch.dtype = torch.float64 if any(p.dtype == torch.float64 for p in tensors) else torch.float32
+        self.device: torch.device = tensors[0].device
         self.totals: PassTotals | None = None
         self.n_products: int = 0
-        self._sizes = [p.numel() for p in parameters]
+        self._sizes = [p.numel() for p in tensors]
         self._generator = generator or default_generator(self.device)
         self._first_draw = self._generator.get_state()
 
@@ -134,7 +136,7 @@ class CurvatureProducts:
         total = torch.zeros(vectors.shape, dtype=torch.float64, device=self.device)
         totals = PassTotals()
         for x, y in self.batches:
-            with evaluation_mode(self.model), differentiable_twice(self.model):
+            with evaluation_mode(self.model, self.parameters), differentiable_twice(self.model):
                 f = call_model(self.model, own_copy(x))
                 eps = _precision(f, self.parameters.values())
                 self.likelihood.check(f, y)

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws.registry import Choice
+from laplace_ws.threads import alone_with_random_state
 
 
 class Corruption(Choice):
@@ -68,7 +69,7 @@ def corrupt(
     if corruption is Corruption.BLUR:
         return transforms.gaussian_blur(pixels, _kernel_size(pixels, parameter), [parameter])
     devices = [pixels.device] if pixels.is_cuda else []
-    with torch.random.fork_rng(devices=devices):  # torchvision's noise takes no generator
+    with alone_with_random_state(), torch.random.fork_rng(devices=devices):  # torchvision's noise takes no generator
         torch.manual_seed(seed)
         return transforms.gaussian_noise(pixels, sigma=parameter)
 

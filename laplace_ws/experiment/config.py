@@ -98,6 +98,8 @@ class MarglikConfig(ScheduleOptions):
         optimizer: of the weights.
         lr: its step size at the start; a cosine takes it to zero.
         momentum: Nesterov momentum of sgd.
+        gradient_accumulation_steps: batches per step of the optimizer.
+        max_grad_norm: limit of the norm of the gradient over all weights; none if not given.
     """
 
     hyper_optimizer: OneOf[HyperOptimizer] = _DEFAULTS["hyper_optimizer"]
@@ -115,6 +117,8 @@ class MarglikConfig(ScheduleOptions):
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = SGD_DEFAULTS["lr"]
     momentum: float = SGD_DEFAULTS["momentum"]
+    gradient_accumulation_steps: int = _DEFAULTS["gradient_accumulation_steps"]
+    max_grad_norm: float | None = _DEFAULTS["max_grad_norm"]
 
 
 @dataclass(frozen=True)

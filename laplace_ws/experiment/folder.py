@@ -21,7 +21,7 @@ from laplace_ws.options import config_keys, flatten
 from laplace_ws.tables import Column, as_text
 
 CONFIG, PAGE, PARTIAL = "config.json", "report.html", "run.partial"
-SAFE_TO_CHANGE = ("marglik.lr", "marglik.lr_hyp", "marglik.max_log_step")
+SAFE_TO_CHANGE = ("marglik.lr", "marglik.max_grad_norm", "marglik.lr_hyp", "marglik.max_log_step")
 """Settings with which a run may go on at other values after a training has diverged, as in `laplace_ws.marglik.checkpoint`."""
 PAGE_MARK = '<meta name="generator" content="laplace_ws">'
 """What tells a page of ours from others."""

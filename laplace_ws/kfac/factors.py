@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace_ws.registry import Choice
+from laplace_ws.threads import SharedSetting
 
 SHORTEST_PRODUCT = 256
 """Positions of an example below which products are taken over all examples at once."""
@@ -54,7 +55,7 @@ def products_in(precision: FactorPrecision) -> Iterator[None]:
 
 
 @contextmanager
-def _tf32() -> Iterator[None]:
+def _allowing_tf32() -> Iterator[None]:
     """Allow TF32 in matrix products."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
@@ -63,6 +64,9 @@ def _tf32() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+_tf32 = SharedSetting(_allowing_tf32)
 
 
 def _product(a: Float[Tensor, "*B C M"], b: Float[Tensor, "*B D M"]) -> Float[Tensor, "*B C D"]:

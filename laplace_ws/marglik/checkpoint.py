@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from laplace_ws.files import FileFormatError, load_tensors, save_tensors
 from laplace_ws.marglik.checkpoint_checks import check_fields
-from laplace_ws.randomness import random_state, set_random_state
+from laplace_ws.randomness import random_state_kept
+from laplace_ws.threads import alone_with
 
 FORMAT_VERSION = 1
 _SETTINGS_TO_NAME = 4
 
 
-SAFE_TO_CHANGE = ("optimizer_kwargs.lr", "lr_hyp", "max_log_step")
+SAFE_TO_CHANGE = ("optimizer_kwargs.lr", "max_grad_norm", "lr_hyp", "max_log_step")
 """Settings with which a training that diverged may go on at other values; the weights so far do not contradict them."""
 
 
@@ -124,23 +125,25 @@ def copied(state: Any) -> Any:
 
 def snapshot(module: nn.Module) -> dict[str, Any]:
     """A copy of a module's `state_dict` that later training leaves alone."""
-    return {
-        key: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-        for key, value in module.state_dict().items()
-    }
+    with alone_with(module):
+        return {
+            key: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+            for key, value in module.state_dict().items()
+        }
 
 
 @contextmanager
 def left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore the mode of every module, every `.grad` and the global random state on exit, also after an exception."""
-    modes = [(module, module.training) for module in model.modules()]
+    with alone_with(model):  # another thread may have it in eval mode for a while
+        modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    rng = random_state(device)
     try:
-        yield
+        with random_state_kept(device):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with alone_with(model):
+            for module, training in modes:
+                module.training = training
         for parameter, grad in grads:
             parameter.grad = grad
-        set_random_state(rng, device)

@@ -13,6 +13,7 @@ from laplace_ws.curvature import Backend
 from laplace_ws.curvature.inputs import BatchKeys
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.marglik.hyperparameters import Hyperparameters
+from laplace_ws.marglik.steps import StepOptions
 from laplace_ws.posterior import STRUCTURES, Laplace, PriorStructure, prior_groups
 
 PRIOR_PRECISION_PER_EXAMPLE = 0.01
@@ -24,7 +25,7 @@ class TrainingOptions:
     """The options of `marglik_training` that shape its result besides the `Schedule`; it documents each of them.
 
     Raises:
-        ValueError: the structures of prior and curvature do not go together.
+        ValueError: the structures of prior and curvature do not go together, or an option of the steps is out of its range.
     """
 
     hessian_structure: str = "kron"
@@ -45,9 +46,18 @@ class TrainingOptions:
     temperature_init: float = 1.0
     fix_sigma_noise: bool = False
     tune_temperature: bool = False
+    gradient_accumulation_steps: int = StepOptions.gradient_accumulation_steps
+    max_grad_norm: float | None = StepOptions.max_grad_norm
+    grad_scaler: torch.amp.GradScaler | None = StepOptions.grad_scaler
 
     def __post_init__(self) -> None:
         PriorStructure(self.prior_structure).checked(STRUCTURES[self.hessian_structure])
+        _ = self.steps
+
+    @property
+    def steps(self) -> StepOptions:
+        """How gradients become optimiser steps."""
+        return StepOptions(self.gradient_accumulation_steps, self.max_grad_norm, self.grad_scaler)
 
     def posteriors(
         self, model: nn.Module, likelihood: Likelihood, generator: torch.Generator, keys: BatchKeys

@@ -11,6 +11,7 @@ from laplace_ws.marglik.checks import DataFacts
 from laplace_ws.marglik.hyperparameters import Hyperparameters
 from laplace_ws.marglik.plain import described
 from laplace_ws.marglik.schedule import Schedule
+from laplace_ws.marglik.steps import StepOptions
 from laplace_ws.posterior import Laplace
 
 
@@ -24,6 +25,7 @@ def run_settings(
     scheduler: Any,
     scheduler_kwargs: Mapping[str, Any],
     hyper: Hyperparameters,
+    steps: StepOptions,
 ) -> dict[str, Any]:
     """All options that the result depends on, as plain values; a function is represented by its name."""
     return described(
@@ -46,6 +48,7 @@ def run_settings(
             "prior_groups": list(dict.fromkeys(hyper.groups.names)),
             "n_prior_precisions": len(hyper.groups.names),
             "starts": hyper.starts,
+            **steps.settings(),
         }
     )
 

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,10 @@ from laplace_ws.marglik.passes import same_order_after
 from laplace_ws.marglik.plain import plain_record
 from laplace_ws.marglik.result import MarglikResult, Progress, Record
 from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
+from laplace_ws.marglik.steps import GradientSteps, StepOptions
 from laplace_ws.posterior import Laplace
 from laplace_ws.randomness import random_state, set_random_state
+from laplace_ws.threads import alone_with, alone_with_modules, alone_with_random_state, trained_by_one
 
 _STEPS_BETWEEN_LOSS_CHECKS = 20
 
@@ -67,6 +69,7 @@ class Trainer:
         optimizer: of the weights.
         scheduler: of its learning rate.
         schedule: when the hyperparameters are tuned.
+        step_options: how gradients become optimiser steps.
         settings: what a checkpoint must agree with.
         rng: the state of torch's global random number generators that the training starts from.
         checkpoint_path: where a checkpoint is kept.
@@ -82,6 +85,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     schedule: Schedule
+    step_options: StepOptions
     settings: dict[str, Any]
     rng: dict[str, torch.Tensor]
     checkpoint_path: Path | None = None
@@ -106,6 +110,7 @@ class Trainer:
         self.progress: Progress = Progress()
         self.before_epoch: dict[str, Any] | None = None
         self.saved_epoch: int = 0
+        self.steps: GradientSteps = GradientSteps(self.optimizer, self.scheduler, self.step_options)
         self.hyper.assign_to(self.la)
 
     def run(self) -> MarglikResult:
@@ -117,6 +122,7 @@ class Trainer:
             TrainingDiverged: a loss or a marginal likelihood is NaN or infinite, or the curvature has no factorisation.
             InvalidBatchError: the loader gave no batch.
             TypeError: `on_epoch` put something into the record that a checkpoint cannot hold.
+            RuntimeError: another thread is training the model.
 
         Warns:
             TemperatureWarning: the temperature is tuned.
@@ -128,8 +134,10 @@ class Trainer:
                 TemperatureWarning,
                 stacklevel=3,
             )
-        with left_as_found(self.model, self.device):
-            set_random_state(self.rng, self.device)
+        with trained_by_one(self.model), ExitStack() as stack:
+            with alone_with_random_state():  # not in the midst of another thread's `prepare`
+                stack.enter_context(left_as_found(self.model, self.device))
+                set_random_state(self.rng, self.device)
             self._train()
             start = time.perf_counter()
             self.hyper.assign_to(self.final_la)
@@ -150,7 +158,7 @@ class Trainer:
                 bar.update()
                 bar.set_postfix(nll=record["train_nll"], log_marglik=self.progress.margliks[-1:] or None)
         if self.progress.best is not None:
-            self.model.load_state_dict(self.progress.best["model"])
+            self._load(self.progress.best["model"])
             self.hyper.load_state_dict(self.progress.best["hyper"])
             self.hyper.assign_to(self.la)
 
@@ -167,6 +175,10 @@ class Trainer:
             if isinstance(error, TrainingDiverged):
                 error.checkpoint_path = self.checkpoint_on_disk()
             raise
+
+    def _load(self, state: dict[str, Any]) -> None:
+        with alone_with(self.model):
+            self.model.load_state_dict(state)
 
     def _result(self, refit_seconds: float) -> MarglikResult:
         progress = self.progress
@@ -197,7 +209,7 @@ class Trainer:
             nll, accuracy = self._descend(epoch)
             log_marglik, curvature_seconds = self._tune(epoch)
         except TrainingDiverged:
-            self.model.load_state_dict(good[0])
+            self._load(good[0])
             self.hyper.load_state_dict(good[1])
             self.hyper.assign_to(self.la)
             raise
@@ -239,15 +251,16 @@ class Trainer:
         )
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         n_seen = 0
-        self.model.train()
+        modules = tuple(self.model.modules())
+        self.steps.start_epoch()
+        with alone_with_modules(modules):
+            self.model.train()
         for step, (x, y) in enumerate(self.batches):
-            self.optimizer.zero_grad(set_to_none=True)
-            f = at_least_float32(call_model(self.model, x))
-            nll = likelihood.nll_sum(f, y)
-            (nll * (variance / len(x))).backward()
-            prior.add_()
-            self.optimizer.step()
-            self.scheduler.step()
+            with alone_with_modules(modules):
+                self.steps.before_batch()
+                f = at_least_float32(call_model(self.model, x))
+                nll = likelihood.nll_sum(f, y)
+                self.steps.add(nll, variance, len(x), prior)
             totals[0] += nll.detach().double()
             if not likelihood.is_regression:
                 mask = likelihood.term_mask(f, y)
@@ -258,6 +271,8 @@ class Trainer:
                 self._check_finite("the training loss", totals[0].item(), epoch)
         if n_seen == 0:
             raise one_pass_error(self.loader)
+        with alone_with_modules(modules):
+            self.steps.end_epoch(prior)
         nll_sum, correct, labelled = totals.tolist()
         self._check_finite("the training loss", nll_sum, epoch)
         self._check_finite("the regulariser", penalty := prior.penalty_mean(), epoch)
@@ -318,6 +333,7 @@ class Trainer:
             "progress": {f: getattr(self.progress, f) for f in Progress.__dataclass_fields__},
             "model": snapshot(self.model),
             "optimizer": self.optimizer.state_dict(),
+            "grad_scaler": self.steps.scaler.state_dict() if self.steps.scaler else {},
             "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if not callable(v)},
             "hyper": self.hyper.state_dict(),
             "loader": getattr(self.loader, "state_dict", dict)(),
@@ -364,9 +380,11 @@ class Trainer:
     def _apply(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.progress = Progress(**state["progress"])
-        self.model.load_state_dict(state["model"])
+        self._load(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.steps.scaler:
+            self.steps.scaler.load_state_dict(state["grad_scaler"])
         self.hyper.load_state_dict(state["hyper"])
         self.hyper.assign_to(self.la)
         if state["loader"]:

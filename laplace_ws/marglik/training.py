@@ -23,7 +23,8 @@ from laplace_ws.marglik.result import MarglikResult, Record
 from laplace_ws.marglik.schedule import Schedule
 from laplace_ws.marglik.settings import run_settings
 from laplace_ws.marglik.trainer import Trainer
-from laplace_ws.randomness import random_state
+from laplace_ws.randomness import as_found_by_the_first, random_state
+from laplace_ws.threads import alone_with_random_state
 
 
 def marglik_training(
@@ -55,6 +56,9 @@ def marglik_training(
     temperature_init: float = TrainingOptions.temperature_init,
     fix_sigma_noise: bool = TrainingOptions.fix_sigma_noise,
     tune_temperature: bool = TrainingOptions.tune_temperature,
+    gradient_accumulation_steps: int = TrainingOptions.gradient_accumulation_steps,
+    max_grad_norm: float | None = TrainingOptions.max_grad_norm,
+    grad_scaler: torch.amp.GradScaler | None = TrainingOptions.grad_scaler,
     checkpoint_path: str | Path | None = None,
     resume: bool = False,
     n_data: int | None = None,
@@ -88,7 +92,7 @@ def marglik_training(
         final_curvature: of the posterior that is returned; `curvature` where not given.
         optimizer_cls, optimizer_kwargs: for the weights; SGD with lr 0.03 and Nesterov momentum 0.9 where not given.
             It must have no weight decay, as the prior takes its place, and need no closure, which rules out LBFGS.
-        scheduler_cls, scheduler_kwargs: stepped after every batch; a cosine to zero where not given.
+        scheduler_cls, scheduler_kwargs: stepped with the optimiser; a cosine to zero where not given.
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction: see `Schedule`. Where not
             given, the burn-in is a fifth of the epochs and at most 20. `n_hypersteps=0` trains at fixed hyperparameters.
         hyper_optimizer: how the log marginal likelihood is maximised: "adam"; "newton", which goes to the optimum of prior
@@ -106,6 +110,12 @@ def marglik_training(
         sigma_noise_init, temperature_init: start of noise (the likelihood's own where not given) and temperature.
         fix_sigma_noise, tune_temperature: what is tuned besides the priors; the noise is, the temperature is not (its
             likelihood is not normalised: `TemperatureWarning`).
+        gradient_accumulation_steps: batches per optimiser step. A step is that of one batch of all their examples, but for statistics
+            over a batch, as of BatchNorm; what is left at the end of an epoch makes a step of its own.
+        max_grad_norm: limit of the norm of the gradient, over all weights and with the prior, of the objective that the steps minimise;
+            by default there is none.
+        grad_scaler: scales losses against underflow under `torch.autocast` in float16; a step whose gradients overflow is left out.
+            It is used and changed, and its state is kept in the checkpoint.
         checkpoint_path: where to keep a checkpoint, written after every tuning.
         resume: continue from `checkpoint_path` if it exists; its settings must be the same. The result is that of an
             uninterrupted run.
@@ -125,6 +135,7 @@ def marglik_training(
         TrainingDiverged: the loss became NaN or infinite, or the curvature could not be factorised; the model is back at
             its last good epoch.
         TypeError: `on_epoch` put anything else into the record; it is named.
+        RuntimeError: another thread is training the model.
 
     Source: Immer et al. 2021, "Scalable marginal likelihood estimation for model selection in deep learning".
     """
@@ -148,6 +159,9 @@ def marglik_training(
         temperature_init=temperature_init,
         fix_sigma_noise=fix_sigma_noise,
         tune_temperature=tune_temperature,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        max_grad_norm=max_grad_norm,
+        grad_scaler=grad_scaler,
     )
     trainer = prepare(
         model,
@@ -204,14 +218,14 @@ def prepare(
     likelihood = make_likelihood(likelihood)
     named_parameters = list(trainable_parameters(model).items())
     device = named_parameters[0][1].device
-    with left_as_found(model, device):
+    with alone_with_random_state(), left_as_found(model, device), as_found_by_the_first(device):
         with same_order_after(train_loader):
             facts = check_data(model, train_loader, likelihood, keys, n_data)
         generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
         la, final_la = options.posteriors(model, likelihood, generator, keys)
         hyper = options.hyperparameters(la, facts.n_data, device)
         optimizer = make_optimizer(options.optimizer_cls, options.optimizer_kwargs, named_parameters)
-        n_steps = schedule.n_epochs * facts.n_batches
+        n_steps = schedule.n_epochs * options.steps.n_steps(facts.n_batches)
         lr_options = scheduler_options(options.scheduler_cls, options.scheduler_kwargs, n_steps)
         scheduler = make_scheduler(options.scheduler_cls, lr_options, optimizer)
         trainer = Trainer(
@@ -223,6 +237,7 @@ def prepare(
             optimizer=optimizer,
             scheduler=scheduler,
             schedule=schedule,
+            step_options=options.steps,
             settings=run_settings(
                 schedule=schedule,
                 facts=facts,
@@ -232,6 +247,7 @@ def prepare(
                 scheduler=scheduler,
                 scheduler_kwargs=lr_options,
                 hyper=hyper,
+                steps=options.steps,
             ),
             rng=random_state(device),
             checkpoint_path=None if checkpoint_path is None else Path(checkpoint_path),

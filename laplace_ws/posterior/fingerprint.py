@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace_ws.posterior.subset import WeightSubset
+from laplace_ws.threads import alone_with
 
 _TOLERANCE = 1e-5
 """Relative change of a tensor that its rounding on another device may make."""
@@ -87,7 +88,8 @@ class StateVersion:
     def of(cls, model: nn.Module, subset: WeightSubset) -> StateVersion:
         """The state of a model as it is."""
         whole = {id(p) for name, p in subset.parameters(model).items() if name not in subset.selection}
-        tensors = tuple(t for t in (*model.parameters(), *model.buffers()) if id(t) not in whole)
+        with alone_with(model):
+            tensors = tuple(t for t in (*model.parameters(), *model.buffers()) if id(t) not in whole)
         writes = tuple((id(t), None if t.is_inference() else t._version, t.shape) for t in tensors)
         with torch.no_grad():
             parts = [_entries(t.detach()).double() for t in tensors if t.numel()]
@@ -111,7 +113,8 @@ def _not_covered(model: nn.Module, subset: WeightSubset) -> dict[str, Tensor]:
     """The tensors of a model's state that a posterior does not cover, or covers only in part."""
     parameters = subset.parameters(model)
     whole = {id(p) for name, p in parameters.items() if name not in subset.selection}
-    state = model.state_dict(keep_vars=True)
+    with alone_with(model):
+        state = model.state_dict(keep_vars=True)
     return {
         name: tensor.detach()
         for name, tensor in state.items()

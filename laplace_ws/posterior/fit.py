@@ -21,6 +21,7 @@ from laplace_ws.posterior.fingerprint import Fingerprint, StateVersion, check_co
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.prior import Prior
 from laplace_ws.posterior.structure import Problem, Structure
+from laplace_ws.threads import alone_with
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def fit_posterior(
         _check_same_options(options, before.options)
         check_network(network, before)
     if recheck:
-        network.check.forget()
+        with alone_with(network.model):  # another thread may be using what is known
+            network.check.forget()
     n_arguments = 1
 
     def look_at_first(x: ModelInputs) -> None:
@@ -118,9 +120,8 @@ def fit_posterior(
         n_arguments = len(x.arguments) if isinstance(x, StructuredInputs) else 1
         network.check_last_layer(x)
 
-    with network.active():
-        batches = replace(batches, on_first=look_at_first)
-        found, totals = structure.curvature(problem, batches, None if before is None else before.H)
+    batches = replace(batches, on_first=look_at_first)
+    found, totals = structure.curvature(problem, batches, None if before is None else before.H)
     if n_data is not None and n_data != totals.n_examples:
         found, totals = found * (n_data / totals.n_examples), totals.scaled_to(n_data)
     if before is not None:

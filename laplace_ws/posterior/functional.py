@@ -54,8 +54,9 @@ class LinearisedModel:
         """
         layout = pushforward.layout
         outputs, covariances = [], []
-        with evaluation_mode(self.network.model), self.network.active():
-            self.network.check.start(x, self.network.parameters())
+        parameters = self.network.parameters()
+        with evaluation_mode(self.network.model, parameters):
+            self.network.check.start(x, parameters)
             n_at_once = len(x) if layout is Layout.JOINT else self._examples_at_once(layout)
             for start in range(0, len(x), n_at_once):
                 f, by_damping = self._part(x[start : start + n_at_once], H, pushforward)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -26,6 +25,7 @@ from laplace_ws.curvature.inputs import (
 from laplace_ws.kfac.uses import at_least_float32
 from laplace_ws.posterior.subset import WeightSubset, check_last_layer
 from laplace_ws.posterior.weights import check_replaceable, weights_in_place
+from laplace_ws.threads import alone_with
 
 
 @dataclass(eq=False)
@@ -72,16 +72,13 @@ class Network:
         """A copy of the covered weights."""
         return self.subset.flat(self.model)
 
-    def active(self) -> AbstractContextManager[None]:
-        """Let only the covered parameters require grad, temporarily."""
-        return self.subset.active(self.model)
-
     @torch.no_grad()
     def load(self, flat: Float[Tensor, " P"]) -> None:
         """Write a vector into the covered weights."""
-        parameters = self.parameters()
-        for name, tensor in self.subset.tensors(self.model, flat).items():
-            parameters[name].copy_(tensor)
+        with alone_with(self.model):
+            parameters = self.parameters()
+            for name, tensor in self.subset.tensors(self.model, flat).items():
+                parameters[name].copy_(tensor)
 
     def inputs(self, x: Any, *, is_row: bool = False) -> ModelInputs:
         """The inputs at which a user wants predictions, on the model's device.
@@ -111,15 +108,14 @@ class Network:
             UnsupportedParameterError: a parameter is read from somewhere other than its module.
         """
         outputs = []
-        with evaluation_mode(self.model):
-            if not self._is_replaceable:
-                with self.active():
-                    check_replaceable(self.model, x[:N_PROBED], self.subset)
-                self._is_replaceable = True
-            with torch.set_grad_enabled(backprop):
-                for flat in weights:
-                    with weights_in_place(self.model, self.subset.tensors(self.model, flat)):
-                        outputs.append(at_least_float32(call_model(self.model, own_copy(x))))
+        if not self._is_replaceable:
+            with evaluation_mode(self.model, self.parameters()):
+                check_replaceable(self.model, x[:N_PROBED], self.subset)
+            self._is_replaceable = True
+        with evaluation_mode(self.model), torch.set_grad_enabled(backprop):
+            for flat in weights:
+                with weights_in_place(self.model, self.subset.tensors(self.model, flat)):
+                    outputs.append(at_least_float32(call_model(self.model, own_copy(x))))
         return torch.stack(outputs)
 
     def forget(self) -> None:

@@ -76,6 +76,7 @@ class Problem:
             mc_samples=self.mc_samples,
             generator=self.generator,
             check=self.network.check,
+            parameters=self.network.parameters(),
         )
         total.add_all(batches)
         return DataCurvature(total.accumulator.result(), total.totals)
@@ -83,8 +84,8 @@ class Problem:
     def check(self, x: ModelInputs, make_accumulator: MakeAccumulator) -> None:
         """Raise what `accumulate` would raise about the model, using a few examples."""
         network = self.network
-        with evaluation_mode(network.model), network.active():
-            parameters = network.parameters()
+        parameters = network.parameters()
+        with evaluation_mode(network.model, parameters):
             network.check.begin(parameters)
             uses, outputs = network.check.run(x[:N_PROBED])
             make_accumulator(parameters).start_batch(uses, outputs.ndim)

@@ -177,6 +177,7 @@ class LowRankStructure(Structure):
             curvature=problem.curvature,
             mc_samples=problem.mc_samples,
             generator=problem.generator,
+            parameters=problem.network.parameters(),
         )
         return DataCurvature(found.H, found.totals)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from laplace_ws.curvature.backend import evaluation_mode, trainable_parameters
 from laplace_ws.curvature.inputs import ModelInputs, call_model, own_copy
 from laplace_ws.errors import UnsupportedParameterError
+from laplace_ws.threads import alone_with
 
 SUBSETS = ("all", "last_layer", "subnetwork")
 
@@ -40,7 +42,8 @@ class WeightSubset:
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters of the model that are covered in part or in whole."""
-        parameters = dict(model.named_parameters())
+        with alone_with(model):  # another thread may have put samples in their place
+            parameters = dict(model.named_parameters())
         for name, shape in self.parameter_shapes.items():
             if name not in parameters or parameters[name].shape != shape:
                 found = f"shape {tuple(parameters[name].shape)}" if name in parameters else "no such parameter"
@@ -48,19 +51,6 @@ class WeightSubset:
                     f"the posterior covers {name!r} of shape {tuple(shape)}, but the model has {found}; make a new posterior."
                 )
         return {name: parameters[name] for name in self.parameter_shapes}
-
-    @contextmanager
-    def active(self, model: nn.Module) -> Iterator[None]:
-        """Let only the covered parameters require grad, temporarily."""
-        covered = {id(p) for p in self.parameters(model).values()}
-        changed = [p for p in model.parameters() if p.requires_grad != (id(p) in covered)]
-        try:
-            for p in changed:
-                p.requires_grad_(id(p) in covered)
-            yield
-        finally:
-            for p in changed:
-                p.requires_grad_(id(p) not in covered)
 
     def flat(self, model: nn.Module) -> Float[Tensor, " P"]:
         """The covered weights."""
@@ -134,7 +124,10 @@ def last_layer(model: nn.Module) -> str:
     Raises:
         ValueError: there is no such module below the model itself.
     """
-    holders = [name for name, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    with alone_with(model):
+        holders = [
+            name for name, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))
+        ]
     if not holders[-1]:
         raise ValueError(
             f"{type(model).__name__} holds its parameters itself, so which of them make the last layer cannot be told; name them in a "
@@ -149,26 +142,27 @@ def check_last_layer(model: nn.Module, x: ModelInputs, subset: WeightSubset, tra
     Raises:
         ValueError: they are not; names the module that is.
     """
-    of_trained = {id(p) for name, p in model.named_parameters() if name in trained}
     called: list[tuple[str, nn.Module]] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name, module=module: called.append((name, module)))
-        for name, module in model.named_modules()
-        if any(id(p) in of_trained for p in module.parameters(recurse=False))
-    ]
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            call_model(model, own_copy(x))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with evaluation_mode(model), torch.no_grad(), ExitStack() as hooks:
+        of_trained = {id(p) for name, p in model.named_parameters() if name in trained}
+        for name, module in model.named_modules():
+            if any(id(p) in of_trained for p in module.parameters(recurse=False)):
+                note = partial(_note, called, name)
+                hooks.enter_context(module.register_forward_pre_hook(note))
+        call_model(model, own_copy(x))
     covered = {id(p) for p in subset.parameters(model).values()}
     name, module = called[-1] if called else ("", model)
-    if not any(id(p) in covered for p in module.parameters(recurse=False)):
+    with alone_with(model):
+        is_covered = any(id(p) in covered for p in module.parameters(recurse=False))
+    if not is_covered:
         raise ValueError(
             f"the last module with parameters is {last_layer(model)!r} as registered, but {name!r} as called; say which is the last "
             f"layer by last_layer_name={name!r}."
         )
+
+
+def _note(called: list[tuple[str, nn.Module]], name: str, module: nn.Module, arguments: object) -> None:
+    called.append((name, module))
 
 
 def _whole(parameters: Mapping[str, nn.Parameter]) -> WeightSubset:
@@ -180,7 +174,8 @@ def _matching(
 ) -> dict[str, nn.Parameter]:
     """The parameters that match a pattern, or lie in a module that does, by any of their names."""
     first_names = {id(p): name for name, p in parameters.items()}
-    aliases = [(alias, p) for alias, p in model.named_parameters(remove_duplicate=False) if id(p) in first_names]
+    with alone_with(model):
+        aliases = [(alias, p) for alias, p in model.named_parameters(remove_duplicate=False) if id(p) in first_names]
     chosen = set()
     for pattern in patterns:
         matches = {
