@@ -53,6 +53,11 @@ def test_a_benchmark_from_end_to_end(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| expand | ef | curvlinops |" in printed
     assert "| expand | ef | curvlinops |" in docs.read_text()
+    measured = (tmp_path / "tiny.json").read_bytes()
+    assert main(options) == 2
+    assert "holds measurements already, 'tiny.json'" in capsys.readouterr().err
+    assert main([*options, "--name=../tiny"]) == 2
+    assert (tmp_path / "tiny.json").read_bytes() == measured
     written = {"tiny.json", "tiny.md", "tiny.svg", "tiny_curves.svg", "doc.md"}
     assert {path.name for path in tmp_path.iterdir()} == written
 

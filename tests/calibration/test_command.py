@@ -75,3 +75,26 @@ def test_an_interrupt_leaves_nothing_behind(folder, tmp_path, monkeypatch, capsy
     assert main(["calibrate", "--checkpoint", str(folder), "--out", str(tmp_path), *FAST]) == 130
     assert "interrupted; nothing was written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_earlier_results_are_kept_unless_told_otherwise(folder, tmp_path, monkeypatch, capsys):
+    arguments = ["calibrate", "--checkpoint", str(folder), "--out", str(tmp_path), *FAST]
+    assert main(arguments) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"calibration.json", "calibration.html"}
+    assert main(arguments) == 2
+    assert "holds a calibration already, 'calibration.json'" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--data.batch_size", "0"]) == 2
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(calibration, "score", interrupted)
+        assert main([*arguments, "--overwrite"]) == 130
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert main([*arguments, "--overwrite", "--n_bins", "7"]) == 0
+    assert json.loads((tmp_path / "calibration.json").read_text())["config"]["n_bins"] == 7
+    (tmp_path / "calibration.html").write_text("mine")
+    assert main([*arguments, "--overwrite"]) == 2
+    assert (tmp_path / "calibration.html").read_text() == "mine"
