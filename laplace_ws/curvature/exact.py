@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import evaluation_mode, trainable_parameters
+from laplace_ws.curvature.inputs import call_model
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 
 
@@ -20,7 +21,7 @@ def jacobian(model: nn.Module, x: Tensor) -> Float[Tensor, "N D P"]:
     """∂f/∂θ of each example, the outputs of an example flattened to D."""
     parameters = list(trainable_parameters(model).values())
     with evaluation_mode(model):
-        f = model(x)
+        f = call_model(model, x)
         rows: list[Tensor] = [_gradient(output, parameters) for output in f.flatten()]
     return torch.stack(rows).reshape(len(f), -1, rows[0].numel())
 
@@ -30,7 +31,7 @@ def ggn(model: nn.Module, likelihood: str | Likelihood, x: Tensor, y: Tensor) ->
     likelihood = make_likelihood(likelihood)
     J = jacobian(model, x)
     with evaluation_mode(model):
-        f = model(x).detach()
+        f = call_model(model, x).detach()
     total = J.new_zeros(J.shape[2], J.shape[2])
     for n in range(len(x)):
         H_f = torch.autograd.functional.hessian(_nll(likelihood, y[n : n + 1]), f[n : n + 1])
@@ -43,7 +44,7 @@ def empirical_fisher(model: nn.Module, likelihood: str | Likelihood, x: Tensor, 
     likelihood = make_likelihood(likelihood)
     parameters = list(trainable_parameters(model).values())
     with evaluation_mode(model):
-        f = model(x)
+        f = call_model(model, x)
         rows = [_gradient(likelihood.nll_sum(f[n : n + 1], y[n : n + 1]), parameters) for n in range(len(x))]
     gradients = torch.stack(rows)
     return gradients.T @ gradients
@@ -54,7 +55,7 @@ def hessian(model: nn.Module, likelihood: str | Likelihood, x: Tensor, y: Tensor
     likelihood = make_likelihood(likelihood)
     parameters = list(trainable_parameters(model).values())
     with evaluation_mode(model):
-        gradient = _gradient(likelihood.nll_sum(model(x), y), parameters, create_graph=True)
+        gradient = _gradient(likelihood.nll_sum(call_model(model, x), y), parameters, create_graph=True)
         return torch.stack([_gradient(entry, parameters) for entry in gradient])
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import evaluation_mode
+from laplace_ws.curvature.inputs import call_model
 from laplace_ws.data import ImageData
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.folder import Json
@@ -52,7 +53,7 @@ def finite_or_none(value: float) -> float | None:
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
     """The model's outputs in eval mode, batch by batch; leaves every module's mode as it was."""
     with evaluation_mode(model), torch.no_grad():
-        return torch.cat([model(part) for part in x.split(TEST_BATCH)])
+        return torch.cat([call_model(model, part) for part in x.split(TEST_BATCH)])
 
 
 def model_result(result: MarglikResult, data: ImageData) -> ModelResult:

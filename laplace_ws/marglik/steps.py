@@ -119,7 +119,7 @@ class GradientSteps:
             self.scaler.unscale_(self._optimizer)
         if self._n_examples != self._n_first:
             gradients = [p.grad for p in self._parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, self._n_first / self._n_examples)
+            torch._foreach_mul_(gradients, self._n_first / self._n_examples)  # pyright: ignore[reportPrivateImportUsage]
         prior.add_()
         if self._max_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
