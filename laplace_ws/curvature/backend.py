@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_ws.curvature.inputs import ModelInputs
+from laplace_ws.curvature.models import check_module
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import Use
 
@@ -118,6 +119,7 @@ _OLD_PARAMETRISATIONS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "re
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that require grad, by name; a tied parameter appears once, under its first name."""
+    check_module(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise UnsupportedParameterError(

@@ -9,12 +9,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, check_devices, split_batch
+from laplace_ws.errors import InvalidBatchError
+from laplace_ws.values import shown
 
 Data = Iterable[Any]
 """What users give: batches of one of the forms that `inputs.split_batch` knows, or `Batches`."""
+
+
+def check_iterable(data: object) -> None:
+    """Raise unless data can be iterated over and are no single batch or data set.
+
+    Raises:
+        InvalidBatchError: says what to give in place of them.
+    """
+    if isinstance(data, (Tensor, Dataset)) and not isinstance(data, IterableDataset):
+        what = "a tensor" if isinstance(data, Tensor) else f"a data set, {type(data).__name__},"
+        mend = "[(x, y)] for one batch" if isinstance(data, Tensor) else "DataLoader(dataset, batch_size=…)"
+        raise InvalidBatchError(f"the loader must give batches, but it is {what} that holds single examples; give {mend}.")
+    if isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data):
+        raise InvalidBatchError("the loader must give batches, but it is a tuple of tensors; give [(x, y)] for one batch.")
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise InvalidBatchError(
+            f"the loader must be an iterable of batches, such as a DataLoader or a list, got {shown(data)}."
+        )
 
 
 @dataclass(frozen=True)
@@ -46,6 +67,7 @@ class Batches:
         """The batches of a user's data for a model; `Batches` as they are."""
         if isinstance(data, Batches):
             return data
+        check_iterable(data)
         return cls(data, next(model.parameters()).device, keys, progress=progress)
 
     def __iter__(self) -> Iterator[tuple[ModelInputs, Tensor]]:

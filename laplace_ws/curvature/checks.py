@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import Backend, memory_for_columns
 from laplace_ws.curvature.inputs import ModelInputs, call_model, leaves, own_copy
+from laplace_ws.curvature.models import check_visible
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import Use, example_gradients
 
@@ -68,6 +69,7 @@ class LinearisationCheck:
         self._parameters = parameters
         anatomy = _Anatomy.of(self.model, parameters)
         if self._anatomy is None or self._anatomy.facts != anatomy.facts:
+            check_visible(self.model, parameters.values())
             self._anatomy = anatomy
             self.forget()
 
