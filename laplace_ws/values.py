@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
@@ -69,6 +71,13 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {shown(value)}.")
     return bool(value)
+
+
+def given(name: str, value: T | None) -> T:
+    """A value that may not be None; raises `TypeError` where it is."""
+    if value is None:
+        raise TypeError(f"{name} must have a value, got None.")
+    return value
 
 
 def generator_or_none(name: str, value: Any) -> torch.Generator | None:

@@ -29,9 +29,13 @@ def check_iterable(data: object) -> None:
     if isinstance(data, (Tensor, Dataset)) and not isinstance(data, IterableDataset):
         what = "a tensor" if isinstance(data, Tensor) else f"a data set, {type(data).__name__},"
         mend = "[(x, y)] for one batch" if isinstance(data, Tensor) else "DataLoader(dataset, batch_size=…)"
-        raise InvalidBatchError(f"the loader must give batches, but it is {what} that holds single examples; give {mend}.")
+        raise InvalidBatchError(
+            f"the loader must give batches, but it is {what} that holds single examples; give {mend}."
+        )
     if isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data):
-        raise InvalidBatchError("the loader must give batches, but it is a tuple of tensors; give [(x, y)] for one batch.")
+        raise InvalidBatchError(
+            "the loader must give batches, but it is a tuple of tensors; give [(x, y)] for one batch."
+        )
     if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
         raise InvalidBatchError(
             f"the loader must be an iterable of batches, such as a DataLoader or a list, got {shown(data)}."

@@ -88,7 +88,9 @@ class CurvatureSum:
         self.curvature = curvature
         self.backend = backend
         self.mc_samples = mc_samples
-        self.generator: torch.Generator = generator_or_none("generator", generator) or default_generator(next(iter(self.parameters.values())).device)
+        self.generator: torch.Generator = generator_or_none("generator", generator) or default_generator(
+            next(iter(self.parameters.values())).device
+        )
         self.totals: DataTotals = DataTotals()
         self._check = check or LinearisationCheck(backend, model)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from laplace_ws.curvature.refused import refused_inputs
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.kfac.examples import Examples, RaggedInputs
+from laplace_ws.values import shown
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class BatchKeys:
 
     x: str = "input_ids"
     y: str = "labels"
+
+    def __post_init__(self) -> None:
+        for option, key in (("dict_key_x", self.x), ("dict_key_y", self.y)):
+            if not isinstance(key, str) or not key:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"{option} must be the name of an entry of the batches, got {shown(key)}.")
 
 
 DEFAULT_KEYS = BatchKeys()

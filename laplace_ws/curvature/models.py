@@ -66,7 +66,10 @@ def _hidden_by(module: nn.Module) -> tuple[str, str] | None:
     if hasattr(module, "_orig_mod"):
         return "compiled by torch.compile", "give the module itself, model._orig_mod, whose weights are the same"
     if module._compiled_call_impl is not None:
-        return "compiled by its compile()", "give a copy that is not, or compile after the fit with torch.compile(model)"
+        return (
+            "compiled by its compile()",
+            "give a copy that is not, or compile after the fit with torch.compile(model)",
+        )
     if isinstance(module, nn.DataParallel):
         return "spread over devices by DataParallel", "give the module itself, model.module"
     return None

@@ -21,6 +21,7 @@ from laplace_ws.posterior.fingerprint import Fingerprint, StateVersion, check_co
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.prior import Prior
 from laplace_ws.posterior.structure import Problem, Structure
+from laplace_ws.values import whole_number
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ def fit_posterior(
         UnsupportedParameterError: a parameter cannot be covered.
         ValueError: data cannot be added to the previous fit, as weights, options or outputs differ.
     """
-    if n_data is not None and n_data < 1:
-        raise ValueError(f"n_data must be at least 1, got {n_data}.")
+    n_data = None if n_data is None else whole_number("n_data", n_data, least=1)
     network, options = problem.network, all_options(structure, problem)
     batches = Batches.of(data, network.model, network.keys, progress="Laplace fit" if progress_bar else None)
     if structure.reads_data_again and batches.is_one_pass:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import Backend, evaluation_mode
-from laplace_ws.curvature.checks import N_PROBED, LinearisationCheck
+from laplace_ws.curvature.checks import N_PROBED, LinearisationCheck, check_finite
 from laplace_ws.curvature.inputs import (
     BatchKeys,
     ModelInputs,
@@ -120,7 +120,9 @@ class Network:
                 for flat in weights:
                     with weights_in_place(self.model, self.subset.tensors(self.model, flat)):
                         outputs.append(at_least_float32(call_model(self.model, own_copy(x))))
-        return torch.stack(outputs)
+        stacked = torch.stack(outputs)
+        check_finite(self.model, stacked)
+        return stacked
 
     def forget(self) -> None:
         """Look anew at the weights: whether they are those of a fit, and whether the model runs on others than its own."""

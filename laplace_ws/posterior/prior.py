@@ -71,7 +71,12 @@ class Prior:
         sigma_noise: Value | None = None,
         temperature: Value | None = None,
     ) -> Prior:
-        """A copy with other values, those that are None left as they are; raises `ValueError` for an invalid one, `TypeError` for no number."""
+        """A copy with other values, those that are None left as they are.
+
+        Raises:
+            TypeError: one is no number.
+            ValueError: one is out of its range, or of another shape.
+        """
         changes = {}
         if precision is not None:
             changes["precision"] = self._checked_precision(precision)
