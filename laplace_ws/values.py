@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -91,6 +92,34 @@ def generator_or_none(name: str, value: Any) -> torch.Generator | None:
             f"{name} must be a torch.Generator, such as torch.Generator().manual_seed(0), or None, got {shown(value)}."
         )
     return value
+
+
+def tensor(name: str, value: Any, form: str, n_axes: int | None = None) -> Tensor:
+    """A tensor, of as many axes as `n_axes` says, if it does.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        form: what it should be, as in "of images [N, C, H, W]".
+        n_axes: number of its axes.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, Tensor) or (n_axes is not None and value.ndim != n_axes):
+        raise TypeError(f"{name} must be a tensor {form}, got {shown(value)}.")
+    return value
+
+
+def path_of(name: str, value: Any) -> Path:
+    """The path of a file or folder.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, (str, Path)):
+        raise TypeError(f"{name} must be a path, got {shown(value)}.")
+    return Path(value)
 
 
 def shown(value: Any) -> str:

@@ -13,6 +13,7 @@ from laplace_ws.data import sources
 from laplace_ws.data.sources import RawSplit, Source
 from laplace_ws.data.transforms import balanced_indices, channel_statistics, normalise
 from laplace_ws.registry import unknown_name
+from laplace_ws.values import flag, path_of, shown, whole_number
 
 _SOURCES: dict[str, Source] = {
     "fashion-mnist-subset": sources.fashion_mnist_subset,
@@ -96,9 +97,13 @@ def load_dataset(
         DatasetNotFoundError: the data are not there; says where it looked and how to get them.
         ValueError: unknown name, a subset larger than its split, a folder of unequal images, or nothing to hold out.
     """
-    if name not in _SOURCES:
+    if not isinstance(name, str) or name not in _SOURCES:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise unknown_name("data set", name, DATASET_NAMES)
-    raw = _SOURCES[name](Path(root).absolute(), download)
+    device, seed = _device(device), whole_number("seed", seed)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"dtype must be a floating point type, such as torch.float32, got {shown(dtype)}.")
+    held_out = flag("held_out", held_out)
+    raw = _SOURCES[name](path_of("root", root).absolute(), flag("download", download))
     train, rest = _split(raw.train, n_train, "n_train", seed)
     if held_out and not len(rest.y):
         raise ValueError(f"held_out needs n_train below {len(raw.train.y)}, the size of the training split")
@@ -116,11 +121,20 @@ def load_dataset(
     )
 
 
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"device must be one that torch knows, such as 'cpu' or 'cuda', got {shown(device)}."
+        ) from None
+
+
 def _split(split: RawSplit, n: int | None, option: str, seed: int) -> tuple[RawSplit, RawSplit]:
     """A balanced choice of n examples (all by default), and the rest."""
     chosen = torch.ones(len(split.y), dtype=torch.bool)
     if n is not None:
-        if not 1 <= n <= len(split.y):
+        if not 1 <= whole_number(option, n) <= len(split.y):
             raise ValueError(f"{option}={n} must be from 1 to {len(split.y)}, the size of the split")
         chosen[:] = False
         chosen[balanced_indices(split.y, n, seed=seed)] = True

@@ -14,6 +14,7 @@ from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, call_model
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.likelihoods import Likelihood
+from laplace_ws.values import whole_number
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def check_data(
             on another device than the model, outputs or targets that do not fit the likelihood.
         ValueError: `n_data` is less than 1.
     """
-    if n_data is not None and n_data < 1:
+    if n_data is not None and whole_number("n_data", n_data) < 1:
         raise ValueError(f"n_data={n_data} must be at least 1")
     if isinstance(loader, Generator):  # at once, as it may never end
         raise one_pass_error(loader)

@@ -11,8 +11,9 @@ from torch import nn
 
 from laplace_ws.curvature import Backend
 from laplace_ws.curvature.backend import trainable_parameters
-from laplace_ws.curvature.batches import Batches, Data
+from laplace_ws.curvature.batches import Batches, Data, check_iterable
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys
+from laplace_ws.curvature.models import check_visible
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.marglik.checkpoint import left_as_found
 from laplace_ws.marglik.checks import check_data
@@ -24,6 +25,7 @@ from laplace_ws.marglik.schedule import Schedule
 from laplace_ws.marglik.settings import run_settings
 from laplace_ws.marglik.trainer import Trainer
 from laplace_ws.randomness import random_state
+from laplace_ws.values import flag, shown
 
 
 def marglik_training(
@@ -128,6 +130,8 @@ def marglik_training(
 
     Source: Immer et al. 2021, "Scalable marginal likelihood estimation for model selection in deep learning".
     """
+    if flag("resume", resume) and checkpoint_path is None:
+        raise ValueError("resume=True needs checkpoint_path, the file to go on from.")
     schedule = Schedule(n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, fit_fraction, max_log_step)
     options = TrainingOptions(
         hessian_structure=hessian_structure,
@@ -201,8 +205,11 @@ def prepare(
         InvalidBatchError: the data do not fit model or likelihood, or can be iterated only once.
         ValueError: an option is out of its range.
     """
+    _check_types(schedule, options, checkpoint_path, on_epoch)
     likelihood = make_likelihood(likelihood)
     named_parameters = list(trainable_parameters(model).items())
+    check_visible(model, [p for _, p in named_parameters])
+    check_iterable(train_loader)
     device = named_parameters[0][1].device
     with left_as_found(model, device):
         with same_order_after(train_loader):
@@ -236,9 +243,19 @@ def prepare(
             rng=random_state(device),
             checkpoint_path=None if checkpoint_path is None else Path(checkpoint_path),
             on_epoch=on_epoch,
-            progress_bar=progress_bar,
+            progress_bar=flag("progress_bar", progress_bar),
         )
         if schedule.n_hypersteps:
             hyper.check_start(trainer.stiffness)
         la.check(facts.x_first)
         return trainer
+
+
+def _check_types(schedule: object, options: object, checkpoint_path: object, on_epoch: object) -> None:
+    for name, value, kind in (("schedule", schedule, Schedule), ("options", options, TrainingOptions)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {shown(value)}.")
+    if checkpoint_path is not None and not isinstance(checkpoint_path, (str, Path)):
+        raise TypeError(f"checkpoint_path must be the path of a file, or None, got {shown(checkpoint_path)}.")
+    if on_epoch is not None and not callable(on_epoch):
+        raise TypeError(f"on_epoch must be a function of an epoch's record, or None, got {shown(on_epoch)}.")
