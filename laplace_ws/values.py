@@ -47,7 +47,7 @@ def real_number(
 
     Raises:
         TypeError: it is something else.
-        ValueError: it is NaN, or outside the limits.
+        ValueError: it is outside the limits, or NaN where there are any.
     """
     try:
         if isinstance(value, (bool, np.bool_, str, bytes)):
@@ -55,7 +55,8 @@ def real_number(
         number = float(value)
     except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several numbers
         raise TypeError(f"{name} must be a number, got {shown(value)}.") from None
-    if not (number > above and number >= at_least) or (finite and math.isinf(number)):
+    is_low = (above > -math.inf and not number > above) or (at_least > -math.inf and not number >= at_least)
+    if is_low or (finite and not math.isfinite(number)):
         limits = ["finite"] if finite else []
         limits += ["positive" if above == 0 else f"above {above:g}"] if above > -math.inf else []
         limits += [f"at least {at_least:g}"] if at_least > -math.inf else []

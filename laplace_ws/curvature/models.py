@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from laplace_ws.errors import UnsupportedParameterError
+from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.values import shown
 
 
@@ -17,7 +17,8 @@ def check_module(model: object) -> None:
 
     Raises:
         TypeError: it is no `nn.Module`.
-        UnsupportedParameterError: names the parameter that is none of this.
+        UnsupportedParameterError: names the parameter that has no shape yet, or is complex.
+        InvalidBatchError: names the parameter that has no values.
     """
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else shown(model)
@@ -30,7 +31,7 @@ def check_module(model: object) -> None:
                 f"{name!r} has no shape yet, as a lazy module has not been called; run the model on a batch first."
             )
         if p.is_meta:
-            raise UnsupportedParameterError(
+            raise InvalidBatchError(
                 f"{name!r} is on the meta device and has no values; load the model's weights on a device first."
             )
         if p.is_complex():

@@ -123,11 +123,14 @@ def load_dataset(
 
 def _device(device: str | torch.device) -> torch.device:
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"device must be one that torch knows, such as 'cpu' or 'cuda', got {shown(device)}."
         ) from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(found)!r}, but torch sees no GPU; use 'cpu'.")
+    return found
 
 
 def _split(split: RawSplit, n: int | None, option: str, seed: int) -> tuple[RawSplit, RawSplit]:

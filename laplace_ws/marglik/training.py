@@ -25,7 +25,7 @@ from laplace_ws.marglik.schedule import Schedule
 from laplace_ws.marglik.settings import run_settings
 from laplace_ws.marglik.trainer import Trainer
 from laplace_ws.randomness import random_state
-from laplace_ws.values import flag, shown
+from laplace_ws.values import flag, path_of, shown
 
 
 def marglik_training(
@@ -255,7 +255,10 @@ def _check_types(schedule: object, options: object, checkpoint_path: object, on_
     for name, value, kind in (("schedule", schedule, Schedule), ("options", options, TrainingOptions)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {shown(value)}.")
-    if checkpoint_path is not None and not isinstance(checkpoint_path, (str, Path)):
-        raise TypeError(f"checkpoint_path must be the path of a file, or None, got {shown(checkpoint_path)}.")
+    if checkpoint_path is not None:
+        path = path_of("checkpoint_path", checkpoint_path)
+        if path.is_dir() or not path.parent.is_dir():
+            what = "is a folder" if path.is_dir() else f"lies in '{path.parent}', which is no folder"
+            raise ValueError(f"checkpoint_path '{path}' {what}; give a file in a folder that exists.")
     if on_epoch is not None and not callable(on_epoch):
         raise TypeError(f"on_epoch must be a function of an epoch's record, or None, got {shown(on_epoch)}.")

@@ -36,6 +36,8 @@ _MODELS: dict[str, tuple[type[nn.Module], Shape]] = {
     "mlp": (MLP, _mlp_shape),
 }
 
+_OPTIONS_OF_ANY = {name for model, _ in _MODELS.values() for name in inspect.signature(model).parameters}
+
 MODEL_NAMES: tuple[str, ...] = tuple(_MODELS)
 
 
@@ -64,7 +66,13 @@ def build_model(
     )
     decided = shape(in_channels, (height, width), n_classes)
     known = [option for option in inspect.signature(model).parameters if option not in decided]
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of model '{name}'", option, known, cutoff=0.0)
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        error = unknown_name(f"option of model '{name}'", unknown[0], known, cutoff=0.0)
+        if unknown[0] in _OPTIONS_OF_ANY:
+            error = ValueError(
+                f"{error} Leave {', '.join(unknown)} out; where a file gives {'them' if len(unknown) > 1 else 'it'}, set "
+                f"{' '.join(f'--model.{option} null' for option in unknown)}."
+            )
+        raise error
     return model(**decided, **options)
