@@ -2,7 +2,13 @@
 
 from laplace_ws._version import __version__
 from laplace_ws.curvature import Backend, Curvature, kron_factors, register_backend
-from laplace_ws.errors import InvalidBatchError, NotFittedError, NumericalRepairWarning, UnsupportedParameterError
+from laplace_ws.errors import (
+    DataWarning,
+    InvalidBatchError,
+    NotFittedError,
+    NumericalRepairWarning,
+    UnsupportedParameterError,
+)
 from laplace_ws.files import FileFormatError
 from laplace_ws.kfac import KfacApprox, row_examples
 from laplace_ws.likelihoods import (
@@ -34,6 +40,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Curvature",
+    "DataWarning",
     "DiagLaplace",
     "EkfacLaplace",
     "FileFormatError",

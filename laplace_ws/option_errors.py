@@ -82,15 +82,17 @@ def _translated(text: str, kind: type) -> OptionError:
     return OptionError(f"the options cannot be read: {text}")
 
 
-def _value_in(text: str) -> str:
-    """The value that a message of the parser repeats."""
+def _value_in(text: str) -> str | None:
+    """The value that a message of the parser repeats, if it does."""
     for pattern in (r"Given value: (.*)$", r"Got value: (.*)$", r"Unable to load config '(.*?)'", r"string: (.*)$"):
         if found := re.search(pattern, text):
             return found[1]
-    return "the value given"
+    return None
 
 
 def _wrong_value(key: str, value: object, hint: Any) -> OptionError:
+    if value is None:
+        return OptionError(f"{key} must be {allowed(hint, key)}")
     given = f"'{value}'" if value == "" or (isinstance(value, str) and " " in value) else value
     return OptionError(f"{key}={given} must be {allowed(hint, key)}")
 

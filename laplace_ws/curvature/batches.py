@@ -55,6 +55,7 @@ class Batches:
         chosen: numbers of the batches to yield; iteration stops after the last of them; None for all.
         progress: title of a bar that is shown on a terminal; None for none.
         on_first: called with the inputs of the first batch of each pass, before they are yielded.
+        on_each: called with the inputs and targets of every batch, before they are yielded.
     """
 
     loader: Data
@@ -63,6 +64,7 @@ class Batches:
     chosen: frozenset[int] | None = None
     progress: str | None = None
     on_first: Callable[[ModelInputs], None] | None = None
+    on_each: Callable[[ModelInputs, Tensor], None] | None = None
 
     @classmethod
     def of(
@@ -87,6 +89,8 @@ class Batches:
                 if on_next is not None:
                     on_next(x)
                     on_next = None
+                if self.on_each is not None:
+                    self.on_each(x, y)
                 yield x, y
             if number == last:
                 return

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from laplace_ws.curvature.backend import evaluation_mode
 from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, call_model
+from laplace_ws.curvature.watch import DataWatch, draws_with_replacement
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.values import whole_number
@@ -53,7 +54,9 @@ def check_data(
     n_seen, n_batches = 0, 0
     x_first: ModelInputs = torch.empty(0)
     row = torch.empty(0)
+    watch = DataWatch(likelihood)
     for x, y in Batches.of(loader, model, keys):
+        watch(x, y)
         if n_batches == 0:
             x_first, row = x, first_output(model, x, y, likelihood)
         if y.shape[1:] == row.shape[1 : y.ndim]:
@@ -67,6 +70,7 @@ def check_data(
     # Some loaders are their own iterator and begin anew at each `iter`; only a second pass tells them from the others.
     if isinstance(loader, Iterator) and sum(1 for _ in loader) == 0:
         raise one_pass_error(loader)
+    watch.warn(repeats=not draws_with_replacement(loader), stacklevel=4)
     return DataFacts(n_examples(loader, n_seen) if n_data is None else n_data, n_batches, x_first)
 
 

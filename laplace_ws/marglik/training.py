@@ -14,6 +14,7 @@ from laplace_ws.curvature.backend import trainable_parameters
 from laplace_ws.curvature.batches import Batches, Data, check_iterable
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys
 from laplace_ws.curvature.models import check_visible
+from laplace_ws.curvature.watch import warn_of_final_operation
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.marglik.checkpoint import left_as_found
 from laplace_ws.marglik.checks import check_data
@@ -248,6 +249,7 @@ def prepare(
         if schedule.n_hypersteps:
             hyper.check_start(trainer.stiffness)
         la.check(facts.x_first)
+        warn_of_final_operation(model, likelihood, la.network.final_operation(facts.x_first), stacklevel=3)
         return trainer
 
 

@@ -23,6 +23,7 @@ from laplace_ws.curvature.inputs import (
     own_copy,
     without_targets,
 )
+from laplace_ws.curvature.watch import final_operation
 from laplace_ws.kfac.uses import at_least_float32
 from laplace_ws.posterior.subset import WeightSubset, check_last_layer
 from laplace_ws.posterior.weights import check_replaceable, weights_in_place
@@ -101,6 +102,13 @@ class Network:
         """Raise unless what was guessed to be the last layer is the one that the model calls last."""
         if self.last_layer_among:
             check_last_layer(self.model, x[:N_PROBED], self.subset, self.last_layer_among)
+
+    def final_operation(self, x: ModelInputs) -> str | None:
+        """Name of the operation of autograd that the outputs come from, as the last check found it; else at one example."""
+        if self.check.final_operation is not None:
+            return self.check.final_operation
+        with evaluation_mode(self.model):
+            return final_operation(call_model(self.model, own_copy(x[:1])))
 
     def outputs(
         self, x: ModelInputs, weights: Iterator[Float[Tensor, " P"]], *, backprop: bool

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_ws.curvature.batches import Batches
+from laplace_ws.curvature.watch import DataWatch, warn_of_overlap
 from laplace_ws.likelihoods.links import LinkApprox
 from laplace_ws.posterior.evidence import log_marginal_likelihood, optimal_prior_and_noise
 from laplace_ws.posterior.groups import PriorStructure, prior_groups
@@ -129,9 +130,14 @@ def tuned_prior(
             fit, prior, options.prior_structure, fix_noise=not options.optimize_noise
         )
         return prior.changed(precision=delta, sigma_noise=sigma)
+    watch = DataWatch(fit.likelihood)
+    batches = replace(batches, on_first=watch.begin, on_each=watch)
     if options.method is Method.GRADIENT:
-        return minimise_validation_nll(predictor, batches, unknowns, options.n_steps)
-    return prior.changed(precision=_best_of_grid(predictor, options, batches, prediction))
+        chosen = minimise_validation_nll(predictor, batches, unknowns, options.n_steps)
+    else:
+        chosen = prior.changed(precision=_best_of_grid(predictor, options, batches, prediction))
+    warn_of_overlap(fit.examples, watch, stacklevel=3)
+    return chosen
 
 
 def _by_adam(predictor: Predictor, unknowns: Unknowns, options: TuningOptions) -> Prior:
