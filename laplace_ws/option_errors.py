@@ -69,6 +69,8 @@ def _translated(text: str, kind: type) -> OptionError:
     hint = _hint_of(kind, key)
     if hint is not None and "expected one argument" in text:
         return OptionError(f"--{key} needs a value: {allowed(hint, key)}")
+    if hint is not None and (unknown := re.search(r"Option '([^']*)' is not accepted", text)):
+        return OptionError(f"unknown key '{unknown[1]}' in {key}, which must be {allowed(hint, key)}")
     if hint is not None:
         return _wrong_value(key, _value_in(text), hint)
     if "expected one argument" in text:

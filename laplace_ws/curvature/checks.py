@@ -168,8 +168,8 @@ def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:
 def check_linearisation(
     backend: Backend, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[Sequence[Use], Tensor, int, str | None]:
-    """Check the uses and gradients of a batch against autograd; returns its uses, its outputs, `column_bytes`, and the name of the operation
-    that the outputs come from.
+    """Check the uses and gradients of a batch against autograd; returns its uses, its outputs, `column_bytes`, and the name of
+    the operation that the outputs come from.
 
     A use that a backend cannot see, an operation that mixes examples, or rows in an order other than by example would silently give
     curvature of the wrong scale.

@@ -98,12 +98,7 @@ class DataWatch:
         if not self.likelihood.is_regression and (is_first or self._label is not None):
             first = y.flatten()[0] if self._label is None else self._label
             self._label = first if (y == first).all() else None
-        self._is_one_hot = (
-            self._is_one_hot
-            and y.ndim == 2
-            and y.shape[1] > 2
-            and bool(((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all())
-        )
+        self._is_one_hot = self._is_one_hot and _are_one_hot(y)
 
     def warn(self, *, repeats: bool = True, stacklevel: int = 2) -> None:
         """Say what was seen, each in one `DataWarning`.
@@ -125,16 +120,16 @@ class DataWatch:
         if len(columns) == 1 and self._first_row[columns[0]] == 1:  # a column of ones stands for an intercept
             return None
         return (
-            f"{_listed('feature', columns)} of the inputs {'is' if len(columns) == 1 else 'are'} the same in all {self.n_examples} examples, and "
-            "tell nothing apart; look at how the table was made, or leave them out."
+            f"{_listed('feature', columns)} of the inputs {'is' if len(columns) == 1 else 'are'} the same in all "
+            f"{self.n_examples} examples and tell nothing apart; look at how the table was made, or leave them out."
         )
 
     def _one_class(self) -> str | None:
         if self._label is None:
             return None
         return (
-            f"all labels of the {self.n_examples} examples are {self._label.item():g}, so the data know one class only; look at the labels, and "
-            "at the order in which a subset was taken."
+            f"all labels of the {self.n_examples} examples are {self._label.item():g}, so the data know one class only; look "
+            "at the labels, and at the order in which a subset was taken."
         )
 
     def _one_hot(self) -> str | None:
@@ -151,8 +146,8 @@ class DataWatch:
             return None
         first = "" if n == self.n_examples else "first "
         return (
-            f"{n - n_distinct} of the {first}{n} examples repeat others, as if data were joined to themselves, and count twice in the posterior; "
-            "take the copies out."
+            f"{n - n_distinct} of the {first}{n} examples repeat others, as if data were joined to themselves, and count "
+            "twice in the posterior; take the copies out."
         )
 
     def examples(self) -> frozenset[int]:
@@ -166,8 +161,8 @@ def warn_of_overlap(seen: frozenset[int], watched: DataWatch, *, stacklevel: int
     n_shared = sum(count for example, count in watched.hashes.items() if example in seen)
     if n_shared >= max(_LEAST, _SHARE * n):
         warnings.warn(
-            f"{n_shared} of {n} validation examples are among the data of the fit, which the network predicts better than others; validate on "
-            "data that it was not trained on.",
+            f"{n_shared} of {n} validation examples are among the data of the fit, which the network predicts better than "
+            "others; validate on data that it was not trained on.",
             DataWarning,
             stacklevel=stacklevel + 1,
         )
@@ -180,8 +175,8 @@ def warn_of_final_operation(
     if likelihood.is_regression or operation not in _ENDS:
         return
     warnings.warn(
-        f"{type(model).__name__} ends in {_ENDS[operation]}, but the {likelihood.name} likelihood takes logits and turns them into probabilities "
-        "itself; leave it out of the model.",
+        f"{type(model).__name__} ends in {_ENDS[operation]}, but the {likelihood.name} likelihood takes logits and turns them into "
+        "probabilities itself; leave it out of the model.",
         DataWarning,
         stacklevel=stacklevel + 1,
     )
@@ -214,6 +209,10 @@ def _may_be_hashed(x: Tensor) -> bool:
     if x.ndim < 2 or size < 4:
         return False
     return not bool(((x == 0) | (x == 1)).all()) and (size >= _SHORT or not bool((x == x.round()).all()))
+
+
+def _are_one_hot(y: Tensor) -> bool:
+    return y.ndim == 2 and y.shape[1] > 2 and bool(((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all())
 
 
 def _is_bootstrap(counts: Mapping[int, int]) -> bool:
