@@ -6,12 +6,12 @@ and of no more than `MOST_HASHED`.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from laplace_ws.curvature.inputs import ModelInputs
 from laplace_ws.errors import DataWarning
 from laplace_ws.likelihoods import Likelihood
 
-MOST_HASHED = 2**13
+MOST_HASHED = 2**12
 """Examples that are compared with each other; those after them are not looked at."""
 FEWEST = 10
 """Examples below which nothing is said: so few may well share a label or a feature."""
@@ -27,6 +27,8 @@ _SHORT = 64
 """Entries of an example of whole numbers, as tokens and codes are, that may well occur twice."""
 _WIDEST_TABLE = 256
 """Features of a table; wider inputs are taken for flattened images, whose margins are constant."""
+_MOST_WORDS = 64
+"""Of eight bytes, spread over an example, that tell it from others."""
 _SHARE, _LEAST = 0.05, 3
 """Share and number of examples that must repeat before it is said."""
 _DISTINCT_IN_BOOTSTRAP = 0.632
@@ -47,12 +49,12 @@ class DataWatch:
 
     Attributes:
         likelihood: p(y | f).
-        hashes: how often each example occurred, by its hash.
+        hashes: one number for each of the first examples, batch by batch.
         n_examples: examples seen.
     """
 
     likelihood: Likelihood
-    hashes: Counter[int] = field(default_factory=Counter)
+    hashes: list[np.ndarray] = field(default_factory=list)
     n_examples: int = 0
     _n_passes: int = 0
     _n_hashed: int = 0
@@ -78,7 +80,7 @@ class DataWatch:
                     self._first_row, self._is_constant = x[0].detach().clone(), torch.ones_like(x[0], dtype=torch.bool)
             if self._hashes_rows:
                 hashed = hashes_of(x, MOST_HASHED - self._n_hashed)
-                self.hashes.update(hashed)
+                self.hashes.append(hashed)
                 self._n_hashed += len(hashed)
                 self._hashes_rows = self._n_hashed < MOST_HASHED
             self._look_at_features(x)
@@ -141,8 +143,10 @@ class DataWatch:
         )
 
     def _repeated(self) -> str | None:
-        n, n_distinct = self._n_hashed, len(self.hashes)
-        if n - n_distinct < max(_LEAST, _SHARE * n) or _is_bootstrap(self.hashes):
+        counts = np.unique(self.all_hashes(), return_counts=True)[1]
+        n, n_distinct = self._n_hashed, len(counts)
+        # of two copies in all the data, both are among the first n with a chance of n/N
+        if n - n_distinct < max(_LEAST, _SHARE * n * n / self.n_examples) or _is_bootstrap(counts):
             return None
         first = "" if n == self.n_examples else "first "
         return (
@@ -150,16 +154,27 @@ class DataWatch:
             "twice in the posterior; take the copies out."
         )
 
+    def all_hashes(self) -> np.ndarray:
+        """Hashes of all examples that were looked at."""
+        return np.concatenate(self.hashes) if self.hashes else np.empty(0, dtype=np.uint64)
+
     def examples(self) -> frozenset[int]:
-        """Hashes of the examples, as far as they were looked at."""
-        return frozenset(self.hashes)
+        """The different ones among these."""
+        return frozenset(self.all_hashes().tolist())
 
 
-def warn_of_overlap(seen: frozenset[int], watched: DataWatch, *, stacklevel: int = 2) -> None:
-    """Warn if many of the watched examples are among those of a fit."""
-    n = sum(watched.hashes.values())
-    n_shared = sum(count for example, count in watched.hashes.items() if example in seen)
-    if n_shared >= max(_LEAST, _SHARE * n):
+def warn_of_overlap(seen: frozenset[int], n_data: int, watched: DataWatch, *, stacklevel: int = 2) -> None:
+    """Warn if many of the watched examples are among those of a fit.
+
+    Args:
+        seen: hashes of examples of the fit.
+        n_data: number of examples of the fit.
+        watched: the examples, and their hashes.
+        stacklevel: of the warning.
+    """
+    hashes = watched.all_hashes().tolist()
+    n, n_shared = len(hashes), sum(example in seen for example in hashes)
+    if n_shared >= max(_LEAST, _SHARE * n * len(seen) / max(1, n_data)):
         warnings.warn(
             f"{n_shared} of {n} validation examples are among the data of the fit, which the network predicts better than "
             "others; validate on data that it was not trained on.",
@@ -197,10 +212,19 @@ def draws_with_replacement(loader: Any) -> bool:
     return bool(getattr(getattr(loader, "sampler", None), "replacement", False))
 
 
-def hashes_of(x: Tensor, most: int) -> list[int]:
-    """One number for each of the first examples of a batch, the same for equal ones within this process."""
+def hashes_of(x: Tensor, most: int) -> np.ndarray:
+    """One number for each of the first examples of a batch, the same for equal ones: their bits times random odd numbers, summed."""
     rows = x[: max(0, most)].detach().flatten(1).contiguous().cpu().view(torch.uint8).numpy()
-    return [hash(row.tobytes()) for row in rows]
+    size = next(size for size in (8, 4, 2) if rows.shape[1] % size == 0)
+    words = rows.view(f"u{size}")
+    words = words[:, :: -(-words.shape[1] // _MOST_WORDS)].astype(np.uint64)
+    words ^= words >> np.uint64(32)  # the last bits of short numbers are zero
+    return words @ _multipliers(words.shape[1])
+
+
+@functools.lru_cache(maxsize=8)
+def _multipliers(n: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(2**64, size=n, dtype=np.uint64) | np.uint64(1)
 
 
 def _may_be_hashed(x: Tensor) -> bool:
@@ -215,10 +239,9 @@ def _are_one_hot(y: Tensor) -> bool:
     return y.ndim == 2 and y.shape[1] > 2 and bool(((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all())
 
 
-def _is_bootstrap(counts: Mapping[int, int]) -> bool:
+def _is_bootstrap(counts: np.ndarray) -> bool:
     """Whether examples repeat as in a sample with replacement: 1 − 1/e of them distinct, and some of them three times."""
-    share = len(counts) / max(1, sum(counts.values()))
-    return abs(share - _DISTINCT_IN_BOOTSTRAP) < 0.03 and max(counts.values()) > 2
+    return abs(len(counts) / counts.sum() - _DISTINCT_IN_BOOTSTRAP) < 0.03 and counts.max() > 2
 
 
 def _listed(what: str, numbers: list[int]) -> str:

@@ -136,7 +136,7 @@ def tuned_prior(
         chosen = minimise_validation_nll(predictor, batches, unknowns, options.n_steps)
     else:
         chosen = prior.changed(precision=_best_of_grid(predictor, options, batches, prediction))
-    warn_of_overlap(fit.examples, watch, stacklevel=3)
+    warn_of_overlap(fit.examples, fit.totals.n_examples, watch, stacklevel=3)
     return chosen
 
 
