@@ -119,7 +119,7 @@ def path_of(name: str, value: Any) -> Path:
         TypeError: it is something else.
     """
     if not isinstance(value, (str, Path)):
-        raise TypeError(f"{name} must be a path, got {shown(value)}.")
+        raise TypeError(f"{name} must be the path of a file or folder, got {shown(value)}.")
     return Path(value)
 
 
@@ -127,6 +127,8 @@ def shown(value: Any) -> str:
     """A value in a message: a short one as it is, of others what they are."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"a {type(value).__name__} of shape {tuple(value.shape)}"
+    if isinstance(value, torch.dtype):
+        return str(value)
     if isinstance(value, (str, bytes, int, float, complex, type(None), np.generic)) and len(repr(value)) <= 60:
         return repr(value.item() if isinstance(value, np.generic) else value)
     if isinstance(value, (list, tuple, set, Mapping)) and len(repr(value)) <= 60:

@@ -111,11 +111,13 @@ def split_batch(batch: object, number: int, keys: BatchKeys = DEFAULT_KEYS) -> t
             f"{number} is a {type(batch).__name__}{length}."
         )
     if not isinstance(y, Tensor):
-        raise InvalidBatchError(f"y of batch {number} is a {type(y).__name__} but must be one tensor.")
+        raise InvalidBatchError(
+            f"y of batch {number} is a {type(y).__name__} but must be one tensor, torch.as_tensor(y)."
+        )
     check_plain(y, f"y of batch {number}")
     inputs = as_inputs(*x, keys=keys, name=f"x of batch {number}")
     if y.shape[:1] != (len(inputs),):
-        found = f"{len(y)} targets" if y.ndim else "one target without an axis of examples"
+        found = f"{len(y)} target{'s' if len(y) != 1 else ''}" if y.ndim else "one target without an axis of examples"
         raise InvalidBatchError(
             f"batch {number} holds {len(inputs)} examples, the first axis of x, and {found} in y, {tuple(y.shape)}; give one row of "
             "targets per example, and a single example as x[None] with y[None]."
@@ -220,7 +222,7 @@ def call_model(model: nn.Module, x: ModelInputs) -> Tensor:
             raise
         kinds = ", ".join(type(argument).__name__ for argument in x.arguments)
         raise InvalidBatchError(
-            f"{type(model).__name__} is called as model({kinds}), which it does not take ({type(error).__name__}: {error}); wrap it in a "
+            f"{type(model).__name__} is called as model({kinds}), which it does not take; wrap it in a "
             "module whose forward does, or let the loader give what it takes."
         ) from error
     except (RuntimeError, ValueError, IndexError) as error:

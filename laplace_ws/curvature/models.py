@@ -65,12 +65,12 @@ def _hidden_by(module: nn.Module) -> tuple[str, str] | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted or traced by torch.jit", "give the module that it was made from"
     if hasattr(module, "_orig_mod"):
-        return "compiled by torch.compile", "give the module itself, model._orig_mod, whose weights are the same"
+        return "compiled by torch.compile", "give the module itself, its _orig_mod, whose weights are the same"
     if module._compiled_call_impl is not None:
         return (
             "compiled by its compile()",
             "give a copy that is not, or compile after the fit with torch.compile(model)",
         )
     if isinstance(module, nn.DataParallel):
-        return "spread over devices by DataParallel", "give the module itself, model.module"
+        return "spread over devices by DataParallel", "give the module itself, its .module"
     return None

@@ -74,7 +74,8 @@ def _explained(cls: type[Any], option: str, options: Mapping[str, Any]) -> Itera
         known = inspect.signature(cls).parameters
         unknown = [name for name in options if name not in known]
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        what = f"has no option {unknown[0]!r}" if unknown else f"does not take {given or 'no options'}"
+        refused = f"does not take {given}" if given else "needs options"
+        what = f"has no option {unknown[0]!r}" if unknown else refused
         takes = ", ".join(name for name in known if name not in ("params", "optimizer"))
         raise ValueError(f"{cls.__name__} {what}; give {option} of those that it has: {takes}.") from error
 
