@@ -124,7 +124,9 @@ def allowed(hint: Any, key: str = "") -> str:
         return f"{', '.join(first)}, or {last}"
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return f"one of {', '.join(map(str, inner))}" if len(inner) > 1 else f"{inner[0]}, the only choice"
+        return (
+            f"one of {', '.join(map(str, inner))}" if len(inner) > 1 else f"{''.join(map(str, inner))}, the only choice"
+        )
     if origin in (list, Sequence):
         return f"a list of {_plural(inner[0])}"
     if origin in (dict, Mapping):

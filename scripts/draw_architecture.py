@@ -34,7 +34,7 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"matrices": 1, "metrics": 3, "models": 0, "data": 4},
     {"options": 1, "records": 2, "tables": 3},
     {"option_errors": 1},
-    {"_version": 0, "errors": 1, "files": 2, "randomness": 3, "registry": 4, "values": 5},
+    {"_version": 0, "errors": 1, "files": 2, "randomness": 3, "registry": 4, "values": 5, "hashes": 6},
 )
 """The parts of the package, each with its column in the picture. A part may import what stands below it, not beside or above it."""
 N_BOTTOM = 2

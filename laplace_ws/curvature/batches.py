@@ -20,19 +20,20 @@ Data = Iterable[Any]
 """What users give: batches of one of the forms that `inputs.split_batch` knows, or `Batches`."""
 
 
-def check_iterable(data: object) -> None:
+def check_iterable(data: Any) -> None:
     """Raise unless data can be iterated over and are no single batch or data set.
 
     Raises:
         InvalidBatchError: says what to give in place of them.
     """
     if isinstance(data, (Tensor, Dataset)) and not isinstance(data, IterableDataset):
-        what = "a tensor" if isinstance(data, Tensor) else f"a data set, {type(data).__name__},"
+        kind = type(data).__name__  # pyright: ignore[reportUnknownArgumentType]
+        what = "a tensor" if isinstance(data, Tensor) else f"a data set, {kind},"
         mend = "[(x, y)] for one batch" if isinstance(data, Tensor) else "DataLoader(dataset, batch_size=…)"
         raise InvalidBatchError(
             f"the loader must give batches, but it is {what} that holds single examples; give {mend}."
         )
-    if isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data):
+    if isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data):  # pyright: ignore[reportUnknownVariableType]
         raise InvalidBatchError(
             "the loader must give batches, but it is a tuple of tensors; give [(x, y)] for one batch."
         )

@@ -6,7 +6,6 @@ and of no more than `MOST_HASHED`.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from laplace_ws.curvature.inputs import ModelInputs
 from laplace_ws.errors import DataWarning
+from laplace_ws.hashes import hashes_of
 from laplace_ws.likelihoods import Likelihood
 
 MOST_HASHED = 2**12
@@ -27,8 +27,6 @@ _SHORT = 64
 """Entries of an example of whole numbers, as tokens and codes are, that may well occur twice."""
 _WIDEST_TABLE = 256
 """Features of a table; wider inputs are taken for flattened images, whose margins are constant."""
-_MOST_WORDS = 64
-"""Of eight bytes, spread over an example, that tell it from others."""
 _SHARE, _LEAST = 0.05, 3
 """Share and number of examples that must repeat before it is said."""
 _DISTINCT_IN_BOOTSTRAP = 0.632
@@ -79,7 +77,7 @@ class DataWatch:
                 if x.ndim == 2 and x.shape[1] <= _WIDEST_TABLE:
                     self._first_row, self._is_constant = x[0].detach().clone(), torch.ones_like(x[0], dtype=torch.bool)
             if self._hashes_rows:
-                hashed = hashes_of(x, MOST_HASHED - self._n_hashed)
+                hashed = hashes_of(x[: max(0, MOST_HASHED - self._n_hashed)])
                 self.hashes.append(hashed)
                 self._n_hashed += len(hashed)
                 self._hashes_rows = self._n_hashed < MOST_HASHED
@@ -210,21 +208,6 @@ def final_operation(f: Tensor) -> str | None:
 def draws_with_replacement(loader: Any) -> bool:
     """Whether a loader says that it may draw an example more than once."""
     return bool(getattr(getattr(loader, "sampler", None), "replacement", False))
-
-
-def hashes_of(x: Tensor, most: int) -> np.ndarray:
-    """One number for each of the first examples of a batch, the same for equal ones: their bits times random odd numbers, summed."""
-    rows = x[: max(0, most)].detach().flatten(1).contiguous().cpu().view(torch.uint8).numpy()
-    size = next(size for size in (8, 4, 2) if rows.shape[1] % size == 0)
-    words = rows.view(f"u{size}")
-    words = words[:, :: -(-words.shape[1] // _MOST_WORDS)].astype(np.uint64)
-    words ^= words >> np.uint64(32)  # the last bits of short numbers are zero
-    return words @ _multipliers(words.shape[1])
-
-
-@functools.lru_cache(maxsize=8)
-def _multipliers(n: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(2**64, size=n, dtype=np.uint64) | np.uint64(1)
 
 
 def _may_be_hashed(x: Tensor) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -12,6 +14,8 @@ from torch import Tensor
 from laplace_ws.data import sources
 from laplace_ws.data.sources import RawSplit, Source
 from laplace_ws.data.transforms import balanced_indices, channel_statistics, normalise
+from laplace_ws.errors import DataWarning
+from laplace_ws.hashes import hashes_of
 from laplace_ws.registry import unknown_name
 from laplace_ws.values import flag, path_of, shown, whole_number
 
@@ -23,6 +27,9 @@ _SOURCES: dict[str, Source] = {
     "cifar100": sources.cifar100,
     "image-folder": sources.image_folder,
 }
+
+_FEWEST_SHARED, _SHARE_SHARED = 3, 0.05
+"""Number and share of test images among the training images from which on it is said."""
 
 DATASET_NAMES: tuple[str, ...] = tuple(_SOURCES)
 
@@ -108,6 +115,7 @@ def load_dataset(
     if held_out and not len(rest.y):
         raise ValueError(f"held_out needs n_train below {len(raw.train.y)}, the size of the training split")
     test, _ = _split(rest if held_out else raw.test, n_test, "n_test", seed)
+    _warn_of_overlap(train, test)
     mean, std = (value.to(device=device, dtype=dtype) for value in channel_statistics(train.x))
     return ImageData(
         name=name,
@@ -119,6 +127,18 @@ def load_dataset(
         mean=mean,
         std=std,
     )
+
+
+def _warn_of_overlap(train: RawSplit, test: RawSplit) -> None:
+    """Warn if a twentieth of the test images are among the training images."""
+    n_shared = int(np.isin(hashes_of(test.x), hashes_of(train.x)).sum())
+    if n_shared >= max(_FEWEST_SHARED, _SHARE_SHARED * len(test.x)):
+        warnings.warn(
+            f"{n_shared} of {len(test.x)} test images are among the training images, so that scores on them are too good; take them out of "
+            "one of the two.",
+            DataWarning,
+            stacklevel=3,
+        )
 
 
 def _device(device: str | torch.device) -> torch.device:

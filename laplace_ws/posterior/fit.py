@@ -138,6 +138,9 @@ def fit_posterior(
     if watch is not None and first is not None:
         watch.warn(repeats=not draws_with_replacement(batches.loader), stacklevel=3)
         warn_of_final_operation(network.model, problem.likelihood, network.final_operation(first), stacklevel=3)
+    examples: frozenset[int] = frozenset() if watch is None else watch.examples()
+    if before is not None:
+        examples |= before.examples
     return Fit(
         H=found,
         totals=totals,
@@ -147,7 +150,7 @@ def fit_posterior(
         options=options,
         n_arguments=n_arguments,
         fingerprint=Fingerprint.of(network.model, network.subset),
-        examples=frozenset() if watch is None else watch.examples() | (before.examples if before else frozenset()),
+        examples=examples,
     )
 
 

@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -130,7 +131,7 @@ def make_subset(
     return _whole(_matching(model, trainable, list(subset_of_weights), "subset_of_weights"))
 
 
-def _check_types(subset_of_weights: object, last_layer_name: object) -> None:
+def _check_types(subset_of_weights: Any, last_layer_name: object) -> None:
     if last_layer_name is not None and (not isinstance(last_layer_name, str) or not last_layer_name):
         raise TypeError(f"last_layer_name must be the name of a module, got {shown(last_layer_name)}.")
     if isinstance(subset_of_weights, str):

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from laplace_ws import Categorical, DataWarning, Laplace, marglik_training
 from laplace_ws.curvature.watch import MOST_HASHED
+from laplace_ws.data import datasets, load_dataset
+from laplace_ws.data.sources import RawImages, RawSplit
 
 N = 60
 x, labels = torch.randn(N, 6), torch.arange(N) % 3
@@ -181,3 +183,22 @@ def test_a_model_that_ends_otherwise_is_looked_at_anew():
     assert warned(lambda: la.fit([(x[:, :3], labels)])) == []
     model.end = nn.Softmax(-1)
     assert len(warned(lambda: la.fit([(x[:, :3], labels)]))) == 1
+
+
+def images_of(n: int, seed: int) -> RawSplit:
+    draws = torch.Generator().manual_seed(seed)
+    return RawSplit(torch.randint(256, (n, 1, 9, 9), generator=draws, dtype=torch.uint8), torch.arange(n) % 2)
+
+
+def test_test_images_among_the_training_images(monkeypatch):
+    train = images_of(50, 0)
+    other_split = images_of(40, 1)
+    copied = RawSplit(torch.cat([train.x[:10], other_split.x[10:]]), other_split.y)
+    for name, test in (("copied", copied), ("distinct", other_split)):
+        monkeypatch.setitem(
+            datasets._SOURCES, name, lambda root, download, test=test: RawImages(train, test, ("a", "b"))
+        )
+    assert warned(lambda: load_dataset("copied")) == [
+        "10 of 40 test images are among the training images, so that scores on them are too good; take them out of one of the two."
+    ]
+    assert warned(lambda: load_dataset("distinct")) == []
