@@ -16,6 +16,7 @@ from laplace_ws._version import __version__
 from laplace_ws.errors import InputError
 from laplace_ws.interrupts import INTERRUPTED, Terminated, asked_to_end
 from laplace_ws.marglik.schedule import TrainingDiverged
+from laplace_ws.option_errors import check_values, explained
 from laplace_ws.options import Options, UnknownKeyError, instantiated
 from laplace_ws.registry import unknown_name
 
@@ -199,9 +200,8 @@ def parse(args: Sequence[str]) -> tuple[Command, Any, dict[str, bool]]:
     """The command that the arguments name, its configuration, and its flags.
 
     Raises:
-        UnknownKeyError: a command, an option or a key of the YAML file does not exist.
+        OptionError: a command, an option or a key of the YAML file does not exist, or a value does not fit its type.
         OSError: the YAML file cannot be read.
-        ArgumentError: a value does not fit its type.
         SystemExit: the arguments ask for help or the version, which is printed.
     """
     parser = ArgumentParser(
@@ -223,9 +223,13 @@ def parse(args: Sequence[str]) -> tuple[Command, Any, dict[str, bool]]:
         # a configuration, with all that it imports, is imported only for its own command
         own = options.parser(description=command.help) if options and name == chosen else ArgumentParser()
         subcommands.add_subcommand(name, own, help=command.help)
-    values = parser.parse_args(args)
+    if options is None and not {"-h", "--help", "--version"} & set(args):
+        raise UnknownKeyError(f"name the command first: {', '.join(COMMANDS)}")
+    with explained(options.kind if options else ReportConfig):
+        values = parser.parse_args(args)
     if options is None:
         raise UnknownKeyError(f"name the command first: {', '.join(COMMANDS)}")
+    check_values(options.kind, values[chosen])
     given = instantiated(parser, values)[chosen]
     return COMMANDS[chosen], options.of(given), {flag: given[flag] for flag in options.flags}
 

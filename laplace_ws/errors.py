@@ -19,3 +19,7 @@ class NotFittedError(RuntimeError):
 
 class NumericalRepairWarning(UserWarning):
     """A number was repaired (clamped, floored); the message says which and by how much."""
+
+
+class DataWarning(UserWarning):
+    """The data, or what a model makes of them, look like a mistake; the message says what was seen and how to mend it."""

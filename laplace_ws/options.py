@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from laplace_ws.errors import InputError
+from laplace_ws.option_errors import OptionError, check_values, explained
 from laplace_ws.registry import nearest
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ else:
             return Literal[tuple(choice.value for choice in choices)]
 
 
-class UnknownKeyError(InputError):
+class UnknownKeyError(OptionError):
     """A key that no section of the options has."""
 
 
@@ -59,7 +59,7 @@ class Options(Generic[T]):
 
         Raises:
             UnknownKeyError: says which.
-            OSError: the file cannot be read.
+            OptionError: the file cannot be read.
         """
         known = config_keys(self.kind)
         for i, arg in enumerate(args):
@@ -75,12 +75,14 @@ class Options(Generic[T]):
         """The dataclass that the arguments specify; keywords are those of the parser.
 
         Raises:
-            UnknownKeyError: there is no such key.
-            ArgumentError: a value does not fit its type.
+            OptionError: there is no such key, or a value does not fit its type.
         """
         self.check(args)
         parser = self.parser(**kwargs)
-        return self.of(instantiated(parser, parser.parse_args(list(args))))
+        with explained(self.kind):
+            values = parser.parse_args(list(args))
+        check_values(self.kind, values)
+        return self.of(instantiated(parser, values))
 
     def of(self, values: Namespace) -> T:
         """The dataclass whose fields some parsed values are, among others."""
@@ -97,14 +99,16 @@ def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
     """The dataclass of some keys, sections by name or by dotted keys; fields that are not given have their defaults.
 
     Raises:
-        UnknownKeyError: there is no such key.
-        ArgumentError: a value does not fit its type.
+        OptionError: there is no such key, or a value does not fit its type.
     """
     known = config_keys(kind)
     check_keys(flatten(values, known), known)
     options = Options(kind)
     parser = options.parser()
-    return options.of(instantiated(parser, parser.parse_object(dict(values))))
+    with explained(kind):
+        parsed = parser.parse_object(dict(values))
+    check_values(kind, parsed)
+    return options.of(instantiated(parser, parsed))
 
 
 def config_keys(kind: type, prefix: str = "") -> list[str]:
@@ -135,12 +139,20 @@ def check_file(path: Path, known: Sequence[str]) -> None:
 
     Raises:
         UnknownKeyError: says which file, and why.
-        OSError: it cannot be read.
+        OptionError: it cannot be read.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise UnknownKeyError(f"'{path}' is not valid YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise OptionError(
+            f"'{path}' is not valid YAML{where}; look for brackets, quotes and indents that do not match"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"'{path}' is not a text in UTF-8; give a YAML file") from error
+    except OSError as error:
+        raise OptionError(f"'{path}' cannot be read ({error.strerror}); give the path of a YAML file") from error
     if not isinstance(values, dict):
         raise UnknownKeyError(f"'{path}' must hold keys and values, such as 'name: demo'")
     try:

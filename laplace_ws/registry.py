@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from enum import Enum
 from typing import TypeVar
 
@@ -47,8 +47,11 @@ class Registry(Mapping[str, T]):
         """Add a member.
 
         Raises:
+            TypeError: the name is no string.
             ValueError: the name is already taken.
         """
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"the name of a {self.kind} must be a string, got {name!r}.")
         if self._members.get(name, member) is not member:
             raise ValueError(f"there is another {self.kind} {name!r}; choose another name.")
         self._members[name] = member
@@ -61,12 +64,12 @@ class Registry(Mapping[str, T]):
 
     def __getitem__(self, name: str) -> T:
         """The member of a name; raises `ValueError`, with the names that exist, for an unknown one."""
-        if name not in self._members:
+        if name not in self:
             raise unknown_name(self.kind, name, self._members, hint=self.hint)
         return self._members[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._members
+        return isinstance(name, Hashable) and name in self._members
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._members)

@@ -15,6 +15,7 @@ ON_THE_CPU = {
     "data": "files and pictures, which are read on the CPU",
     "experiments": "programs, which run in processes of their own",
     "hard": "files, processes and threads",
+    "hostile": "sentences, some of which name the device",
     "report": "pages and pictures",
     "selection": "a command, which chooses its device by its configuration",
     "test_cli.py": "commands, which choose their device by their configuration",

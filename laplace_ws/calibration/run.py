@@ -79,6 +79,12 @@ def check_config(config: CalibrateConfig) -> None:
     for name, values in lists.items():
         if len(set(values)) < len(values):
             raise ValueError(f"{name} names one twice: {', '.join(values)}")
+    if m.laplace and not m.priors:
+        raise ValueError(
+            "methods.priors is empty, so that no Laplace posterior would be scored; name one, or set methods.laplace to []"
+        )
+    if m.pred_type == "nn" and m.link_approx != "probit":
+        raise ValueError(f"methods.link_approx={m.link_approx} is for methods.pred_type=glm; leave it out with nn")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU; use device=auto or device=cpu")
 

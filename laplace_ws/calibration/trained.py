@@ -64,8 +64,13 @@ def load_trained(config: CalibrateConfig) -> TrainedRun:
     stored = run.settings()
     d = config.data
     # What the run tested on may have been held-out training images; here these are for validation alone.
+    n_test = run.data.n_test if d.n_test is None else d.n_test
     data_config = replace(
-        run.data, root=d.root or run.data.root, download=d.download, n_test=d.n_test or run.data.n_test, held_out=False
+        run.data,
+        root=d.root or run.data.root,
+        download=d.download,
+        n_test=n_test,
+        held_out=False,
     )
     run = replace(run, device=config.device, data=data_config)
     data = load_data(run)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_ws.curvature.inputs import ModelInputs
+from laplace_ws.curvature.models import check_module
 from laplace_ws.curvature.processes import check_not_wrapped
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import Use
@@ -130,6 +131,7 @@ def trainable_parameters(
     Raises:
         UnsupportedParameterError: there are none, or one of them can have no curvature block, however it is used.
     """
+    check_module(model)
     check_not_wrapped(model)
     chosen = None if covered is None else {id(p) for p in covered.values()}
     with alone_with(model):  # while another thread runs it, what requires grad is that thread's choice

@@ -33,10 +33,21 @@ def register_backend(name: str, make: Callable[[], Backend]) -> None:
     Args:
         name: its name, which is also its `Backend.name` and is stored in the files of a posterior.
         make: creates the backend; its class, for example.
+
+    Raises:
+        TypeError: the name is no string, or `make` cannot be called.
+        ValueError: another backend has the name.
     """
+    if not callable(make):
+        raise TypeError(f"register_backend takes what makes the backend, such as its class, got {make!r}.")
     BACKENDS.register(name, make)
 
 
 def make_backend(backend: str | Backend) -> Backend:
     """Turn a name into its backend; a `Backend` passes through."""
-    return backend if isinstance(backend, Backend) else BACKENDS[backend]()
+    if isinstance(backend, Backend):
+        return backend
+    made = BACKENDS[backend]()
+    if not isinstance(made, Backend):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"what is registered as backend {backend!r} must make a Backend, but it made {made!r}.")
+    return made

@@ -9,13 +9,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, check_devices, split_batch
 from laplace_ws.curvature.processes import check_not_shared
+from laplace_ws.errors import InvalidBatchError
+from laplace_ws.values import shown
 
 Data = Iterable[Any]
 """What users give: batches of one of the forms that `inputs.split_batch` knows, or `Batches`."""
+
+
+def check_iterable(data: Any) -> None:
+    """Raise unless data can be iterated over and are no single batch or data set.
+
+    Raises:
+        InvalidBatchError: says what to give in place of them.
+    """
+    if isinstance(data, (Tensor, Dataset)) and not isinstance(data, IterableDataset):
+        kind = type(data).__name__  # pyright: ignore[reportUnknownArgumentType]
+        what = "a tensor" if isinstance(data, Tensor) else f"a data set, {kind},"
+        mend = "[(x, y)] for one batch" if isinstance(data, Tensor) else "DataLoader(dataset, batch_size=…)"
+        raise InvalidBatchError(
+            f"the loader must give batches, but it is {what} that holds single examples; give {mend}."
+        )
+    if isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data):  # pyright: ignore[reportUnknownVariableType]
+        raise InvalidBatchError(
+            "the loader must give batches, but it is a tuple of tensors; give [(x, y)] for one batch."
+        )
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise InvalidBatchError(
+            f"the loader must be an iterable of batches, such as a DataLoader or a list, got {shown(data)}."
+        )
 
 
 @dataclass(frozen=True)
@@ -31,6 +57,7 @@ class Batches:
         chosen: numbers of the batches to yield; iteration stops after the last of them; None for all.
         progress: title of a bar that is shown on a terminal; None for none.
         on_first: called with the inputs of the first batch of each pass, before they are yielded.
+        on_each: called with the inputs and targets of every batch, before they are yielded.
     """
 
     loader: Data
@@ -39,6 +66,7 @@ class Batches:
     chosen: frozenset[int] | None = None
     progress: str | None = None
     on_first: Callable[[ModelInputs], None] | None = None
+    on_each: Callable[[ModelInputs, Tensor], None] | None = None
 
     @classmethod
     def of(
@@ -52,6 +80,7 @@ class Batches:
         if isinstance(data, Batches):
             return data
         check_not_shared(data)
+        check_iterable(data)
         return cls(data, next(model.parameters()).device, keys, progress=progress)
 
     def __iter__(self) -> Iterator[tuple[ModelInputs, Tensor]]:
@@ -67,6 +96,8 @@ class Batches:
                 if on_next is not None:
                     on_next(x)
                     on_next = None
+                if self.on_each is not None:
+                    self.on_each(x, y)
                 yield x, y
             if number == last:
                 return

@@ -128,7 +128,7 @@ class Call:
 
 def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Use]:
     if input.ndim < 2:
-        raise UnreadableCallError("on an input without a batch axis")
+        raise UnreadableCallError("on an input without a batch axis (a single example is x[None])")
     name, transposed = call.matrix(weight)
     shape = weight.shape if not transposed else weight.shape[::-1]
     use = LinearUse(
@@ -170,7 +170,7 @@ def _conv(
     groups: int = 1,
 ) -> list[Use]:
     if input.ndim != weight.ndim:
-        raise UnreadableCallError("on an input without a batch axis")
+        raise UnreadableCallError("on an input without a batch axis (a single example is x[None])")
     use = ConvUse(
         rows=call.rows,
         call=call.name,

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import Backend, memory_for_columns
 from laplace_ws.curvature.inputs import ModelInputs, call_model, leaves, own_copy
+from laplace_ws.curvature.models import check_visible
+from laplace_ws.curvature.watch import final_operation
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import Use, example_gradients
 from laplace_ws.randomness import random_state, set_random_state
@@ -41,12 +43,14 @@ class LinearisationCheck:
     Attributes:
         column_bytes_per_example: bytes that a column takes per example at the outputs of all uses, as measured on the largest examples
             that were checked.
+        final_operation: name of the operation of autograd that the outputs come from; None before a check.
     """
 
     def __init__(self, backend: Backend, model: nn.Module):
         self.backend = backend
         self.model = model
         self.column_bytes_per_example: float = 0.0
+        self.final_operation: str | None = None
         self._parameters: Mapping[str, nn.Parameter] = {}
         self._anatomy: _Anatomy | None = None
         self._signatures: set[tuple[Any, ...]] = set()
@@ -70,6 +74,7 @@ class LinearisationCheck:
         self._parameters = parameters
         anatomy = _Anatomy.of(self.model, parameters)
         if self._anatomy is None or self._anatomy.facts != anatomy.facts:
+            check_visible(self.model, parameters.values())
             self._anatomy = anatomy
             self.forget()
 
@@ -85,7 +90,7 @@ class LinearisationCheck:
 
     def run(self, x: ModelInputs) -> tuple[Sequence[Use], Tensor]:
         """Check a batch, see `check_linearisation`; returns its uses and its outputs."""
-        uses, f, column_bytes = check_linearisation(self.backend, self.model, x, self._parameters)
+        uses, f, column_bytes, self.final_operation = check_linearisation(self.backend, self.model, x, self._parameters)
         self._signatures.add(_signature(uses))
         self._most_examples = max(self._most_examples, min(len(x), N_PROBED))
         if (size := _example_size(x)) >= self._largest_example:
@@ -164,8 +169,9 @@ def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:
 
 def check_linearisation(
     backend: Backend, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]
-) -> tuple[Sequence[Use], Tensor, int]:
-    """Check the uses and gradients of a batch against autograd; returns its uses, its outputs and `column_bytes`.
+) -> tuple[Sequence[Use], Tensor, int, str | None]:
+    """Check the uses and gradients of a batch against autograd; returns its uses, its outputs, `column_bytes`, and the name of
+    the operation that the outputs come from.
 
     A use that a backend cannot see, an operation that mixes examples, or rows in an order other than by example would silently give
     curvature of the wrong scale.
@@ -202,7 +208,7 @@ def check_linearisation(
             by_use = [streamed[number][0] for number in range(len(linearisation.uses))]
             for gradients in ([g_use[0] for g_use in g], [g_use[-1] for g_use in g], by_use):
                 check_gradients(linearisation.uses, gradients, f, v, parameters)
-            return linearisation.uses, linearisation.outputs, linearisation.column_bytes
+            return linearisation.uses, linearisation.outputs, linearisation.column_bytes, final_operation(f)
 
 
 @contextmanager

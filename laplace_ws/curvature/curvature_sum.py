@@ -23,6 +23,7 @@ from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.checks import LinearisationCheck, check_finite, check_linearisation
 from laplace_ws.curvature.columns import Curvature, loss_columns
 from laplace_ws.curvature.inputs import BatchKeys, ModelInputs, as_inputs, check_devices, own_copy
+from laplace_ws.curvature.models import check_visible
 from laplace_ws.curvature.totals import DataTotals
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import (
@@ -35,6 +36,7 @@ from laplace_ws.kfac import (
 )
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.matrices import Kron
+from laplace_ws.values import generator_or_none, whole_number
 
 SMALLEST_PART = 8
 """Examples in the smallest part of a batch; smaller parts would cost time."""
@@ -80,8 +82,7 @@ class CurvatureSum:
         check: LinearisationCheck | None = None,
         parameters: Mapping[str, nn.Parameter] | None = None,
     ):
-        if mc_samples < 1:
-            raise ValueError(f"mc_samples must be at least 1, got {mc_samples}.")
+        mc_samples = whole_number("mc_samples", mc_samples, least=1)
         self.model = model
         self.likelihood = likelihood
         self.parameters: dict[str, nn.Parameter] = trainable_parameters(model, parameters)
@@ -89,7 +90,9 @@ class CurvatureSum:
         self.curvature = curvature
         self.backend = backend
         self.mc_samples = mc_samples
-        self.generator: torch.Generator = generator or default_generator(next(iter(self.parameters.values())).device)
+        self.generator: torch.Generator = generator_or_none("generator", generator) or default_generator(
+            next(iter(self.parameters.values())).device
+        )
         self.totals: DataTotals = DataTotals()
         self._check = check or LinearisationCheck(backend, model)
 
@@ -119,7 +122,9 @@ class CurvatureSum:
         A training step frees its activations as it goes back through them; a part, kept, takes no more memory than that, and no longer.
         """
         n = len(x)
-        n_parts = self._check.n_parts(n, x.device) if self.curvature is Curvature.GGN and y.shape[:1] == (n,) else 1
+        if y.shape[:1] != (n,):
+            return [slice(None)]  # for the likelihood, which says what does not fit
+        n_parts = self._check.n_parts(n, x.device) if self.curvature is Curvature.GGN else 1
         n_parts = max(1, min(n_parts, n // SMALLEST_PART))
         edges = [n * part // n_parts for part in range(n_parts + 1)]
         return [slice(start, end) for start, end in pairwise(edges)]
@@ -186,6 +191,7 @@ def jacobians(
     """
     x = as_inputs(x)
     parameters = trainable_parameters(model)
+    check_visible(model, parameters.values())
     check_devices(next(model.parameters()).device, x)
     backend = make_backend(backend)
     with evaluation_mode(model):

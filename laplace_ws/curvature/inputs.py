@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from laplace_ws.curvature.dtypes import type_mismatch
+from laplace_ws.curvature.refused import refused_inputs
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.kfac.examples import Examples, RaggedInputs
+from laplace_ws.values import shown
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class BatchKeys:
 
     x: str = "input_ids"
     y: str = "labels"
+
+    def __post_init__(self) -> None:
+        for option, key in (("dict_key_x", self.x), ("dict_key_y", self.y)):
+            if not isinstance(key, str) or not key:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"{option} must be the name of an entry of the batches, got {shown(key)}.")
 
 
 DEFAULT_KEYS = BatchKeys()
@@ -105,8 +113,18 @@ def split_batch(batch: object, number: int, keys: BatchKeys = DEFAULT_KEYS) -> t
             f"{number} is a {type(batch).__name__}{length}."
         )
     if not isinstance(y, Tensor):
-        raise InvalidBatchError(f"y of batch {number} is a {type(y).__name__} but must be one tensor.")
-    return as_inputs(*x, keys=keys, name=f"x of batch {number}"), y
+        raise InvalidBatchError(
+            f"y of batch {number} is a {type(y).__name__} but must be one tensor, torch.as_tensor(y)."
+        )
+    check_plain(y, f"y of batch {number}")
+    inputs = as_inputs(*x, keys=keys, name=f"x of batch {number}")
+    if y.shape[:1] != (len(inputs),):
+        found = f"{len(y)} target{'s' if len(y) != 1 else ''}" if y.ndim else "one target without an axis of examples"
+        raise InvalidBatchError(
+            f"batch {number} holds {len(inputs)} examples, the first axis of x, and {found} in y, {tuple(y.shape)}; give one row of "
+            "targets per example, and a single example as x[None] with y[None]."
+        )
+    return inputs, y
 
 
 def without_targets(batch: Mapping[Any, Any], keys: BatchKeys = DEFAULT_KEYS) -> Mapping[Any, Any]:
@@ -131,9 +149,21 @@ def as_inputs(*x: Any, keys: BatchKeys = DEFAULT_KEYS, name: str = "x") -> Model
     else:
         leaf = _that_tells_n(first, keys, name)
         inputs = StructuredInputs(tuple(x), len(leaf), leaf.device)
+    if isinstance(inputs, Tensor):
+        check_plain(inputs, name)
     if (isinstance(inputs, Tensor) and inputs.ndim == 0) or not len(inputs):
         raise InvalidBatchError("a batch holds no example.")
     return inputs
+
+
+def check_plain(tensor: Tensor, name: str) -> None:
+    """Raise `InvalidBatchError` for a tensor that is sparse, nested or quantised, which cannot be split into examples."""
+    if tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested:
+        return
+    kind, mend = ("quantised", "dequantize()") if tensor.is_quantized else ("sparse", "to_dense()")
+    if tensor.is_nested:
+        kind, mend = "nested", "to_padded_tensor(0.0)"
+    raise InvalidBatchError(f"{name} is a {kind} tensor; give a dense one, for example by {mend}.")
 
 
 def _that_tells_n(x: Any, keys: BatchKeys, name: str) -> Tensor | RaggedInputs:
@@ -152,13 +182,14 @@ def _that_tells_n(x: Any, keys: BatchKeys, name: str) -> Tensor | RaggedInputs:
             f"the entries of {name} ({', '.join(map(str, x))}) do not tell the number of examples; name one that does by dict_key_x."
         )
     raise InvalidBatchError(
-        f"{name} must be a tensor of inputs (or a mapping, a tuple or list of them, or a GraphBatch), got a {type(x).__name__}."
+        f"{name} must be a tensor of inputs (or a mapping, a tuple or list of them, or a GraphBatch), got a {type(x).__name__}"
+        f"{'; make one by torch.as_tensor(x)' if isinstance(x, (np.ndarray, int, float)) else ''}."
     )
 
 
 def _is_ragged(x: object) -> TypeGuard[RaggedInputs]:
     """Whether x is of a class of its own with examples; tensors have everything that such a class needs, and mappings may too."""
-    return isinstance(x, RaggedInputs) and not isinstance(x, (Tensor, Mapping))
+    return isinstance(x, RaggedInputs) and not isinstance(x, (Tensor, Mapping, np.ndarray))
 
 
 def _holds_examples(x: object) -> TypeGuard[Tensor | RaggedInputs]:
@@ -181,20 +212,27 @@ def call_model(model: nn.Module, x: ModelInputs) -> Tensor:
     """The model's outputs, `[N, ...]`; `logits` where the result is an object or a mapping that has them.
 
     Raises:
-        InvalidBatchError: the result is neither, or the model raised an error because it does not accept such inputs, or because their
-            floating point type differs from that of its parameters.
+        InvalidBatchError: the result is neither, or torch raised an error as the model does not accept such inputs, or as their floating
+            point type differs from that of its parameters. What the model itself raises is passed on.
     """
     try:
         with running(model, x):
             f = model(*x.arguments) if isinstance(x, StructuredInputs) else model(x)
+    except (torch.OutOfMemoryError, InvalidBatchError):
+        raise
     except (TypeError, AttributeError) as error:
         if not isinstance(x, StructuredInputs):
             raise
         kinds = ", ".join(type(argument).__name__ for argument in x.arguments)
         raise InvalidBatchError(
-            f"{type(model).__name__} is called as model({kinds}), which it does not take ({type(error).__name__}: {error}); wrap it in a "
+            f"{type(model).__name__} is called as model({kinds}), which it does not take; wrap it in a "
             "module whose forward does, or let the loader give what it takes."
         ) from error
+    except (RuntimeError, ValueError, IndexError) as error:
+        refusal = refused_inputs(model, _in_words(x), error)
+        if refusal is None:
+            raise
+        raise refusal from error
     return check_outputs(f, len(x))
 
 
@@ -223,6 +261,12 @@ def running(model: nn.Module, x: ModelInputs) -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
+def _in_words(x: ModelInputs) -> str:
+    """Shapes and types of the inputs."""
+    tensors = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
+    return ", ".join(f"{tuple(leaf.shape)} of {leaf.dtype}" for leaf in tensors) or type(x).__name__
+
+
 def check_outputs(f: object, n_examples: int) -> Tensor:
     """The outputs in what a model returned.
 
@@ -231,9 +275,11 @@ def check_outputs(f: object, n_examples: int) -> Tensor:
     """
     logits = f["logits"] if isinstance(f, Mapping) and "logits" in f else getattr(f, "logits", f)
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        what = f"one of {logits.dtype}" if isinstance(logits, Tensor) else type(f).__name__
         raise InvalidBatchError(
-            f"the model must return one floating point tensor (or an object with one as its logits), but it returned {type(f).__name__}."
+            f"the model must return one floating point tensor (or an object with one as its logits), but it returned {what}."
         )
+    check_plain(logits, "what the model returns")
     if logits.ndim == 0 or len(logits) != n_examples:
         raise InvalidBatchError(
             f"the model must return one row of outputs for each of the {n_examples} examples, but it returned shape "

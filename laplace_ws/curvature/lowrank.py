@@ -21,6 +21,7 @@ from laplace_ws.curvature.products import CurvatureProducts
 from laplace_ws.curvature.totals import DataTotals
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.matrices import LowRank
+from laplace_ws.values import whole_number
 
 _ROUNDING = 100
 """Eigenvalues below this many ε of the largest are indistinguishable from zero."""
@@ -80,8 +81,7 @@ def low_rank_curvature(
         InvalidBatchError: the data do not fit the model or the likelihood, or they differ from one pass to another.
         UnsupportedParameterError: the gradients of the model cannot be differentiated, or there are none.
     """
-    if rank < 1:
-        raise ValueError(f"the rank of a low-rank curvature must be at least 1, got {rank}.")
+    rank = whole_number("the rank of a low-rank curvature", rank, least=1)
     products = CurvatureProducts(
         model,
         likelihood,

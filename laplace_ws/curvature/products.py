@@ -14,9 +14,11 @@ from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.columns import Curvature, loss_columns
 from laplace_ws.curvature.curvature_sum import default_generator
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, call_model, own_copy
+from laplace_ws.curvature.models import check_visible
 from laplace_ws.curvature.totals import DataTotals
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.likelihoods import Likelihood, make_likelihood
+from laplace_ws.values import generator_or_none, shown, whole_number
 
 
 @dataclass
@@ -96,8 +98,7 @@ class CurvatureProducts:
         keys: BatchKeys = DEFAULT_KEYS,
         parameters: Mapping[str, nn.Parameter] | None = None,
     ):
-        if mc_samples < 1:
-            raise ValueError(f"mc_samples must be at least 1, got {mc_samples}.")
+        mc_samples = whole_number("mc_samples", mc_samples, least=1)
         batches = Batches.of(data, model, keys)
         if batches.is_one_pass:
             raise InvalidBatchError(
@@ -111,13 +112,14 @@ class CurvatureProducts:
         self.mc_samples = mc_samples
         self.parameters: dict[str, nn.Parameter] = trainable_parameters(model, parameters)
         tensors = list(self.parameters.values())
+        check_visible(model, tensors)
         self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in self.parameters.items()}
         self.dtype: torch.dtype = torch.float64 if any(p.dtype == torch.float64 for p in tensors) else torch.float32
         self.device: torch.device = tensors[0].device
         self.totals: PassTotals | None = None
         self.n_products: int = 0
         self._sizes = [p.numel() for p in tensors]
-        self._generator = generator or default_generator(self.device)
+        self._generator = generator_or_none("generator", generator) or default_generator(self.device)
         self._first_draw = self._generator.get_state()
 
     @property
@@ -132,6 +134,10 @@ class CurvatureProducts:
             InvalidBatchError: the data do not fit the model or the likelihood, or they differ from those of the first pass.
             UnsupportedParameterError: the gradients of the model cannot be differentiated, or there are none.
         """
+        if not isinstance(vectors, Tensor) or vectors.shape[1:] != (self.n_params,) or not vectors.is_floating_point():  # pyright: ignore
+            raise TypeError(
+                f"the vectors must be floating point [S, P] with P={self.n_params}, one in each row, got {shown(vectors)}."
+            )
         self._generator.set_state(self._first_draw)
         total = torch.zeros(vectors.shape, dtype=torch.float64, device=self.device)
         totals = PassTotals()

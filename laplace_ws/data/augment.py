@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from laplace_ws.values import flag, generator_or_none, given, tensor, whole_number
+
 
 def random_crop_flip(
     x: Float[Tensor, "N C H W"], generator: torch.Generator, padding: int = 4, flip: bool = True
@@ -28,7 +30,9 @@ def random_crop_flip(
 
     Source: Zagoruyko & Komodakis 2016, section 3 (reflection padding, crops, flips).
     """
-    n, _, height, width = x.shape
+    n, _, height, width = tensor("x", x, "of images [N, C, H, W]", 4).shape
+    padding, flip = whole_number("padding", padding), flag("flip", flip)
+    generator = given("generator", generator_or_none("generator", generator))
     if not 0 <= padding < min(height, width):
         raise ValueError(f"padding={padding} must be at least 0 and smaller than the images' sides, {height}x{width}")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from laplace_ws.registry import Choice
 from laplace_ws.threads import alone_with_random_state
+from laplace_ws.values import tensor, whole_number
 
 
 class Corruption(Choice):
@@ -57,7 +58,13 @@ def corrupt(
     from torchvision.transforms.v2 import functional as transforms
 
     corruption = Corruption(corruption)
-    if strength not in STRENGTHS:
+    tensor("pixels", pixels, "of images [N, C, H, W]", 4)
+    seed = whole_number("seed", seed)
+    if pixels.shape[1] not in (1, 3) or not pixels.is_floating_point():
+        raise ValueError(
+            f"pixels must be floating point images of one or three channels, got {tuple(pixels.shape)} of {pixels.dtype}"
+        )
+    if whole_number("strength", strength) not in STRENGTHS:
         raise ValueError(f"strength={strength} must be from {STRENGTHS[0]} to {STRENGTHS[-1]}")
     if pixels.numel() and not 0 <= pixels.min() <= pixels.max() <= 1:
         raise ValueError(

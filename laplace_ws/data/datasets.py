@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -12,7 +14,10 @@ from torch import Tensor
 from laplace_ws.data import sources
 from laplace_ws.data.sources import RawSplit, Source
 from laplace_ws.data.transforms import balanced_indices, channel_statistics, normalise
+from laplace_ws.errors import DataWarning
+from laplace_ws.hashes import hashes_of
 from laplace_ws.registry import unknown_name
+from laplace_ws.values import flag, path_of, shown, whole_number
 
 _SOURCES: dict[str, Source] = {
     "fashion-mnist-subset": sources.fashion_mnist_subset,
@@ -22,6 +27,9 @@ _SOURCES: dict[str, Source] = {
     "cifar100": sources.cifar100,
     "image-folder": sources.image_folder,
 }
+
+_FEWEST_SHARED, _SHARE_SHARED = 3, 0.05
+"""Number and share of test images among the training images from which on it is said."""
 
 DATASET_NAMES: tuple[str, ...] = tuple(_SOURCES)
 
@@ -96,13 +104,18 @@ def load_dataset(
         DatasetNotFoundError: the data are not there; says where it looked and how to get them.
         ValueError: unknown name, a subset larger than its split, a folder of unequal images, or nothing to hold out.
     """
-    if name not in _SOURCES:
+    if not isinstance(name, str) or name not in _SOURCES:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise unknown_name("data set", name, DATASET_NAMES)
-    raw = _SOURCES[name](Path(root).absolute(), download)
+    device, seed = _device(device), whole_number("seed", seed)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"dtype must be a floating point type, such as torch.float32, got {shown(dtype)}.")
+    held_out = flag("held_out", held_out)
+    raw = _SOURCES[name](path_of("root", root).absolute(), flag("download", download))
     train, rest = _split(raw.train, n_train, "n_train", seed)
     if held_out and not len(rest.y):
         raise ValueError(f"held_out needs n_train below {len(raw.train.y)}, the size of the training split")
     test, _ = _split(rest if held_out else raw.test, n_test, "n_test", seed)
+    _warn_of_overlap(train, test)
     mean, std = (value.to(device=device, dtype=dtype) for value in channel_statistics(train.x))
     return ImageData(
         name=name,
@@ -116,11 +129,35 @@ def load_dataset(
     )
 
 
+def _warn_of_overlap(train: RawSplit, test: RawSplit) -> None:
+    """Warn if a twentieth of the test images are among the training images."""
+    n_shared = int(np.isin(hashes_of(test.x), hashes_of(train.x)).sum())
+    if n_shared >= max(_FEWEST_SHARED, _SHARE_SHARED * len(test.x)):
+        warnings.warn(
+            f"{n_shared} of {len(test.x)} test images are among the training images, so that scores on them are too good; take them out of "
+            "one of the two.",
+            DataWarning,
+            stacklevel=3,
+        )
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"device must be one that torch knows, such as 'cpu' or 'cuda', got {shown(device)}."
+        ) from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(found)!r}, but torch sees no GPU; use 'cpu'.")
+    return found
+
+
 def _split(split: RawSplit, n: int | None, option: str, seed: int) -> tuple[RawSplit, RawSplit]:
     """A balanced choice of n examples (all by default), and the rest."""
     chosen = torch.ones(len(split.y), dtype=torch.bool)
     if n is not None:
-        if not 1 <= n <= len(split.y):
+        if not 1 <= whole_number(option, n) <= len(split.y):
             raise ValueError(f"{option}={n} must be from 1 to {len(split.y)}, the size of the split")
         chosen[:] = False
         chosen[balanced_indices(split.y, n, seed=seed)] = True

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace_ws.errors import InvalidBatchError
+from laplace_ws.values import tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,12 @@ class GraphBatch:
     n_graphs: int
 
     def __post_init__(self) -> None:
+        for name in ("nodes", "edges", "graph"):
+            tensor(name, getattr(self, name), "of nodes [V, F], edges [2, E] or graphs [V]")
+        if self.edges.is_floating_point() or self.graph.is_floating_point():
+            raise InvalidBatchError(
+                f"edges and graph must hold integers, but they are {self.edges.dtype} and {self.graph.dtype}."
+            )
         if self.edges.ndim != 2 or len(self.edges) != 2:
             raise InvalidBatchError(
                 f"edges must be [2, E], source and target of each edge, got {tuple(self.edges.shape)}."
@@ -51,6 +58,14 @@ class GraphBatch:
         """
         if not graphs:
             raise InvalidBatchError("a batch needs one graph at least.")
+        for number, (nodes, edges) in enumerate(graphs):
+            tensor(f"the nodes of graph {number}", nodes, "[v, F]")
+            tensor(f"the edges of graph {number}", edges, "[2, e], source and target of each edge", 2)
+            if nodes.shape[1:] != graphs[0][0].shape[1:]:
+                found, first = list(nodes.shape[1:]), list(graphs[0][0].shape[1:])
+                raise InvalidBatchError(
+                    f"the nodes of graph {number} have features {found}, those of graph 0 {first}; give all graphs the same."
+                )
         sizes = [len(nodes) for nodes, _ in graphs]
         for number, (size, (_, edges)) in enumerate(zip(sizes, graphs, strict=True)):
             if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < size:

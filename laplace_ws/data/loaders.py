@@ -10,6 +10,8 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from laplace_ws.values import flag, shown, tensor, whole_number
+
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """(inputs of a batch, generator) -> inputs of the same batch, changed at random."""
 
@@ -48,22 +50,27 @@ class TensorLoader:
         augment: Augment | None = None,
         seed: int = 0,
     ) -> None:
+        for name, value in (("x", x), ("y", y)):
+            if tensor(name, value, "with one row per example").ndim == 0:
+                raise TypeError(f"{name} must be a tensor with one row per example, got a single number.")
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} examples and y {len(y)}; give one target an input")
         if len(x) == 0:
             raise ValueError("x and y are empty; give at least one example")
         if x.device != y.device:
             raise ValueError(f"x is on {x.device} and y on {y.device}; move both to one device")
-        if batch_size < 1:
+        if whole_number("batch_size", batch_size) < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         if drop_last and batch_size > len(x):
             raise ValueError(f"drop_last with batch_size={batch_size} leaves no batch of {len(x)} examples")
         self.dataset: TensorDataset = TensorDataset(x, y)
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.drop_last = drop_last
+        if augment is not None and not callable(augment):
+            raise TypeError(f"augment must be a function of a batch's inputs and a generator, got {shown(augment)}.")
+        self.batch_size: int = whole_number("batch_size", batch_size)
+        self.shuffle: bool = flag("shuffle", shuffle)
+        self.drop_last: bool = flag("drop_last", drop_last)
         self.augment = augment
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(whole_number("seed", seed))
 
     @property
     def n_data(self) -> int:
@@ -84,7 +91,13 @@ class TensorLoader:
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the epochs that would have followed when `state` was taken."""
+        """Continue with the epochs that would have followed when `state` was taken.
+
+        Raises:
+            TypeError: it is no state of a loader.
+        """
+        if not isinstance(state, dict) or not isinstance(state.get("generator"), Tensor):  # pyright: ignore
+            raise TypeError(f"the state of a TensorLoader is what its state_dict() gives, got {shown(state)}.")
         self._generator.set_state(state["generator"].cpu())
 
     def _epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -94,4 +107,13 @@ class TensorLoader:
             part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
             index = part if order is None else order[part]
             x_batch, y_batch = x[index], y[index]
-            yield (x_batch if self.augment is None else self.augment(x_batch, generator)), y_batch
+            yield (x_batch if self.augment is None else self._augmented(x_batch, generator)), y_batch
+
+    def _augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        assert self.augment is not None
+        changed = self.augment(x, generator)
+        if not isinstance(changed, Tensor) or changed.shape[:1] != x.shape[:1]:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(
+                f"augment must return a tensor with the {len(x)} examples that it gets, but it returned {shown(changed)}"
+            )
+        return changed

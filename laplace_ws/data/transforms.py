@@ -9,6 +9,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from laplace_ws.errors import NumericalRepairWarning
+from laplace_ws.values import tensor, whole_number
 
 
 def balanced_indices(y: Int[Tensor, " N"], n: int, *, seed: int) -> Int[Tensor, " n"]:
@@ -23,9 +24,10 @@ def balanced_indices(y: Int[Tensor, " N"], n: int, *, seed: int) -> Int[Tensor, 
     Raises:
         ValueError: `n` is below one or above the number of examples.
     """
-    if not 1 <= n <= len(y):
+    tensor("y", y, "[N] of class numbers", 1)
+    if not 1 <= whole_number("n", n) <= len(y):
         raise ValueError(f"cannot choose {n} of {len(y)} examples; ask for 1 to {len(y)}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(whole_number("seed", seed))
     y = y.cpu()
     shuffled = torch.randperm(len(y), generator=generator)
     # Stable sorting by label lines the classes up one after another, each in random order.
@@ -44,6 +46,8 @@ def channel_statistics(x: UInt8[Tensor, "N C H W"]) -> tuple[Float[Tensor, " C"]
 
     A channel of zero deviation gets a deviation of 1, with a `NumericalRepairWarning`.
     """
+    if tensor("x", x, "of images [N, C, H, W]", 4).dtype != torch.uint8 or not len(x):
+        raise ValueError(f"x must hold images of bytes (torch.uint8), got {tuple(x.shape)} of {x.dtype}")
     histogram = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in x.unbind(1)]).double()
     value = torch.arange(256, dtype=torch.float64, device=x.device) / 255
     weight = histogram / histogram.sum(1, keepdim=True)

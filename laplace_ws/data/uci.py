@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws.data.sources import DatasetNotFoundError
+from laplace_ws.values import path_of, shown, whole_number
 
 TEST_SHARE = 0.1
 
@@ -52,8 +53,11 @@ def load_uci(path: str | Path, split: int = 0, seed: int = 0, *, dtype: torch.dt
         DatasetNotFoundError: there is no such file.
         ValueError: the file is not a table of finite numbers or is too small, its target is constant, or the split is negative.
     """
-    table = _read_table(Path(path))
-    if split < 0:
+    table = _read_table(path_of("path", path))
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"dtype must be a floating point type, such as torch.float32, got {shown(dtype)}.")
+    seed = whole_number("seed", seed, least=0)
+    if whole_number("split", split) < 0:
         raise ValueError(f"split={split} must be at least 0")
     order = np.random.default_rng([seed, split]).permutation(len(table))
     n_test = max(1, round(TEST_SHARE * len(table)))
@@ -72,7 +76,7 @@ def load_uci(path: str | Path, split: int = 0, seed: int = 0, *, dtype: torch.dt
 def _read_table(path: Path) -> np.ndarray:
     try:
         table = np.loadtxt(path, ndmin=2)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise DatasetNotFoundError(
             f"There is no table at '{path}'; give the path of a text file of numbers, its last column the target."
         ) from error

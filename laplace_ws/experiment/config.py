@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError
-
 from laplace_ws.curvature import Curvature
 from laplace_ws.errors import InputError
 from laplace_ws.kfac import KfacApprox
@@ -18,6 +16,7 @@ from laplace_ws.marglik.hyperparameters import HyperOptimizer
 from laplace_ws.marglik.optimizers import SGD_DEFAULTS
 from laplace_ws.marglik.schedule import ScheduleOptions
 from laplace_ws.models import Norm
+from laplace_ws.option_errors import OptionError
 from laplace_ws.options import OneOf, UnknownKeyError, from_mapping
 from laplace_ws.posterior import PriorStructure
 
@@ -205,7 +204,7 @@ def read_config(source: Path | Mapping[str, Any]) -> RunConfig:
         raise ExperimentError(
             f"'{source}', which says how the network was made, is missing; give a checkpoint in its run folder"
         ) from error
-    except (json.JSONDecodeError, AttributeError, UnknownKeyError, ArgumentError) as error:
+    except (json.JSONDecodeError, AttributeError, OptionError) as error:
         raise ExperimentError(
             f"{where}the run's configuration cannot be read, as it is not a configuration of this version of laplace_ws ({error}); train "
             "the network again"

@@ -7,6 +7,7 @@ tensor of the shape of f: a vector of loss space for each example.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from laplace_ws.likelihoods.bernoulli import Bernoulli
 from laplace_ws.likelihoods.categorical import Categorical
 from laplace_ws.likelihoods.gaussian import Gaussian, HeteroscedasticGaussian
 from laplace_ws.registry import Registry
+from laplace_ws.values import shown
 
 __all__ = [
     "LIKELIHOODS",
@@ -39,7 +41,13 @@ def register_likelihood(kind: type[Likelihood]) -> None:
 
     Args:
         kind: its class, whose `options()` are the arguments that recreate an instance.
+
+    Raises:
+        TypeError: it is no subclass of `Likelihood`, or has no name.
+        ValueError: another has its name.
     """
+    if not isinstance(kind, type) or not issubclass(kind, Likelihood) or not hasattr(kind, "name"):  # pyright: ignore
+        raise TypeError(f"register_likelihood takes a subclass of Likelihood with a name, got {kind!r}.")
     LIKELIHOODS.register(kind.name, kind)
 
 
@@ -57,7 +65,19 @@ def likelihood_from_state(state: Mapping[str, Any]) -> Likelihood:
     """The likelihood that a `Likelihood.state()` describes.
 
     Raises:
+        TypeError: it is no mapping with a name, or has an option that the likelihood does not take.
         ValueError: it is neither one of the toolkit's own nor registered.
     """
+    if not isinstance(state, Mapping) or "name" not in state:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"the state of a likelihood is a mapping with its name, as Likelihood.state() gives it, got {shown(state)}."
+        )
     options = dict(state)
-    return LIKELIHOODS[options.pop("name")](**options)
+    kind = LIKELIHOODS[options.pop("name")]
+    known = inspect.signature(kind).parameters
+    for option in options:
+        if option not in known:
+            raise TypeError(
+                f"the {kind.name} likelihood has no option {option!r}; it has {', '.join(known) or 'none'}."
+            )
+    return kind(**options)

@@ -23,6 +23,8 @@ class Bernoulli(Likelihood):
     def check(self, f: Tensor, y: Tensor) -> None:
         """See `Likelihood.check`."""
         check_same_shape("binary", f, y)
+        if y.is_complex():
+            raise InvalidBatchError(f"binary targets must be 0 or 1, but they are {y.dtype}; recode them.")
         if y.numel() and not ((y == 0) | (y == 1)).all():
             raise InvalidBatchError(
                 f"binary targets must be 0 or 1, but they span {y.min().item():g} … {y.max().item():g}; recode them, or use "

@@ -17,6 +17,7 @@ from torch import Tensor
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.likelihoods.base import Likelihood, at_least_float32, random_signs
 from laplace_ws.metrics import evaluate_classification
+from laplace_ws.values import whole_number
 
 _USUAL_IGNORE_INDEX = -100
 """The label by which torch's cross entropy and tokenisers mark positions without one."""
@@ -87,7 +88,7 @@ class Categorical(Likelihood):
     scores: tuple[str, ...] = ("nll", "ece", "brier")
 
     def __init__(self, ignore_index: int | None = None):
-        self.ignore_index = ignore_index
+        self.ignore_index: int | None = None if ignore_index is None else whole_number("ignore_index", ignore_index)
 
     def check(self, f: Tensor, y: Tensor) -> None:
         """See `Likelihood.check`."""
@@ -106,7 +107,7 @@ class Categorical(Likelihood):
                 f"the classification likelihood needs labels of shape {tuple(f.shape[:-1])} for outputs {tuple(f.shape)}, "
                 f"but they are {tuple(y.shape)}{' (one-hot? use y.argmax(-1))' if y.shape == f.shape else ''}."
             )
-        if y.is_floating_point() or y.dtype == torch.bool:
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
             raise InvalidBatchError(f"class labels must be integers, but they are {y.dtype}; use y.long().")
         self._check_range(y if self.ignore_index is None else y[y != self.ignore_index], f.shape[-1])
 

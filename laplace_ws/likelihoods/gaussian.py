@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,6 +21,7 @@ from laplace_ws.likelihoods.base import (
     standard_normal,
     unit_columns,
 )
+from laplace_ws.values import real_number, shown
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -41,13 +43,13 @@ class Gaussian(RegressionLikelihood):
     has_linear_mean = True
 
     def __init__(self, sigma_noise: float = 1.0, output_scales: Sequence[float] | Tensor | None = None):
-        if not sigma_noise > 0:
-            raise ValueError(f"sigma_noise must be positive, got {sigma_noise}.")
-        self.sigma_noise: float = float(sigma_noise)
+        self.sigma_noise: float = real_number("sigma_noise", sigma_noise, above=0)
         self.output_scales: tuple[float, ...] | None = None
         if output_scales is not None:
-            self.output_scales = tuple(float(scale) for scale in output_scales)
-            if not self.output_scales or not all(0 < scale < math.inf for scale in self.output_scales):
+            if not isinstance(output_scales, (Sequence, Tensor, np.ndarray)) or isinstance(output_scales, str):  # pyright: ignore
+                raise TypeError(f"output_scales must be positive numbers, one per output, got {shown(output_scales)}.")
+            self.output_scales = tuple(real_number("a number of output_scales", s, above=0) for s in output_scales)
+            if not self.output_scales:
                 raise ValueError(f"output_scales must be positive numbers, one per output, got {self.output_scales}.")
 
     def check(self, f: Tensor, y: Tensor) -> None:

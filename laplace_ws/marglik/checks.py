@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from laplace_ws.curvature.backend import evaluation_mode
 from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, call_model
+from laplace_ws.curvature.watch import DataWatch, draws_with_replacement
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.likelihoods import Likelihood
+from laplace_ws.values import whole_number
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,16 @@ def check_data(
             on another device than the model, outputs or targets that do not fit the likelihood.
         ValueError: `n_data` is less than 1.
     """
-    if n_data is not None and n_data < 1:
+    if n_data is not None and whole_number("n_data", n_data) < 1:
         raise ValueError(f"n_data={n_data} must be at least 1")
     if isinstance(loader, Generator):  # at once, as it may never end
         raise one_pass_error(loader)
     n_seen, n_batches = 0, 0
     x_first: ModelInputs = torch.empty(0)
     row = torch.empty(0)
+    watch = DataWatch(likelihood)
     for x, y in Batches.of(loader, model, keys):
+        watch(x, y)
         if n_batches == 0:
             x_first, row = x, first_output(model, x, y, likelihood)
         if y.shape[1:] == row.shape[1 : y.ndim]:
@@ -66,6 +70,7 @@ def check_data(
     # Some loaders are their own iterator and begin anew at each `iter`; only a second pass tells them from the others.
     if isinstance(loader, Iterator) and sum(1 for _ in loader) == 0:
         raise one_pass_error(loader)
+    watch.warn(repeats=not draws_with_replacement(loader), stacklevel=4)
     return DataFacts(n_examples(loader, n_seen) if n_data is None else n_data, n_batches, x_first)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from laplace_ws.posterior import Laplace
 from laplace_ws.posterior.evidence import BOUNDS, Box, Evidence
 from laplace_ws.posterior.groups import ELEMENTWISE, PriorGroups
+from laplace_ws.values import real_number
 
 ELEMENTWISE_START = 1.0
 """Where `ELEMENTWISE` starts: a tight prior at zero would shrink the scales, whose natural size is one, and with them the signal."""
@@ -84,7 +85,9 @@ class Hyperparameters(nn.Module):
             )
         self.groups = groups
         self.index: Tensor = groups.index.to(device)
-        self.lr: float = float(lr)  # numpy's would go into Adam's state, and no checkpoint with it could be read back
+        self.lr: float = real_number(
+            "lr_hyp", lr, at_least=0
+        )  # numpy's would go into Adam's state, and no checkpoint with it could be read back
         self.starts: dict[str, float] = {
             "prior_precision": prior_precision,
             "sigma_noise": sigma_noise,
@@ -92,6 +95,7 @@ class Hyperparameters(nn.Module):
         }
         tuned = {"prior_precision": tune_prior, "sigma_noise": tune_sigma, "temperature": tune_temperature}
         for name, start in self.starts.items():
+            start = real_number(f"the start of {name}", start, finite=False)
             if not (math.isfinite(start) and start > 0):
                 raise ValueError(f"{name} starts at {start}; it must be a positive number")
             shape = (len(groups.names),) if name == "prior_precision" else ()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ def make_optimizer(
     """
     if optimizer_kwargs is None:
         optimizer_kwargs = SGD_DEFAULTS if optimizer_cls is torch.optim.SGD else {}
-    optimizer = optimizer_cls([p for _, p in named_parameters], **without_numpy(optimizer_kwargs))
+    options = without_numpy(optimizer_kwargs)
+    with _explained(optimizer_cls, "optimizer_kwargs", options):
+        optimizer = optimizer_cls([p for _, p in named_parameters], **options)
     name = type(optimizer).__name__
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
@@ -57,7 +60,24 @@ def make_scheduler(
     scheduler_cls: type[Any] | None, options: Mapping[str, Any], optimizer: torch.optim.Optimizer
 ) -> Any:
     """The learning rate's schedule, stepped once per gradient step; constant for None."""
-    return (scheduler_cls or torch.optim.lr_scheduler.ConstantLR)(optimizer, **options)
+    scheduler_cls = scheduler_cls or torch.optim.lr_scheduler.ConstantLR
+    with _explained(scheduler_cls, "scheduler_kwargs", options):
+        return scheduler_cls(optimizer, **options)
+
+
+@contextmanager
+def _explained(cls: type[Any], option: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Say which options a class of torch refuses, in place of its own message."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        known = inspect.signature(cls).parameters
+        unknown = [name for name in options if name not in known]
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        refused = f"does not take {given}" if given else "needs options"
+        what = f"has no option {unknown[0]!r}" if unknown else refused
+        takes = ", ".join(name for name in known if name not in ("params", "optimizer"))
+        raise ValueError(f"{cls.__name__} {what}; give {option} of those that it has: {takes}.") from error
 
 
 def without_numpy(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from laplace_ws.likelihoods import Likelihood
 from laplace_ws.marglik.hyperparameters import Hyperparameters
 from laplace_ws.marglik.steps import StepOptions
 from laplace_ws.posterior import STRUCTURES, Laplace, PriorStructure, prior_groups
+from laplace_ws.values import flag, shown
 
 PRIOR_PRECISION_PER_EXAMPLE = 0.01
 """Prior precision at the start, divided by the number of examples."""
@@ -25,6 +26,7 @@ class TrainingOptions:
     """The options of `marglik_training` that shape its result besides the `Schedule`; it documents each of them.
 
     Raises:
+        TypeError: an option is of the wrong type.
         ValueError: the structures of prior and curvature do not go together, or an option of the steps is out of its range.
     """
 
@@ -51,6 +53,22 @@ class TrainingOptions:
     grad_scaler: torch.amp.GradScaler | None = StepOptions.grad_scaler
 
     def __post_init__(self) -> None:
+        flag("fix_sigma_noise", self.fix_sigma_noise)
+        flag("tune_temperature", self.tune_temperature)
+        if not callable(self.optimizer_cls):
+            raise TypeError(
+                f"optimizer_cls must be the class of an optimizer, such as torch.optim.SGD, got {shown(self.optimizer_cls)}."
+            )
+        if self.scheduler_cls is not None and not callable(self.scheduler_cls):
+            raise TypeError(
+                f"scheduler_cls must be the class of a scheduler of torch, or None, got {shown(self.scheduler_cls)}."
+            )
+        for name in ("optimizer_kwargs", "scheduler_kwargs"):
+            options = getattr(self, name)
+            if options is not None and not isinstance(options, Mapping):
+                raise TypeError(
+                    f"{name} must be a mapping of options, such as {{'lr': 0.03}}, or None, got {shown(options)}."
+                )
         PriorStructure(self.prior_structure).checked(STRUCTURES[self.hessian_structure])
         _ = self.steps
 
@@ -80,6 +98,10 @@ class TrainingOptions:
             )
 
         la = posterior(self.curvature)
+        if self.sigma_noise_init is not None and not likelihood.has_noise and self.sigma_noise_init != 1:
+            raise ValueError(
+                f"the {likelihood.name} likelihood has no noise that sigma_noise_init could set; leave it out."
+            )
         if self.final_curvature in (None, self.curvature):
             return la, la
         final = posterior(self.final_curvature)

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from laplace_ws.values import real_number, whole_number
+
 _LONGEST_DEFAULT_BURNIN = 20
 
 
@@ -65,11 +67,13 @@ class Schedule(ScheduleOptions):
     def __post_init__(self) -> None:
         for name, least in (("n_epochs", 1), ("n_epochs_burnin", 0), ("marglik_frequency", 1), ("n_hypersteps", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is None and name == "n_epochs_burnin":
+                continue
+            if whole_number(name, value) < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
-        if not 0 < self.fit_fraction <= 1:
+        if not 0 < real_number("fit_fraction", self.fit_fraction, finite=False) <= 1:
             raise ValueError(f"fit_fraction={self.fit_fraction} must lie in (0, 1]")
-        if not self.max_log_step > 0:
+        if not real_number("max_log_step", self.max_log_step, finite=False) > 0:
             raise ValueError(f"max_log_step={self.max_log_step} must be positive")
         if self.n_hypersteps and self.burnin > self.n_epochs:
             raise ValueError(

@@ -11,8 +11,10 @@ from torch import nn
 
 from laplace_ws.curvature import Backend
 from laplace_ws.curvature.backend import trainable_parameters
-from laplace_ws.curvature.batches import Batches, Data
+from laplace_ws.curvature.batches import Batches, Data, check_iterable
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys
+from laplace_ws.curvature.models import check_visible
+from laplace_ws.curvature.watch import warn_of_final_operation
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.marglik.checkpoint import left_as_found
 from laplace_ws.marglik.checks import check_data
@@ -25,6 +27,7 @@ from laplace_ws.marglik.settings import run_settings
 from laplace_ws.marglik.trainer import Trainer
 from laplace_ws.randomness import as_found_by_the_first, random_state
 from laplace_ws.threads import alone_with_random_state
+from laplace_ws.values import flag, path_of, shown
 
 
 def marglik_training(
@@ -139,6 +142,8 @@ def marglik_training(
 
     Source: Immer et al. 2021, "Scalable marginal likelihood estimation for model selection in deep learning".
     """
+    if flag("resume", resume) and checkpoint_path is None:
+        raise ValueError("resume=True needs checkpoint_path, the file to go on from.")
     schedule = Schedule(n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, fit_fraction, max_log_step)
     options = TrainingOptions(
         hessian_structure=hessian_structure,
@@ -215,8 +220,11 @@ def prepare(
         InvalidBatchError: the data do not fit model or likelihood, or can be iterated only once.
         ValueError: an option is out of its range.
     """
+    _check_types(schedule, options, checkpoint_path, on_epoch)
     likelihood = make_likelihood(likelihood)
     named_parameters = list(trainable_parameters(model).items())
+    check_visible(model, [p for _, p in named_parameters])
+    check_iterable(train_loader)
     device = named_parameters[0][1].device
     with alone_with_random_state(), left_as_found(model, device), as_found_by_the_first(device):
         with same_order_after(train_loader):
@@ -252,9 +260,23 @@ def prepare(
             rng=random_state(device),
             checkpoint_path=None if checkpoint_path is None else Path(checkpoint_path),
             on_epoch=on_epoch,
-            progress_bar=progress_bar,
+            progress_bar=flag("progress_bar", progress_bar),
         )
         if schedule.n_hypersteps:
             hyper.check_start(trainer.stiffness)
         la.check(facts.x_first)
+        warn_of_final_operation(model, likelihood, la.network.final_operation(facts.x_first), stacklevel=3)
         return trainer
+
+
+def _check_types(schedule: object, options: object, checkpoint_path: object, on_epoch: object) -> None:
+    for name, value, kind in (("schedule", schedule, Schedule), ("options", options, TrainingOptions)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {shown(value)}.")
+    if checkpoint_path is not None:
+        path = path_of("checkpoint_path", checkpoint_path)
+        if path.is_dir() or not path.parent.is_dir():
+            what = "is a folder" if path.is_dir() else f"lies in '{path.parent}', which is no folder"
+            raise ValueError(f"checkpoint_path '{path}' {what}; give a file in a folder that exists.")
+    if on_epoch is not None and not callable(on_epoch):
+        raise TypeError(f"on_epoch must be a function of an epoch's record, or None, got {shown(on_epoch)}.")

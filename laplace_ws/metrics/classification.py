@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import enum
+import math
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from laplace_ws.registry import Choice
+from laplace_ws.values import tensor
 
 _SUMS_TO_ONE = 1e-3
 _NEARLY_SUMS_TO_ONE = 5e-2
 _LARGEST_BELOW_ONE = 1.0 - 2.0**-24  # the float32 number just below 1
 
 
-class OutputKind(str, enum.Enum):
+class OutputKind(Choice):
     """What a classifier's output is: unnormalised log probabilities, or probabilities."""
 
     AUTO = "auto"
@@ -55,9 +58,16 @@ def to_log_probs(
     """Check outputs and labels, and give both with the leading dimensions merged; log probabilities in float64.
 
     Raises:
-        ValueError: if shapes or labels do not fit, a value is NaN, or rows sum to one only approximately.
+        TypeError: if outputs or labels are no tensors.
+        ValueError: if shapes or labels do not fit, a value is NaN or infinite, or rows sum to one only approximately.
     """
     kind = OutputKind(kind)
+    tensor("outputs", outputs, "[N, C] of logits or probabilities")
+    tensor("labels", labels, "[N] of class numbers")
+    if not outputs.is_floating_point():
+        raise ValueError(f"outputs must be floating point, but they are {outputs.dtype}; give logits or probabilities")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, but they are {labels.dtype}; give class numbers, labels.long()")
     if outputs.ndim < 2 or outputs.shape[-1] < 2 or outputs.shape[:-1] != labels.shape:
         raise ValueError(
             f"outputs of shape {tuple(outputs.shape)} do not fit labels of shape {tuple(labels.shape)}; "
@@ -71,6 +81,8 @@ def to_log_probs(
         raise ValueError(
             f"{outputs.isnan().any(-1).sum().item()} of {len(outputs)} outputs hold NaN; the model has diverged"
         )
+    if (outputs == math.inf).any():
+        raise ValueError("outputs hold infinity; the model has diverged")
     if labels.min() < 0 or labels.max() >= outputs.shape[-1]:
         raise ValueError(
             f"labels run from {labels.min().item()} to {labels.max().item()}, "

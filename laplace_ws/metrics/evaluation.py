@@ -17,6 +17,7 @@ from laplace_ws.metrics.classification import (
     to_log_probs,
 )
 from laplace_ws.registry import Registry
+from laplace_ws.values import whole_number
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def evaluate_classification(
     Raises:
         ValueError: if shapes or labels do not fit, a value is NaN, or rows sum to one only approximately.
     """
+    n_bins = whole_number("n_bins", n_bins, least=1)
     log_probs, labels = to_log_probs(outputs, labels, kind=kind)
     probs = log_probs.exp()
     scores = {name: metric(probs, labels, n_bins) for name, metric in METRICS.items()}

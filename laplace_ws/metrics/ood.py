@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 
 import torch
@@ -10,11 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace_ws.metrics.classification import OutputKind, to_log_probs
+from laplace_ws.registry import Choice
+from laplace_ws.values import tensor
 
 TRUE_POSITIVE_RATE = 0.95
 
 
-class OodScore(str, enum.Enum):
+class OodScore(Choice):
     """The measure of how unusual an input is, from 0 (certain) towards 1: 1 − max_c p_c, or the entropy in units of log C."""
 
     CONFIDENCE = "confidence"
@@ -33,6 +34,7 @@ def ood_scores(probs: Float[Tensor, "*batch C"], score: OodScore | str = OodScor
         ValueError: if `probs` are not probabilities, or the score is unknown.
     """
     score = OodScore(score)
+    tensor("probs", probs, "[N, C] of probabilities")
     no_labels = torch.zeros(probs.shape[:-1], dtype=torch.long, device=probs.device)
     log_probs, _ = to_log_probs(probs, no_labels, kind=OutputKind.PROBS)
     p = log_probs.exp()
@@ -60,9 +62,10 @@ def ood_detection(scores_in: Float[Tensor, " N"], scores_out: Float[Tensor, " M"
     from torchmetrics.functional.classification import binary_auroc, binary_roc
 
     for name, scores in (("scores_in", scores_in), ("scores_out", scores_out)):
+        tensor(name, scores, "[N], one number per input", 1)
         if not len(scores) or scores.isnan().any():
             raise ValueError(f"{name} must hold one number at least, and no NaN; the model may have diverged")
-    scores = torch.cat([scores_in, scores_out])
+    scores = torch.cat([scores_in, scores_out]).double()
     target = _is_out(len(scores_in), len(scores_out), scores.device)
     false_positive_rate, true_positive_rate, _ = binary_roc(scores, target)
     return {

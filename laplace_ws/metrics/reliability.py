@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laplace_ws.metrics.classification import OutputKind, to_log_probs
 from laplace_ws.records import from_dict
+from laplace_ws.values import whole_number
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def reliability_curve(
     Raises:
         ValueError: if `probs` are not probabilities, shapes or labels do not fit, or `n_bins` is below 1.
     """
-    if n_bins < 1:
+    if whole_number("n_bins", n_bins) < 1:
         raise ValueError(f"n_bins is {n_bins}; give at least 1")
     log_probs, labels = to_log_probs(probs, labels, kind=OutputKind.PROBS)
     confidence, top_label = log_probs.exp().max(-1)

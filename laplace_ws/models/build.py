@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from laplace_ws.models.lenet import LeNet
+from laplace_ws.models.lenet import LeNet, sides
 from laplace_ws.models.mlp import MLP
 from laplace_ws.models.wide_resnet import WideResNet
 from laplace_ws.registry import unknown_name
+from laplace_ws.values import whole_number
 
 Shape = Callable[[int, tuple[int, int], int], dict[str, Any]]
 """(channels, (height, width), classes) -> those arguments of a model that the data determine."""
@@ -35,6 +36,8 @@ _MODELS: dict[str, tuple[type[nn.Module], Shape]] = {
     "mlp": (MLP, _mlp_shape),
 }
 
+_OPTIONS_OF_ANY = {name for model, _ in _MODELS.values() for name in inspect.signature(model).parameters}
+
 MODEL_NAMES: tuple[str, ...] = tuple(_MODELS)
 
 
@@ -53,13 +56,23 @@ def build_model(
     Raises:
         ValueError: unknown name or option; names the nearest known one.
     """
-    if name not in _MODELS:
+    if not isinstance(name, str) or name not in _MODELS:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise unknown_name("model", name, MODEL_NAMES)
     model, shape = _MODELS[name]
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = sides(image_size)
+    in_channels, n_classes = (
+        whole_number("in_channels", in_channels, least=1),
+        whole_number("n_classes", n_classes, least=1),
+    )
     decided = shape(in_channels, (height, width), n_classes)
     known = [option for option in inspect.signature(model).parameters if option not in decided]
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of model '{name}'", option, known, cutoff=0.0)
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        error = unknown_name(f"option of model '{name}'", unknown[0], known, cutoff=0.0)
+        if unknown[0] in _OPTIONS_OF_ANY:
+            error = ValueError(
+                f"{error} Leave {', '.join(unknown)} out; where a file gives {'them' if len(unknown) > 1 else 'it'}, set "
+                f"{' '.join(f'--model.{option} null' for option in unknown)}."
+            )
+        raise error
     return model(**decided, **options)

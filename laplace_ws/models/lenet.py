@@ -6,6 +6,8 @@ from collections import OrderedDict
 
 from torch import nn
 
+from laplace_ws.values import shown, whole_number
+
 _SMALLEST_SIDE = 12
 
 
@@ -27,7 +29,11 @@ class LeNet(nn.Sequential):
     """
 
     def __init__(self, in_channels: int = 1, n_classes: int = 10, image_size: int | tuple[int, int] = 28) -> None:
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = sides(image_size)
+        in_channels, n_classes = (
+            whole_number("in_channels", in_channels, least=1),
+            whole_number("n_classes", n_classes, least=1),
+        )
         if min(height, width) < _SMALLEST_SIDE:
             raise ValueError(f"image_size={height}x{width} is too small; LeNet needs {_SMALLEST_SIDE}x{_SMALLEST_SIDE}")
         n_features = 16 * _side_before_linear(height) * _side_before_linear(width)
@@ -47,6 +53,22 @@ class LeNet(nn.Sequential):
                 classifier=nn.Linear(84, n_classes),
             )
         )
+
+
+def sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width, given both or one number for both.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: a side is below 1.
+    """
+    if isinstance(image_size, (tuple, list)):
+        if len(image_size) != 2:
+            raise TypeError(f"image_size must be one whole number, or height and width, got {shown(image_size)}.")
+        height, width = image_size
+    else:
+        height = width = image_size
+    return whole_number("image_size", height, least=1), whole_number("image_size", width, least=1)
 
 
 def _side_before_linear(side: int) -> int:

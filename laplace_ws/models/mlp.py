@@ -8,6 +8,7 @@ from itertools import pairwise
 from torch import nn
 
 from laplace_ws.registry import unknown_name
+from laplace_ws.values import shown, whole_number
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -38,9 +39,11 @@ class MLP(nn.Sequential):
     def __init__(
         self, in_features: int, hidden: Sequence[int] = (100,), out_features: int = 10, activation: str = "relu"
     ) -> None:
-        if activation not in _ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in _ACTIVATIONS:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise unknown_name("activation", activation, _ACTIVATIONS)
-        widths = [in_features, *hidden, out_features]
+        if not isinstance(hidden, Sequence) or isinstance(hidden, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"hidden must be a list of widths, such as [100, 50], got {shown(hidden)}.")
+        widths = [whole_number("a width", width) for width in (in_features, *hidden, out_features)]
         if min(widths) < 1:
             raise ValueError(f"all widths must be at least 1, not {widths}")
         layers: list[nn.Module] = [nn.Flatten(), nn.Linear(widths[0], widths[1])]

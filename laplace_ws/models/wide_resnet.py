@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from laplace_ws.models.scalars import Bias, Scale
 from laplace_ws.registry import Choice
+from laplace_ws.values import whole_number
 
 _STEM_CHANNELS = 16
 _CONVS_PER_BRANCH = 2
@@ -60,10 +61,14 @@ class WideResNet(nn.Module):
         norm: Norm | str = Norm.FIXUP,
     ) -> None:
         super().__init__()
-        n_blocks, rest = divmod(depth - 4, 6)
+        in_channels, n_classes = (
+            whole_number("in_channels", in_channels, least=1),
+            whole_number("n_classes", n_classes, least=1),
+        )
+        n_blocks, rest = divmod(whole_number("depth", depth) - 4, 6)
         if rest or n_blocks < 1:
             raise ValueError(f"depth={depth} must be 6n + 4 with n at least 1; the nearest is {_nearest_depth(depth)}")
-        if width < 1:
+        if whole_number("width", width) < 1:
             raise ValueError(f"width={width} must be at least 1")
         norm = Norm(norm)
         widths = [_STEM_CHANNELS * width * factor for factor in (1, 2, 4)]

@@ -14,6 +14,7 @@ from laplace_ws.curvature import Curvature
 from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.inputs import ModelInputs, StructuredInputs
 from laplace_ws.curvature.totals import DataTotals
+from laplace_ws.curvature.watch import DataWatch, draws_with_replacement, warn_of_final_operation
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.matrices import CurvatureMatrix, Damping
@@ -22,6 +23,7 @@ from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.prior import Prior
 from laplace_ws.posterior.structure import Problem, Structure
 from laplace_ws.threads import alone_with
+from laplace_ws.values import whole_number
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Fit:
         options: all options that it was made with, as plain values; fits that are added up must share them.
         n_arguments: number of arguments with which the model was called.
         fingerprint: of what is not covered.
+        examples: hashes of examples of the data, as far as they were looked at; none in a fit from a file.
     """
 
     H: CurvatureMatrix
@@ -47,6 +50,7 @@ class Fit:
     options: Mapping[str, Any]
     n_arguments: int
     fingerprint: Fingerprint
+    examples: frozenset[int] = frozenset()
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -98,8 +102,7 @@ def fit_posterior(
         UnsupportedParameterError: a parameter cannot be covered.
         ValueError: data cannot be added to the previous fit, as weights, options or outputs differ.
     """
-    if n_data is not None and n_data < 1:
-        raise ValueError(f"n_data must be at least 1, got {n_data}.")
+    n_data = None if n_data is None else whole_number("n_data", n_data, least=1)
     network, options = problem.network, all_options(structure, problem)
     batches = Batches.of(data, network.model, network.keys, progress="Laplace fit" if progress_bar else None)
     if structure.reads_data_again and batches.is_one_pass:
@@ -114,13 +117,18 @@ def fit_posterior(
         with alone_with(network.model):  # another thread may be using what is known
             network.check.forget()
     n_arguments = 1
+    first: ModelInputs | None = None
+    watch = DataWatch(problem.likelihood) if recheck else None
 
     def look_at_first(x: ModelInputs) -> None:
-        nonlocal n_arguments
+        nonlocal n_arguments, first
+        first = x
+        if watch is not None:
+            watch.begin()
         n_arguments = len(x.arguments) if isinstance(x, StructuredInputs) else 1
         network.check_last_layer(x)
 
-    batches = replace(batches, on_first=look_at_first)
+    batches = replace(batches, on_first=look_at_first, on_each=watch)
     found, totals = structure.curvature(problem, batches, None if before is None else before.H)
     if n_data is not None and n_data != totals.n_examples:
         found, totals = found * (n_data / totals.n_examples), totals.scaled_to(n_data)
@@ -128,6 +136,12 @@ def fit_posterior(
         _check_same_form(before.output_shape, totals.output_shape)
         found, totals = before.H + found, before.totals + totals
     network.forget()
+    if watch is not None and first is not None:
+        watch.warn(repeats=not draws_with_replacement(batches.loader), stacklevel=3)
+        warn_of_final_operation(network.model, problem.likelihood, network.final_operation(first), stacklevel=3)
+    examples: frozenset[int] = frozenset() if watch is None else watch.examples()
+    if before is not None:
+        examples |= before.examples
     return Fit(
         H=found,
         totals=totals,
@@ -137,6 +151,7 @@ def fit_posterior(
         options=options,
         n_arguments=n_arguments,
         fingerprint=Fingerprint.of(network.model, network.subset),
+        examples=examples,
     )
 
 

@@ -15,6 +15,7 @@ from laplace_ws.curvature.backend import Linearisation, differentiable_twice, ev
 from laplace_ws.curvature.checks import check_finite
 from laplace_ws.curvature.inputs import ModelInputs, own_copy
 from laplace_ws.curvature.native import NativeBackend
+from laplace_ws.errors import InvalidBatchError
 from laplace_ws.kfac import EmbeddingUse, MatrixUse, Use, rotated_gradients
 from laplace_ws.kfac.factors import total
 from laplace_ws.matrices import CurvatureMatrix, Layout, Pushforward
@@ -86,6 +87,7 @@ class LinearisedModel:
                     continue
                 f = linearisation.outputs
                 check_finite(self.network.model, f)
+                check_output_axes(self.network.model, f, self.output_shape)
                 with torch.autocast(f.device.type, enabled=False):
                     parts = [
                         self._covariances(linearisation, columns, H, pushforward)
@@ -141,6 +143,16 @@ class LinearisedModel:
         if name in selection:
             rows = rows[..., selection[name]]
         pushforward.add(name, rows.transpose(0, 1))
+
+
+def check_output_axes(model: nn.Module, f: Tensor, output_shape: tuple[int, ...]) -> None:
+    """Raise `InvalidBatchError` unless outputs have as many axes as those of the fit; those of sequences and images may be of any size."""
+    if f.ndim != 1 + len(output_shape):
+        in_fit = ", ".join(("N", *map(str, output_shape)))
+        raise InvalidBatchError(
+            f"{type(model).__name__} gives outputs {tuple(f.shape)} for these inputs, but [{in_fit}] in the fit; give inputs as in its "
+            "batches, and a single example as x[None]."
+        )
 
 
 def _is_outer(name: str, use: Use, *, is_turned: bool) -> bool:

@@ -17,6 +17,7 @@ from laplace_ws.curvature.backend import trainable_parameters
 from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.curvature_sum import default_generator
 from laplace_ws.curvature.inputs import BatchKeys
+from laplace_ws.curvature.models import check_visible
 from laplace_ws.errors import NotFittedError
 from laplace_ws.files import save_tensors
 from laplace_ws.likelihoods import Likelihood, make_likelihood
@@ -34,6 +35,7 @@ from laplace_ws.posterior.prior import Prior
 from laplace_ws.posterior.structure import Problem, Structure, make_structure
 from laplace_ws.posterior.subset import WeightSubset, make_subset
 from laplace_ws.posterior.tune import Method, TuningOptions, tuned_prior
+from laplace_ws.values import flag, generator_or_none, given, shown, whole_number
 
 
 class Laplace(Predictive):
@@ -78,7 +80,7 @@ class Laplace(Predictive):
         network: the model, the covered weights, and the backend.
         structure: of the curvature, with its options.
         prior: hyperparameters.
-        curvature, mc_samples, generator: of the next fit.
+        mc_samples, generator: of the next fit.
     """
 
     def __init__(
@@ -106,9 +108,9 @@ class Laplace(Predictive):
     ):
         own_options = inspect.signature(type(self).__init__).parameters
         structure = make_structure(hessian_structure, structure_options, other_options=own_options)
-        for name, value in (("mc_samples", mc_samples), ("memory_budget", memory_budget)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        self.mc_samples: int = whole_number("mc_samples", mc_samples, least=1)
+        self.memory_budget: int = whole_number("memory_budget", memory_budget, least=1)
+        generator = generator_or_none("generator", generator)
         if isinstance(subset_of_weights, WeightSubset):
             if last_layer_name is not None or subnetwork_indices is not None:
                 raise ValueError("a WeightSubset says all; leave out last_layer_name and subnetwork_indices.")
@@ -125,22 +127,21 @@ class Laplace(Predictive):
         among: frozenset[str] = frozenset(trainable_parameters(model) if is_guess else ())
         self.network: Network = Network(model, subset, make_backend(backend), BatchKeys(dict_key_x, dict_key_y), among)
         self.structure: Structure = structure.bound(self.parameter_names)
+        check_visible(model, self.network.parameters().values())
         self._likelihood: Likelihood = make_likelihood(likelihood)
-        self.curvature: Curvature = Curvature(curvature)
-        self.mc_samples = mc_samples
+        self.curvature = curvature
         weights = self.network.flat_weights()
         self.generator: torch.Generator = generator or default_generator(weights.device)
-        self.memory_budget = memory_budget
-        self.class_names = None if class_names is None else tuple(class_names)
+        self.class_names = None if class_names is None else _checked_names(class_names)
         self.prior: Prior = Prior.of(
             self.shapes,
             self._likelihood,
             self.structure,
             weights.device,
-            precision=prior_precision,
-            mean=prior_mean,
+            precision=given("prior_precision", prior_precision),
+            mean=given("prior_mean", prior_mean),
             sigma_noise=sigma_noise,
-            temperature=temperature,
+            temperature=given("temperature", temperature),
         )
         self._mean = weights
         self._fit: Fit | None = None
@@ -168,13 +169,22 @@ class Laplace(Predictive):
         return self.network.keys
 
     @property
+    def curvature(self) -> Curvature:
+        """Which curvature the next fit takes."""
+        return self._curvature
+
+    @curvature.setter
+    def curvature(self, curvature: str) -> None:
+        self._curvature: Curvature = Curvature(curvature)
+
+    @property
     def likelihood(self) -> Likelihood:
         """p(y | f), of the next fit."""
         return self._likelihood
 
     @likelihood.setter
-    def likelihood(self, likelihood: Likelihood) -> None:
-        self._likelihood = likelihood
+    def likelihood(self, likelihood: str | Likelihood) -> None:
+        self._likelihood = likelihood = make_likelihood(likelihood)
         self.prior = replace(self.prior, likelihood=likelihood)
 
     @property
@@ -244,7 +254,7 @@ class Laplace(Predictive):
 
     @prior_precision.setter
     def prior_precision(self, value: float | Tensor) -> None:
-        self.prior = self.prior.changed(precision=value)
+        self.prior = self.prior.changed(precision=given("prior_precision", value))
 
     @property
     def prior_precision_diag(self) -> Float[Tensor, " P"]:
@@ -258,7 +268,7 @@ class Laplace(Predictive):
 
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
-        self.prior = self.prior.changed(mean=value)
+        self.prior = self.prior.changed(mean=given("prior_mean", value))
 
     @property
     def sigma_noise(self) -> Tensor:
@@ -267,7 +277,7 @@ class Laplace(Predictive):
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
-        self.prior = self.prior.changed(sigma_noise=value)
+        self.prior = self.prior.changed(sigma_noise=given("sigma_noise", value))
 
     @property
     def temperature(self) -> Tensor:
@@ -276,7 +286,7 @@ class Laplace(Predictive):
 
     @temperature.setter
     def temperature(self, value: float | Tensor) -> None:
-        self.prior = self.prior.changed(temperature=value)
+        self.prior = self.prior.changed(temperature=given("temperature", value))
 
     # ---------------------------------------------------------------- fit
 
@@ -304,15 +314,15 @@ class Laplace(Predictive):
             InvalidBatchError: the data do not fit the model or the likelihood, or are empty.
             ValueError: data cannot be added, as weights or options differ from those of the previous fit.
         """
-        before = None if override else self._fit
+        before = None if flag("override", override) else self._fit
         self._fit = fit_posterior(
             self.structure,
             self._problem,
             train_loader,
             before=before,
             n_data=n_data,
-            progress_bar=progress_bar,
-            recheck=recheck,
+            progress_bar=flag("progress_bar", progress_bar),
+            recheck=flag("recheck", recheck),
         )
 
     def check(self, x: Any) -> None:
@@ -481,3 +491,9 @@ class Laplace(Predictive):
         fitted = "not fitted" if self._fit is None else f"fitted to {self.n_data} examples"
         covered = f"{len(self.shapes)} parameters, {self.n_params} weights"
         return f"Laplace({self.hessian_structure}, {self.likelihood.name}, {covered}, {fitted})"
+
+
+def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):  # pyright: ignore
+        raise TypeError(f"class_names must be a list of strings, one per class, got {shown(names)}.")
+    return tuple(names)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import Backend, evaluation_mode
-from laplace_ws.curvature.checks import N_PROBED, LinearisationCheck
+from laplace_ws.curvature.checks import N_PROBED, LinearisationCheck, check_finite
 from laplace_ws.curvature.inputs import (
     BatchKeys,
     ModelInputs,
@@ -22,6 +22,7 @@ from laplace_ws.curvature.inputs import (
     own_copy,
     without_targets,
 )
+from laplace_ws.curvature.watch import final_operation
 from laplace_ws.kfac.uses import at_least_float32
 from laplace_ws.posterior.subset import WeightSubset, check_last_layer
 from laplace_ws.posterior.weights import check_replaceable, weights_in_place
@@ -99,6 +100,13 @@ class Network:
         if self.last_layer_among:
             check_last_layer(self.model, x[:N_PROBED], self.subset, self.last_layer_among)
 
+    def final_operation(self, x: ModelInputs) -> str | None:
+        """Name of the operation of autograd that the outputs come from, as the last check found it; else at one example."""
+        if self.check.final_operation is not None:
+            return self.check.final_operation
+        with evaluation_mode(self.model):
+            return final_operation(call_model(self.model, own_copy(x[:1])))
+
     def outputs(
         self, x: ModelInputs, weights: Iterator[Float[Tensor, " P"]], *, backprop: bool
     ) -> Float[Tensor, "S N ..."]:
@@ -116,7 +124,9 @@ class Network:
             for flat in weights:
                 with weights_in_place(self.model, self.subset.tensors(self.model, flat)):
                     outputs.append(at_least_float32(call_model(self.model, own_copy(x))))
-        return torch.stack(outputs)
+        stacked = torch.stack(outputs)
+        check_finite(self.model, stacked)
+        return stacked
 
     def forget(self) -> None:
         """Look anew at the weights: whether they are those of a fit, and whether the model runs on others than its own."""

@@ -15,10 +15,11 @@ from laplace_ws.likelihoods import RegressionLikelihood
 from laplace_ws.likelihoods.links import LinkApprox, draw_outputs, probabilities
 from laplace_ws.matrices import Damping, Layout
 from laplace_ws.posterior.fit import Fit, check_network
-from laplace_ws.posterior.functional import LinearisedModel
+from laplace_ws.posterior.functional import LinearisedModel, check_output_axes
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.prior import Prior
 from laplace_ws.registry import Choice
+from laplace_ws.values import flag, generator_or_none, whole_number
 
 Prediction = Tensor | tuple[Tensor, Tensor]
 """Probabilities; or, for regression, mean and covariance."""
@@ -47,6 +48,18 @@ class PredictionOptions:
     diagonal_output: bool = False
     observation_noise: bool = False
     backprop: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise for options of a wrong type or value."""
+        whole_number("n_samples", self.n_samples, least=1)
+        generator_or_none("generator", self.generator)
+        for name in ("joint", "diagonal_output", "observation_noise", "backprop"):
+            flag(name, getattr(self, name))
+        if self.by_network and self.link is not LinkApprox.PROBIT:
+            raise ValueError(
+                f'link_approx={self.link.value!r} is for pred_type="glm"; pred_type="nn" averages the predictions of sampled networks; '
+                "leave it out."
+            )
 
     @property
     def by_network(self) -> bool:
@@ -82,6 +95,10 @@ class Predictor:
             if options.joint:
                 raise ValueError('joint=True needs pred_type="glm".')
             return self.mean_over_samples(self.network_outputs(x, options), options)
+        if likelihood.is_regression and link is not LinkApprox.PROBIT:
+            raise ValueError(
+                f"link_approx={link.value!r} is for classes, not for {likelihood.name!r}, whose predictions are exact; leave it out."
+            )
         needs_covariance = likelihood.needs_covariance(link.value)
         if options.diagonal_output and link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM):
             raise ValueError(
@@ -96,6 +113,8 @@ class Predictor:
 
     def sample(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
         """Weights drawn from the posterior."""
+        n_samples = whole_number("n_samples", n_samples, least=1)
+        generator = generator_or_none("generator", generator)
         mean = self.fit.mean
         # in half precision a deviation would drown in the rounding
         dtype = torch.promote_types(mean.dtype, torch.float32)
@@ -161,10 +180,10 @@ class Predictor:
     def network_outputs(self, x: Any, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
         """Outputs of the network at weights drawn from the posterior."""
         inputs = self.inputs(x)
-        if options.n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1, got {options.n_samples}.")
         weights = self._drawn_weights(options.n_samples, options.generator)
-        return self.network.outputs(inputs, weights, backprop=options.backprop)
+        outputs = self.network.outputs(inputs, weights, backprop=options.backprop)
+        check_output_axes(self.network.model, outputs[0], self.fit.output_shape)
+        return outputs
 
     def _drawn_weights(self, n_samples: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, " P"]]:
         """Samples one by one, drawn in batches as large as memory allows."""

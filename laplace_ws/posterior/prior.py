@@ -16,6 +16,7 @@ from torch import Tensor
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.matrices import expand_per_weight
 from laplace_ws.posterior.structure import Structure
+from laplace_ws.values import shown
 
 Value = float | Tensor
 
@@ -70,7 +71,12 @@ class Prior:
         sigma_noise: Value | None = None,
         temperature: Value | None = None,
     ) -> Prior:
-        """A copy with other values, those that are None left as they are; raises `ValueError` for an invalid one."""
+        """A copy with other values, those that are None left as they are.
+
+        Raises:
+            TypeError: one is no number.
+            ValueError: one is out of its range, or of another shape.
+        """
         changes = {}
         if precision is not None:
             changes["precision"] = self._checked_precision(precision)
@@ -107,14 +113,19 @@ class Prior:
 
     # ---------------------------------------------------------------- checks
 
-    def _tensor(self, value: Value) -> Tensor:
-        value = torch.as_tensor(value, dtype=torch.float64, device=self.precision.device)
+    def _tensor(self, name: str, value: Value) -> Tensor:
+        try:
+            if isinstance(value, (bool, str)) or (isinstance(value, Tensor) and value.is_complex()):
+                raise TypeError
+            value = torch.as_tensor(value, dtype=torch.float64, device=self.precision.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name} must be a number or a tensor of numbers, got {shown(value)}.") from None
         if not value.requires_grad:
             value = value.clone()  # later changes to the caller's tensor must not change ours
         return value.squeeze() if value.numel() == 1 else value
 
     def _positive_scalar(self, name: str, value: Value) -> Tensor:
-        value = self._tensor(value)
+        value = self._tensor(name, value)
         if value.ndim or not 0 < value < math.inf:
             raise ValueError(f"{name} must be one positive number, got {value.tolist()}.")
         return value
@@ -130,7 +141,7 @@ class Prior:
         return value
 
     def _checked_mean(self, value: Value) -> Tensor:
-        value, n_params = self._tensor(value), sum(shape.numel() for shape in self.shapes.values())
+        value, n_params = self._tensor("prior_mean", value), sum(shape.numel() for shape in self.shapes.values())
         if value.shape not in ((), (n_params,)):
             raise ValueError(f"prior_mean must be a number or have shape [{n_params}], got {list(value.shape)}.")
         if not value.isfinite().all():
@@ -138,7 +149,7 @@ class Prior:
         return value
 
     def _checked_precision(self, value: Value) -> Tensor:
-        value, per_weight = self._tensor(value), self.structure.prior_per_weight
+        value, per_weight = self._tensor("prior_precision", value), self.structure.prior_per_weight
         shapes = [[], [len(self.shapes)]]
         if per_weight:
             shapes.append([sum(shape.numel() for shape in self.shapes.values())])

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from laplace_ws.likelihoods import Likelihood
+from laplace_ws.values import shown
 
 Score = Callable[[Any, Tensor], float]
 """From predictions of all validation data (probabilities; for regression mean and variances of the targets) and their targets."""
@@ -33,7 +34,7 @@ def _of_metric(metric: Any) -> Score:
     def score(prediction: Any, y: Tensor) -> float:
         metric.reset()
         metric.update(_first(prediction), y)
-        value = float(metric.compute())
+        value = _number(metric.compute(), "the metric")
         metric.reset()
         return -value if metric.higher_is_better else value
 
@@ -41,7 +42,14 @@ def _of_metric(metric: Any) -> Score:
 
 
 def _of_function(function: Callable[[Any, Tensor], Any]) -> Score:
-    return lambda prediction, y: float(function(_first(prediction), y))
+    return lambda prediction, y: _number(function(_first(prediction), y), "the loss")
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{what} must return one number for all validation data, got {shown(value)}.") from None
 
 
 def _first(prediction: Any) -> Tensor:

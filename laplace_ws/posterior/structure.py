@@ -144,7 +144,14 @@ STRUCTURES: Registry[type[Structure]] = Registry("hessian_structure")
 
 
 def register_structure(structure: type[Structure]) -> type[Structure]:
-    """Make a structure of your own available as `hessian_structure=structure.name`; also a decorator of its class."""
+    """Make a structure of your own available as `hessian_structure=structure.name`; also a decorator of its class.
+
+    Raises:
+        TypeError: it is no subclass of `Structure`, or has no name.
+        ValueError: another has its name.
+    """
+    if not isinstance(structure, type) or not issubclass(structure, Structure) or not hasattr(structure, "name"):  # pyright: ignore
+        raise TypeError(f"register_structure takes a subclass of Structure with a name, got {structure!r}.")
     STRUCTURES.register(structure.name, structure)
     return structure
 

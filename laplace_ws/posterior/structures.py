@@ -26,6 +26,7 @@ from laplace_ws.kfac import (
 from laplace_ws.matrices import CurvatureMatrix, Dense, Diag, Ekfac, Kron, LowRank
 from laplace_ws.posterior.precision import PosteriorPrecision
 from laplace_ws.posterior.structure import DataCurvature, Problem, Structure, register_structure
+from laplace_ws.values import whole_number
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,7 @@ class LowRankStructure(Structure):
     rank: int = 20
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}.")
+        whole_number("rank", self.rank, least=1)
 
     def curvature(self, problem: Problem, batches: Batches, before: CurvatureMatrix | None) -> DataCurvature:
         """See `Structure.curvature`."""

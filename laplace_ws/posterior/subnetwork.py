@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from laplace_ws.curvature.backend import trainable_parameters
 from laplace_ws.posterior.laplace import Laplace
 from laplace_ws.posterior.subset import make_subset
+from laplace_ws.values import generator_or_none, shown, whole_number
 
 
 def largest_magnitude(model: nn.Module, n_weights: int) -> Int[Tensor, " D"]:
@@ -34,9 +35,11 @@ def largest_variance(la: Laplace, n_weights: int) -> Int[Tensor, " D"]:
         la: a fitted posterior with `hessian_structure="diag"` over all weights of the model.
         n_weights: D.
     """
-    if la.n_params != sum(p.numel() for p in trainable_parameters(la.model).values()):
+    if not isinstance(la, Laplace):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f'largest_variance takes a fitted posterior with hessian_structure="diag", got {shown(la)}.')
+    if la.hessian_structure != "diag" or la.n_params != sum(p.numel() for p in trainable_parameters(la.model).values()):
         raise ValueError(
-            'largest_variance needs a diagonal posterior of all weights; fit one with subset_of_weights="all".'
+            'largest_variance needs a diagonal posterior of all weights; fit one with hessian_structure="diag" and subset_of_weights="all".'
         )
     return _top(1 / la.posterior_precision, n_weights)
 
@@ -51,12 +54,15 @@ def random_subnetwork(model: nn.Module, n_weights: int, generator: torch.Generat
     """
     n_params = sum(p.numel() for p in trainable_parameters(model).values())
     _check_number(n_weights, n_params)
+    generator = generator_or_none("generator", generator)
     return torch.randperm(n_params, generator=generator)[:n_weights].sort().values
 
 
 def named_weights(model: nn.Module, patterns: Sequence[str]) -> Int[Tensor, " D"]:
     """All weights of the parameters and modules whose names match a pattern, as in `["head", "*.bias"]`."""
-    chosen = make_subset(model, list(patterns)).parameter_shapes
+    if isinstance(patterns, str):
+        raise TypeError(f"patterns must be a list of patterns of names, such as [{patterns!r}], got a string.")
+    chosen = make_subset(model, patterns).parameter_shapes
     is_chosen = [torch.full((p.numel(),), name in chosen) for name, p in trainable_parameters(model).items()]
     return torch.cat(is_chosen).nonzero().flatten()
 
@@ -67,5 +73,6 @@ def _top(scores: Tensor, n_weights: int) -> Int[Tensor, " D"]:
 
 
 def _check_number(n_weights: int, n_params: int) -> None:
+    n_weights = whole_number("n_weights", n_weights)
     if not 1 <= n_weights <= n_params:
         raise ValueError(f"a subnetwork has from 1 to {n_params} weights here, not {n_weights}.")

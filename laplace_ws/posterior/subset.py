@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,7 @@ from laplace_ws.curvature.backend import evaluation_mode, trainable_parameters
 from laplace_ws.curvature.inputs import ModelInputs, call_model, own_copy
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.threads import alone_with
+from laplace_ws.values import shown
 
 SUBSETS = ("all", "last_layer", "subnetwork")
 
@@ -99,6 +101,7 @@ def make_subset(
         ValueError: the model has no such weights.
     """
     trainable = trainable_parameters(model)
+    _check_types(subset_of_weights, last_layer_name)
     if (subset_of_weights == "subnetwork") != (subnetwork_indices is not None):
         raise ValueError('subset_of_weights="subnetwork" and subnetwork_indices go together; give both or none.')
     if last_layer_name is not None and subset_of_weights != "last_layer":
@@ -116,6 +119,19 @@ def make_subset(
             f"([{subset_of_weights!r}])."
         )
     return _whole(_matching(model, trainable, list(subset_of_weights), "subset_of_weights"))
+
+
+def _check_types(subset_of_weights: Any, last_layer_name: object) -> None:
+    if last_layer_name is not None and (not isinstance(last_layer_name, str) or not last_layer_name):
+        raise TypeError(f"last_layer_name must be the name of a module, got {shown(last_layer_name)}.")
+    if isinstance(subset_of_weights, str):
+        return
+    is_list = isinstance(subset_of_weights, Sequence) and subset_of_weights
+    if not is_list or not all(isinstance(pattern, str) for pattern in subset_of_weights):
+        raise TypeError(
+            f"subset_of_weights must be one of {', '.join(map(repr, SUBSETS))}, a list of one or more patterns of names, or a "
+            f"WeightSubset, got {shown(subset_of_weights)}."
+        )
 
 
 def last_layer(model: nn.Module) -> str:
@@ -194,7 +210,10 @@ def _matching(
 
 def _subnetwork(parameters: Mapping[str, nn.Parameter], indices: Int[Tensor, " D"]) -> WeightSubset:
     n_params = sum(p.numel() for p in parameters.values())
-    indices = torch.as_tensor(indices)
+    try:
+        indices = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError):
+        indices = torch.empty(0)
     if indices.dtype == torch.bool and indices.shape == (n_params,):
         indices = indices.nonzero().flatten()
     is_valid = indices.ndim == 1 and not indices.is_floating_point() and indices.dtype != torch.bool and len(indices)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_ws.curvature.batches import Batches
+from laplace_ws.curvature.watch import DataWatch, warn_of_overlap
 from laplace_ws.likelihoods.links import LinkApprox
 from laplace_ws.posterior.evidence import log_marginal_likelihood, optimal_prior_and_noise
 from laplace_ws.posterior.groups import PriorStructure, prior_groups
@@ -20,6 +21,10 @@ from laplace_ws.posterior.prior import Prior
 from laplace_ws.posterior.scores import make_score
 from laplace_ws.posterior.validate import Unknowns, grid_scores, minimise_validation_nll
 from laplace_ws.registry import Choice
+from laplace_ws.values import flag, real_number, shown, whole_number
+
+LARGEST_EXPONENT = 30
+"""Of a grid's prior precisions, as powers of ten."""
 
 
 class Method(Choice):
@@ -49,6 +54,29 @@ class TuningOptions:
     lr: float
     optimize_noise: bool
     optimize_temperature: bool
+
+    def __post_init__(self) -> None:
+        """Raise for options of a wrong type, or out of their range."""
+        whole_number("grid_size", self.grid_size, least=1)
+        whole_number("n_steps", self.n_steps, least=1)
+        real_number("lr", self.lr, above=0)
+        low = real_number("log_prior_prec_min", self.log_prior_prec_min)
+        high = real_number("log_prior_prec_max", self.log_prior_prec_max)
+        for name, value in (("log_prior_prec_min", low), ("log_prior_prec_max", high)):
+            if abs(value) > LARGEST_EXPONENT:
+                raise ValueError(
+                    f"{name} is a power of ten from −{LARGEST_EXPONENT} to {LARGEST_EXPONENT}, got {value:g}."
+                )
+        if low > high:
+            raise ValueError(
+                f"log_prior_prec_min={low:g} lies above log_prior_prec_max={high:g}; exchange them, as the grid goes up."
+            )
+        flag("optimize_noise", self.optimize_noise)
+        flag("optimize_temperature", self.optimize_temperature)
+        if not isinstance(self.loss, str) and not callable(self.loss):
+            raise TypeError(
+                f"loss must be a name, a torchmetrics metric or a function of predictions and targets, got {shown(self.loss)}."
+            )
 
     def check(self, predictor: Predictor, *, has_data: bool, prediction: PredictionOptions) -> None:
         """Raise `ValueError` for options that do not go together, or not with the posterior."""
@@ -102,9 +130,14 @@ def tuned_prior(
             fit, prior, options.prior_structure, fix_noise=not options.optimize_noise
         )
         return prior.changed(precision=delta, sigma_noise=sigma)
+    watch = DataWatch(fit.likelihood)
+    batches = replace(batches, on_first=watch.begin, on_each=watch)
     if options.method is Method.GRADIENT:
-        return minimise_validation_nll(predictor, batches, unknowns, options.n_steps)
-    return prior.changed(precision=_best_of_grid(predictor, options, batches, prediction))
+        chosen = minimise_validation_nll(predictor, batches, unknowns, options.n_steps)
+    else:
+        chosen = prior.changed(precision=_best_of_grid(predictor, options, batches, prediction))
+    warn_of_overlap(fit.examples, fit.totals.n_examples, watch, stacklevel=3)
+    return chosen
 
 
 def _by_adam(predictor: Predictor, unknowns: Unknowns, options: TuningOptions) -> Prior:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from jsonargparse import ArgumentError
-
 from laplace_ws.experiment.config import ExperimentError, ModelConfig, RunConfig, TrainingConfig
 from laplace_ws.experiment.folder import PARTIAL
-from laplace_ws.options import UnknownKeyError, from_mapping
+from laplace_ws.option_errors import OptionError
+from laplace_ws.options import from_mapping
 
 _NOT_IN_NAMES = "/\\"
 
@@ -59,7 +58,7 @@ def changed_model(model: ModelConfig, candidate: Candidate) -> ModelConfig:
     kept = {} if changes.get("name", model.name) != model.name else asdict(model)
     try:
         return from_mapping(ModelConfig, kept | changes)
-    except (UnknownKeyError, ArgumentError) as error:
+    except OptionError as error:
         raise ExperimentError(f"{where}: {error}") from error
 
 

@@ -70,7 +70,7 @@ def test_leading_dimensions_are_merged():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="'loudness' is not a valid OodScore"):
+    with pytest.raises(ValueError, match="unknown ood_score 'loudness': choose one of 'confidence', 'entropy'"):
         ood_scores(random_probs(2, 3), "loudness")
     with pytest.raises(ValueError, match="not probabilities"):
         ood_scores(torch.randn(5, 3))

@@ -1,0 +1,92 @@
+"""What the rows of the tables refer to: models, data, and short names."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+import laplace_ws as lw
+from laplace_ws import curvature, data, marglik, metrics, models
+from laplace_ws.posterior import subnetwork
+
+N = 12
+
+
+def mlp(n_outputs: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, n_outputs))
+
+
+class Ending(nn.Module):
+    """A linear layer, and something that is done to its outputs."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.layer, self.end = nn.Linear(3, 3), end
+
+    def forward(self, x):
+        return self.end(self.layer(x))
+
+
+def compiled_in_place() -> nn.Module:
+    model = mlp()
+    model.compile(backend="eager")
+    return model
+
+
+def posterior(likelihood="classification", **options) -> lw.Laplace:
+    return lw.Laplace(mlp(), likelihood, **options)
+
+
+def fit(batches, likelihood="classification", model=None, n_data=None, **options) -> lw.Laplace:
+    la = lw.Laplace(model or mlp(), likelihood, **options)
+    la.fit(batches, n_data=n_data)
+    return la
+
+
+def train(loader=None, model=None, **options):
+    loader = [(x, labels)] if loader is None else loader
+    options = {"n_epochs": 1, "n_epochs_burnin": 0, "progress_bar": False, **options}
+    return marglik.marglik_training(model or mlp(), loader, **options)
+
+
+def tensors(**options) -> data.TensorLoader:
+    return data.TensorLoader(x, labels, **{"batch_size": 4, **options})
+
+
+_draws = torch.Generator().manual_seed(0)
+x = torch.randn(N, 3, generator=_draws)
+images = torch.rand(2, 3, 8, 8, generator=_draws)
+probs = torch.rand(N, 3, generator=_draws).softmax(-1)
+labels = torch.arange(N) % 3
+targets = torch.randn(N, 3, generator=_draws)
+one_hot = nn.functional.one_hot(labels, 3)
+graph = (torch.rand(3, 2, generator=_draws), torch.tensor([[0, 1], [1, 2]]))
+
+
+def names() -> dict[str, Any]:
+    """All of this, with posteriors that have been fitted."""
+    pair = [(x, labels)]
+    of_classes = fit(pair)
+    return {
+        **{name: getattr(lw, name) for name in lw.__all__},
+        **{name: getattr(curvature, name) for name in curvature.__all__},
+        **{name: getattr(data, name) for name in data.__all__},
+        **{name: getattr(marglik, name) for name in marglik.__all__},
+        **{name: getattr(metrics, name) for name in metrics.__all__},
+        **{name: getattr(models, name) for name in models.__all__},
+        **{name: value for name, value in vars(subnetwork).items() if not name.startswith("_")},
+        **globals(),
+        "pair": pair,
+        "la": of_classes,
+        "la_regression": fit([(x, targets)], "regression"),
+        "la_binary": fit([(x, one_hot.float())], "binary"),
+        "la_diag": fit(pair, hessian_structure="diag"),
+        "la_asdl": fit(pair, backend="asdl"),
+        "math": math,
+        "nn": nn,
+        "torch": torch,
+    }
