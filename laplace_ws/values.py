@@ -57,9 +57,9 @@ def real_number(
         raise TypeError(f"{name} must be a number, got {shown(value)}.") from None
     is_low = (above > -math.inf and not number > above) or (at_least > -math.inf and not number >= at_least)
     if is_low or (finite and not math.isfinite(number)):
-        limits = ["finite"] if finite else []
-        limits += ["positive" if above == 0 else f"above {above:g}"] if above > -math.inf else []
+        limits = ["positive" if above == 0 else f"above {above:g}"] if above > -math.inf else []
         limits += [f"at least {at_least:g}"] if at_least > -math.inf else []
+        limits += ["finite"] if finite else []
         raise ValueError(f"{name} must be {' and '.join(limits) or 'a number'}, got {number:g}.")
     return number
 

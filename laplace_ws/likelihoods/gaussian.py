@@ -48,8 +48,8 @@ class Gaussian(RegressionLikelihood):
         if output_scales is not None:
             if not isinstance(output_scales, (Sequence, Tensor, np.ndarray)) or isinstance(output_scales, str):  # pyright: ignore
                 raise TypeError(f"output_scales must be positive numbers, one per output, got {shown(output_scales)}.")
-            self.output_scales = tuple(real_number("a number of output_scales", s, above=0) for s in output_scales)
-            if not self.output_scales:
+            self.output_scales = tuple(real_number("a number of output_scales", s, finite=False) for s in output_scales)
+            if not self.output_scales or not all(0 < scale < math.inf for scale in self.output_scales):
                 raise ValueError(f"output_scales must be positive numbers, one per output, got {self.output_scales}.")
 
     def check(self, f: Tensor, y: Tensor) -> None:

@@ -237,7 +237,7 @@ def test_the_model_is_left_as_found(options, fails):
     state = {name: (t.clone(), t.data_ptr()) for name, t in la.model.state_dict().items()}
     flags = [p.requires_grad for p in la.model.parameters()]
     if fails:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(InvalidBatchError):
             la(x[..., :2, :, :][:, :1], **options)
     else:
         la(x, **options)
