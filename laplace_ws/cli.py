@@ -192,7 +192,7 @@ def _config_path(given: str) -> str:
     if given in bundled:
         return str(bundled[given])
     raise UnknownKeyError(
-        f"'{given}' is no file; give a YAML file, or the name of a bundled configuration: {', '.join(bundled)}"
+        f"'{given}' is no file; give a YAML file, or the name of a bundled configuration: {', '.join(sorted(bundled))}"
     )
 
 

@@ -36,10 +36,6 @@ class GraphBatch:
     def __post_init__(self) -> None:
         for name in ("nodes", "edges", "graph"):
             tensor(name, getattr(self, name), "of nodes [V, F], edges [2, E] or graphs [V]")
-        if self.edges.is_floating_point() or self.graph.is_floating_point():
-            raise InvalidBatchError(
-                f"edges and graph must hold integers, but they are {self.edges.dtype} and {self.graph.dtype}."
-            )
         if self.edges.ndim != 2 or len(self.edges) != 2:
             raise InvalidBatchError(
                 f"edges must be [2, E], source and target of each edge, got {tuple(self.edges.shape)}."
@@ -47,6 +43,10 @@ class GraphBatch:
         if self.graph.shape != self.nodes.shape[:1]:
             raise InvalidBatchError(
                 f"graph must name the graph of each of the {len(self.nodes)} nodes, got {tuple(self.graph.shape)}."
+            )
+        if self.edges.is_floating_point() or self.graph.is_floating_point():
+            raise InvalidBatchError(
+                f"edges and graph must hold integers, but they are {self.edges.dtype} and {self.graph.dtype}."
             )
 
     @classmethod

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench_curvature import run
-from bench_curvature.command import main
+from bench_curvature.command import main, parse
 from bench_curvature.config import BenchConfig, CurvesConfig, NetworkConfig, UpdatesConfig
 from bench_curvature.run import NO_GPU, run_bench
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -87,12 +88,13 @@ def begun(tmp_path: Path, *, workers: int) -> subprocess.Popen[str]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell has its background jobs ignore it
     )
     metrics = config.folder / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and len(runs_in(metrics)) == workers and lines(metrics) > 4 * workers)
+    wait_until(lambda: metrics.exists() and sum(n > 3 for n in epochs_in(metrics).values()) == workers)
     return process
 
 
-def runs_in(metrics: Path) -> set[str]:
-    return {json.loads(line)["run"] for line in metrics.read_text().splitlines() if line.endswith("}")}
+def epochs_in(metrics: Path) -> Counter[str]:
+    """How many epochs of each network have been written."""
+    return Counter(json.loads(line)["run"] for line in metrics.read_text().splitlines() if line.endswith("}"))
 
 
 def lines(path: Path) -> int:
@@ -136,7 +138,7 @@ def test_a_signal_to_the_parent_keeps_the_last_epoch_and_says_how_to_go_on(numbe
     folder = tmp_path / "out" / "run"
     for path in folder.glob("checkpoint*.pt"):
         name = "tuned" if path.name == "checkpoint.pt" else path.stem.removeprefix("checkpoint-")
-        logged = sum(f'"run": "{name}"' in line for line in (folder / "metrics.jsonl").read_text().splitlines())
+        logged = epochs_in(folder / "metrics.jsonl")[name]
         assert load_checkpoint(path)["progress"]["epoch"] >= logged - 1 > 0  # tunings come after 1,000 epochs only
     assert len(list(folder.glob("checkpoint*.pt"))) == workers
 
