@@ -6,6 +6,7 @@ without this module. Here the digest is compared first, so that a change of any 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pickletools
@@ -129,8 +130,10 @@ def replacing(path: str | Path) -> Generator[BinaryIO, None, None]:
         OSError: of the kind that the system gave, with a sentence that names the file.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        partial = path.with_name(f"{path.name}.partial")
         with _only_writer(partial):
             try:
                 with partial.open("w+b") as file:

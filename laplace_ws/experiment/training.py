@@ -34,6 +34,8 @@ def check_config(config: RunConfig, tasks: Sequence[Task]) -> None:
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU; use device=auto or device=cpu")
+    if not 0 <= config.marglik.momentum < 1:
+        raise ValueError(f"marglik.momentum={config.marglik.momentum} must be at least 0 and below 1")
     if not config.marglik.lr > 0:
         raise ValueError(f"marglik.lr={config.marglik.lr} must be positive")
     for task in tasks:

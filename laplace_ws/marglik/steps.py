@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from laplace_ws.marglik.objective import PriorGradient
-from laplace_ws.marglik.plain import unwrapped
+from laplace_ws.values import real_number, shown, whole_number
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class StepOptions:
     """How gradients become optimiser steps; `marglik_training` documents each option.
 
     Raises:
+        TypeError: one of them is of another type.
         ValueError: one of them is out of its range.
     """
 
@@ -26,11 +27,11 @@ class StepOptions:
     grad_scaler: torch.amp.GradScaler | None = None
 
     def __post_init__(self) -> None:
-        k, limit = self.gradient_accumulation_steps, self.max_grad_norm
-        if unwrapped(k) != int(k) or k < 1:
-            raise ValueError(f"gradient_accumulation_steps={k} must be a whole number of at least 1")
-        if limit is not None and not (limit > 0 and math.isfinite(limit)):
-            raise ValueError(f"max_grad_norm={limit} must be a positive number, or None for no limit")
+        whole_number("gradient_accumulation_steps", self.gradient_accumulation_steps, least=1)
+        if self.max_grad_norm is not None:
+            real_number("max_grad_norm", self.max_grad_norm, above=0)
+        if self.grad_scaler is not None and not isinstance(self.grad_scaler, torch.amp.GradScaler):
+            raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, or None, got {shown(self.grad_scaler)}.")
 
     @property
     def active_scaler(self) -> torch.amp.GradScaler | None:

@@ -35,7 +35,7 @@ from laplace_ws.posterior.prior import Prior
 from laplace_ws.posterior.structure import Problem, Structure, make_structure
 from laplace_ws.posterior.subset import WeightSubset, make_subset
 from laplace_ws.posterior.tune import Method, TuningOptions, tuned_prior
-from laplace_ws.values import flag, generator_or_none, given, shown, whole_number
+from laplace_ws.values import flag, generator_or_none, given, path_of, shown, whole_number
 
 
 class Laplace(Predictive):
@@ -485,7 +485,7 @@ class Laplace(Predictive):
 
     def save(self, path: str | Path) -> None:
         """Write `state_dict()` to a file, which `load_posterior` and `torch.load(path, weights_only=True)` read."""
-        save_tensors(path, self.state_dict())
+        save_tensors(path_of("path", path), self.state_dict())
 
     def __repr__(self) -> str:
         fitted = "not fitted" if self._fit is None else f"fitted to {self.n_data} examples"

@@ -16,6 +16,7 @@ from laplace_ws.files import FileFormatError, load_tensors
 from laplace_ws.likelihoods import Likelihood, likelihood_from_state
 from laplace_ws.posterior import files
 from laplace_ws.posterior.laplace import Laplace
+from laplace_ws.values import path_of
 
 KronLaplace: functools.partial[Laplace] = functools.partial(Laplace, hessian_structure="kron")
 """`Laplace` with Kronecker factors, by its name in laplace-torch."""
@@ -49,7 +50,7 @@ def load_posterior(
         FileFormatError: the file is damaged, not a posterior, or in another format.
         ValueError: the model has other parameters.
     """
-    state = load_tensors(path, "a posterior")
+    state = load_tensors(path_of("path", path), "a posterior")
     with _named(path):
         files.check_format(state)
         with files.damage_explained():
