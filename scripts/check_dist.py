@@ -28,7 +28,7 @@ def build(out: Path) -> str:
 
 def main(out: Path) -> None:
     said = build(out)
-    found = [line for line in said.splitlines() if re.search(r"warning", line, re.IGNORECASE)]
+    found = [line for line in said.splitlines() if re.search(r"\b[Ww]arning\b|WARNING|[a-z]Warning\b", line)]
     (wheel,), (archive,) = out.glob("laplace_ws-*.whl"), out.glob("laplace_ws-*.tar.gz")
     wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "laplace_ws").rglob("*") if p.is_file()}
     wanted = {name for name in wanted if "__pycache__" not in name}

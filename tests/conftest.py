@@ -102,6 +102,12 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 @pytest.fixture
+def hard(request):
+    """Whether all attacks are asked for, by `--hard`."""
+    return request.config.getoption("hard")
+
+
+@pytest.fixture
 def attacks(request):
     """How often to attack: what is asked for with `--hard`, a tenth of it otherwise."""
     return lambda n: n if request.config.getoption("hard") else max(1, n // 10)

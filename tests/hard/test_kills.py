@@ -125,8 +125,10 @@ def processes_of(session: int) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGHUP, 1)])
-def test_a_signal_to_the_parent_keeps_the_last_epoch_and_says_how_to_go_on(number, workers, tmp_path):
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGHUP, 1), (signal.SIGINT, 2)])
+def test_a_signal_to_the_parent_keeps_the_last_epoch_and_says_how_to_go_on(number, workers, hard, tmp_path):
+    if number == signal.SIGINT and not hard:
+        pytest.skip("with --hard; tests/test_cli.py sends it to the whole group of processes")
     process = begun(tmp_path, workers=workers)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
