@@ -89,16 +89,17 @@ def test_blocks_that_are_lost_or_swapped_are_found(saved, attacks, tmp_path):
 
 def test_a_disk_that_is_full_at_any_place_leaves_the_old_file(saved, attacks, tmp_path):
     path, n_places = tmp_path / "a.pt", attacks(200)
-    path.write_bytes(saved.whole)
-    state = load_tensors(path, "a state")
+    state = load_tensors(saved.path, "a state")
+    save_tensors(path, state)
+    whole = path.read_bytes()
     for place in range(n_places):
-        limit = len(saved.whole) * place // n_places
+        limit = len(whole) * place // n_places
         with files_of_at_most(limit), pytest.raises(OSError, match="cannot be written") as error:
             save_tensors(path, state)
         assert str(error.value).startswith(f"'{path}' cannot be written (file too large); ")
-        assert path.read_bytes() == saved.whole
+        assert path.read_bytes() == whole
         assert os.listdir(tmp_path) == ["a.pt"]
-    with files_of_at_most(len(saved.whole)):
+    with files_of_at_most(len(whole)):
         save_tensors(path, state)
 
 
