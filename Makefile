@@ -49,7 +49,7 @@ architecture: $(VENV)/.installed-test
 # A cross-section on the simulated second device. All of it: pytest --device simulated, with the files or folders to run; on a GPU: --device cuda.
 test-device: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --device simulated tests/test_second_device.py
-	$(BIN)/python -m pytest --device simulated --every 61 tests/curvature/test_conformance.py tests/posterior tests/marglik/test_training.py \
+	$(BIN)/python -m pytest --device simulated --every 127 tests/curvature/test_conformance.py tests/posterior tests/marglik/test_training.py \
 		tests/marglik/test_checkpoint.py tests/marglik/test_hyper_optimizers.py \
 		-k "not adam and not asdl-conv2d and not closed_form and not finds_the_noise and not go_on and not mackays_updates \
 			and not memory_stays and not other_lengths and not small_parts"
