@@ -127,13 +127,13 @@ def prepare_folder(folder: Path, config: RunConfig, tasks: Sequence[Task], resum
     settings = {key: value for key, value in flat.items() if not any(k.startswith(f"{key}.") for k in flat)}
     partial = folder / PARTIAL
     begun = _begun(folder, tasks)
-    if _begun(partial, tasks):
-        if not resume:
-            raise ExperimentError(
-                f"'{partial}' holds an unfinished run that is to replace the one in '{folder}'; go on with it by --resume, or "
-                f"remove '{partial}'"
-            )
+    if resume and (partial / CONFIG).exists():  # also before its first checkpoint
         work = partial
+    elif _begun(partial, tasks):
+        raise ExperimentError(
+            f"'{partial}' holds an unfinished run that is to replace the one in '{folder}'; go on with it by --resume, or "
+            f"remove '{partial}'"
+        )
     elif resume or not (begun or (folder / SUMMARY).exists()):
         work = folder
     elif overwrite:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
@@ -51,7 +52,8 @@ def side_by_side(
         stop.set()
         for worker in multiprocessing.active_children():  # a signal may have reached this process alone
             if worker.pid is not None:
-                os.kill(worker.pid, signal.SIGINT)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(worker.pid, signal.SIGINT)
         raise
     except BaseException:
         stop.set()

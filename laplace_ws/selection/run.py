@@ -177,13 +177,13 @@ def working_folder(config: SelectConfig, members: Sequence[Member], resume: bool
     """
     folder, partial = config.folder, config.folder / PARTIAL
     check_page(folder / PAGE)
-    if _has_begun(partial, members):
-        if not resume:
-            raise ExperimentError(
-                f"'{partial}' holds an unfinished comparison that is to replace the one in '{folder}'; go on with it by --resume, or "
-                f"remove '{partial}'"
-            )
+    if resume and partial.exists():  # also before its first checkpoint
         return partial
+    if _has_begun(partial, members):
+        raise ExperimentError(
+            f"'{partial}' holds an unfinished comparison that is to replace the one in '{folder}'; go on with it by --resume, or "
+            f"remove '{partial}'"
+        )
     if resume or not ((folder / SELECTION).exists() or _has_begun(folder, members)):
         return folder
     if overwrite:

@@ -130,6 +130,22 @@ def test_the_old_run_is_whole_until_the_new_one_has_finished(config, finished, m
     assert not (finished / "run.partial").exists()
 
 
+def test_a_replacement_without_a_checkpoint_is_resumed_and_not_taken_for_the_old_run(config, finished, monkeypatch):
+    before = read_run(finished)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("laplace_ws.experiment.run.marglik_training", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_experiment(config, overwrite=True)
+    _, result = run_experiment(config, resume=True)
+    assert result.total_seconds != before.total_seconds  # it trained anew
+    assert read_run(finished) == result
+    assert not (finished / "run.partial").exists()
+
+
 @pytest.mark.parametrize("cut_at", range(1, 9))
 def test_a_replacement_that_is_cut_off_is_completed(config, finished, monkeypatch, cut_at):
     """At each step: no folder that looks finished holds files of both, and the next call completes it."""
