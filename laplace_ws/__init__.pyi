@@ -41,7 +41,14 @@ from . import (
 )
 from ._version import __version__ as __version__
 from .curvature import Backend, Curvature, kron_factors, register_backend
-from .errors import DataWarning, InvalidBatchError, NotFittedError, NumericalRepairWarning, UnsupportedParameterError
+from .errors import (
+    CurvatureWarning,
+    DataWarning,
+    InvalidBatchError,
+    NotFittedError,
+    NumericalRepairWarning,
+    UnsupportedParameterError,
+)
 from .files import FileFormatError
 from .kfac import KfacApprox, row_examples
 from .likelihoods import (
@@ -73,6 +80,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Curvature",
+    "CurvatureWarning",
     "DataWarning",
     "DiagLaplace",
     "EkfacLaplace",

@@ -21,5 +21,9 @@ class NumericalRepairWarning(UserWarning):
     """A number was repaired (clamped, floored); the message says which and by how much."""
 
 
+class CurvatureWarning(UserWarning):
+    """An approximation of the curvature leaves out what it should not; the message says of which parameters, and what to choose."""
+
+
 class DataWarning(UserWarning):
     """The data, or what a model makes of them, look like a mistake; the message says what was seen and how to mend it."""

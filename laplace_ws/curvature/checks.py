@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from laplace_ws.curvature.backend import Backend, memory_for_columns
 from laplace_ws.curvature.inputs import ModelInputs, call_model, leaves, own_copy
 from laplace_ws.curvature.models import check_visible
+from laplace_ws.curvature.setting import parameters_in_reduce_setting
 from laplace_ws.curvature.watch import final_operation
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import Use, example_gradients
@@ -55,6 +56,7 @@ class LinearisationCheck:
         self._anatomy: _Anatomy | None = None
         self._signatures: set[tuple[Any, ...]] = set()
         self._most_examples = self._largest_example = 0
+        self._in_reduce_setting: frozenset[str] | None = None
 
     def start(self, x: ModelInputs, parameters: Mapping[str, nn.Parameter]) -> None:
         """Check a few examples of the first batch of a pass, before any work is done on it, unless the network has been checked.
@@ -83,6 +85,7 @@ class LinearisationCheck:
         self.backend.forget()
         self._signatures.clear()
         self._most_examples = self._largest_example = 0
+        self._in_reduce_setting = None
 
     def knows(self, uses: Sequence[Use]) -> bool:
         """Whether a batch with uses like these has been checked."""
@@ -90,12 +93,19 @@ class LinearisationCheck:
 
     def run(self, x: ModelInputs) -> tuple[Sequence[Use], Tensor]:
         """Check a batch, see `check_linearisation`; returns its uses and its outputs."""
-        uses, f, column_bytes, self.final_operation = check_linearisation(self.backend, self.model, x, self._parameters)
+        found = check_linearisation(self.backend, self.model, x, self._parameters)
+        uses, f, column_bytes, self.final_operation, reducible = found
+        self._in_reduce_setting = reducible if self._in_reduce_setting is None else self._in_reduce_setting & reducible
         self._signatures.add(_signature(uses))
         self._most_examples = max(self._most_examples, min(len(x), N_PROBED))
         if (size := _example_size(x)) >= self._largest_example:
             self._largest_example, self.column_bytes_per_example = size, column_bytes / len(x)
         return uses, f
+
+    @property
+    def in_reduce_setting(self) -> frozenset[str]:
+        """Parameters that all checked examples showed to be in the reduce setting, see `parameters_in_reduce_setting`."""
+        return self._in_reduce_setting or frozenset()
 
     def n_parts(self, n_examples: int, device: torch.device) -> int:
         """Into how many parts to split a batch, so that a column of each takes little memory, as measured by the last check."""
@@ -169,9 +179,9 @@ def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:
 
 def check_linearisation(
     backend: Backend, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]
-) -> tuple[Sequence[Use], Tensor, int, str | None]:
-    """Check the uses and gradients of a batch against autograd; returns its uses, its outputs, `column_bytes`, and the name of
-    the operation that the outputs come from.
+) -> tuple[Sequence[Use], Tensor, int, str | None, frozenset[str]]:
+    """Check the uses and gradients of a batch against autograd; returns its uses, its outputs, `column_bytes`, the name of
+    the operation that the outputs come from, and the parameters in the reduce setting.
 
     A use that a backend cannot see, an operation that mixes examples, or rows in an order other than by example would silently give
     curvature of the wrong scale.
@@ -208,7 +218,9 @@ def check_linearisation(
             by_use = [streamed[number][0] for number in range(len(linearisation.uses))]
             for gradients in ([g_use[0] for g_use in g], [g_use[-1] for g_use in g], by_use):
                 check_gradients(linearisation.uses, gradients, f, v, parameters)
-            return linearisation.uses, linearisation.outputs, linearisation.column_bytes, final_operation(f)
+            reducible = parameters_in_reduce_setting(linearisation.uses, [g_use[:1] for g_use in g], f.ndim)
+            uses, outputs = linearisation.uses, linearisation.outputs
+            return uses, outputs, linearisation.column_bytes, final_operation(f), reducible
 
 
 @contextmanager

@@ -157,7 +157,7 @@ class CurvatureSum:
 
     def _add_curvature(self, linearisation: Linearisation, y: Tensor) -> None:
         f = linearisation.outputs
-        self.accumulator.start_batch(linearisation.uses, f.ndim)
+        self.accumulator.start_batch(linearisation.uses, self._check.in_reduce_setting)
         linearisation.forget_uses()
         in_memory = columns_in_memory(self.accumulator.column_bytes(len(f)), f.device)
         columns = loss_columns(

@@ -90,10 +90,12 @@ class MarglikConfig(ScheduleOptions):
         tune_temperature: whether to tune it; the last epoch's network is kept then, not the best.
         hessian_structure: of the Laplace approximation: kron, ekfac, diag, full or lowrank.
         curvature: exact GGN, GGN by sampled labels, or empirical Fisher.
-        kfac_approx: auto, expand or reduce, or a mapping from a pattern of layers to one of them.
+        kfac_approx: of the tuning: auto, expand or reduce, or a mapping from a pattern of layers to one of them; reduce if not given.
         backend: native, asdl or backpack: who runs the model for the curvature; the numbers are the same.
         mc_samples: labels or signs drawn per image for ggn_mc and ggn_mc_rademacher.
         final_curvature: of the last fit; `curvature` if not given.
+        final_kfac_approx: of the last fit, as for `kfac_approx`; where its factors are by another approximation than those of the tuning,
+            its prior precisions are chosen anew.
         optimizer: of the weights.
         lr: its step size at the start; a cosine takes it to zero.
         momentum: Nesterov momentum of sgd.
@@ -109,10 +111,11 @@ class MarglikConfig(ScheduleOptions):
     tune_temperature: bool = _DEFAULTS["tune_temperature"]
     hessian_structure: str = _DEFAULTS["hessian_structure"]
     curvature: OneOf[Curvature] = _DEFAULTS["curvature"]
-    kfac_approx: OneOf[KfacApprox] | dict[str, str] = _DEFAULTS["kfac_approx"]
+    kfac_approx: OneOf[KfacApprox] | dict[str, str] | None = _DEFAULTS["kfac_approx"]
     backend: str = _DEFAULTS["backend"]
     mc_samples: int = _DEFAULTS["mc_samples"]
     final_curvature: OneOf[Curvature] | None = _DEFAULTS["final_curvature"]
+    final_kfac_approx: OneOf[KfacApprox] | dict[str, str] = _DEFAULTS["final_kfac_approx"]
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = SGD_DEFAULTS["lr"]
     momentum: float = SGD_DEFAULTS["momentum"]

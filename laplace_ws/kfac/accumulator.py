@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -34,8 +34,8 @@ class Accumulator(ABC):
         self._n_uses: Counter[str] = Counter()
         self._pieces: dict[str, list[Tensor]] = defaultdict(list)
 
-    def start_batch(self, uses: Sequence[Use], output_ndim: int) -> None:
-        """Take note of the uses in the forward pass of a batch whose outputs have `output_ndim` dimensions."""
+    def start_batch(self, uses: Sequence[Use], in_reduce_setting: Collection[str] = ()) -> None:
+        """Take note of the uses in the forward pass of a batch, and of the parameters known to be in the reduce setting."""
         self._uses = uses
         self._pieces.clear()
         self._n_uses = Counter(name for use in uses for name in use.parameters if name in self.shapes)
@@ -153,9 +153,9 @@ class DenseAccumulator(WeightAccumulator):
         self._matrix = first.new_zeros(n_params, n_params)
         self._gradients: dict[str, Tensor] = {}
 
-    def start_batch(self, uses: Sequence[Use], output_ndim: int) -> None:
+    def start_batch(self, uses: Sequence[Use], in_reduce_setting: Collection[str] = ()) -> None:
         """See `Accumulator.start_batch`."""
-        super().start_batch(uses, output_ndim)
+        super().start_batch(uses, in_reduce_setting)
         self._gradients.clear()
 
     def _add_sum(self, name: str, pieces: Tensor) -> None:

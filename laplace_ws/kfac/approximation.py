@@ -11,13 +11,20 @@ from laplace_ws.registry import Choice, nearest
 class KfacApprox(Choice):
     """K-FAC for weight-shared layers [Eschenhagen et al. 2023].
 
-    `AUTO` picks by the paper's two settings: outputs `[N, C]` are the reduce setting (the sharing positions are averaged or summed
-    before the loss), outputs `[N, T, C]` the expand setting (the positions reach the loss as separate terms).
+    `AUTO` takes reduce for parameters in the reduce setting, whose sharing positions are averaged or summed with nothing nonlinear
+    behind them (see `curvature.setting`), and expand for all others: what reduce keeps of the curvature is too little where
+    positions meet behind a nonlinearity, as those of convolutions do.
     """
 
     AUTO = "auto"
     EXPAND = "expand"
     REDUCE = "reduce"
+
+    def decided(self, in_reduce_setting: bool) -> KfacApprox:
+        """This one, or what `AUTO` takes for a parameter."""
+        if self is not KfacApprox.AUTO:
+            return self
+        return KfacApprox.REDUCE if in_reduce_setting else KfacApprox.EXPAND
 
     @classmethod
     def _hint(cls) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Bool
 from torch import Tensor
 
-from laplace_ws.errors import UnsupportedParameterError
+from laplace_ws.errors import CurvatureWarning, UnsupportedParameterError
 from laplace_ws.kfac import factors
 from laplace_ws.kfac.accumulator import Accumulator, OutputGradients
 from laplace_ws.kfac.approximation import KfacApprox
@@ -46,15 +49,24 @@ class KronAccumulator(Accumulator):
         self.approximations = approximations
         self.factor_precision: factors.FactorPrecision = factors.FactorPrecision(factor_precision)
         self._sums: dict[str, _FactorSums] = {}
+        self._squares: dict[str, float | Tensor] = {}  # ‖g‖² of the first batch, of weights with reduce
 
-    def start_batch(self, uses: Sequence[Use], output_ndim: int) -> None:
-        """See `Accumulator.start_batch`; adds the input factors."""
-        super().start_batch(uses, output_ndim)
+    def start_batch(self, uses: Sequence[Use], in_reduce_setting: Collection[str] = ()) -> None:
+        """See `Accumulator.start_batch`; adds the input factors. "auto" is decided by the first batch, for all."""
+        super().start_batch(uses, in_reduce_setting)
         for name, parameter in self.parameters.items():
             own = [use for use in uses if name in use.parameters]
-            role = _Role.of(name, parameter, own, self.approximations[name], output_ndim)
-            if name not in self._sums:
+            known = self._sums.get(name)
+            approx = (
+                _chosen(self.approximations[name], own, name in in_reduce_setting)
+                if known is None
+                else known.role.approx
+            )
+            role = _Role.of(name, parameter, own, approx)
+            if known is None:
                 self._sums[name] = _FactorSums(parameter, role)
+                if role.kind == "matrix" and approx is KfacApprox.REDUCE:
+                    self._squares[name] = 0.0
             if role.form != self._sums[name].role.form:
                 raise UnsupportedParameterError(
                     f"{name!r} is used in one batch otherwise than in another, in roles that share no Kronecker block; untie it, freeze it "
@@ -80,10 +92,31 @@ class KronAccumulator(Accumulator):
             of_examples = gradients.of_examples(name)
             return of_examples.reshape(*of_examples.shape[:2], -1)
         is_bias = role.kind == "bias"
-        return gradients.gram(is_bias) if role.approx is KfacApprox.EXPAND else gradients.sum(is_bias)
+        if role.approx is KfacApprox.EXPAND:
+            return gradients.gram(is_bias)
+        if name in self._squares:
+            self._squares[name] = self._squares[name] + at_least_float32(gradients.g).square().sum()
+        return gradients.sum(is_bias)
 
     def _add_sum(self, name: str, pieces: Tensor) -> None:
         self._sums[name].add_columns(pieces)
+
+    def end_batch(self) -> None:
+        """See `Accumulator.end_batch`; warns, after the first batch, of factors that vanish."""
+        super().end_batch()
+        squares, self._squares = self._squares, {}
+        if not squares:
+            return
+        is_vanishing = torch.stack([self._sums[name].vanishes_beside(square) for name, square in squares.items()])
+        vanishing = [name for name, vanishes in zip(squares, is_vanishing.tolist(), strict=True) if vanishes]
+        if vanishing:
+            names = ", ".join(map(repr, vanishing))
+            warnings.warn(
+                f"K-FAC-reduce gives no curvature for {names}: the gradients at the sharing positions of an example cancel in their "
+                f'sum, as where scores of separate positions meet in one softmax; choose kfac_approx={{"{vanishing[0]}": "expand"}}.',
+                CurvatureWarning,
+                stacklevel=2,
+            )
 
     def result(self) -> Kron:
         """See `Accumulator.result`."""
@@ -149,10 +182,16 @@ class _FactorSums:
         else:
             self._B = factors.add_gram(self._B, pieces.flatten(-3, -2))
 
+    def vanishes_beside(self, square: float | Tensor) -> Bool[Tensor, ""]:
+        """Whether the gradient factor is no more than the rounding of gradients with this squared norm."""
+        rounding = max(1e-6, 100 * torch.finfo(self._B.dtype).eps ** 2)
+        return self._B.diagonal(dim1=-2, dim2=-1).sum() < rounding * square
+
     def block(self) -> KronBlock:
         """The block given by the sums so far."""
+        approx = None if self.role.kind == "vector" else self.role.approx.value
         if self.role.kind != "matrix":
-            return KronBlock(self._shape, self._B.clone(), diagonal_B=self.role.diagonal_B)
+            return KronBlock(self._shape, self._B.clone(), diagonal_B=self.role.diagonal_B, approx=approx)
         self._put_together()
         assert self._A is not None
         A = self._A / at_least_one(self._n_inputs)
@@ -163,7 +202,14 @@ class _FactorSums:
             self._n_inputs,
             transposed=self.role.transposed,
             diagonal_A=self.role.diagonal_A,
+            approx=approx,
         )
+
+
+def _chosen(approx: KfacApprox, uses: Sequence[Use], in_reduce_setting: bool) -> KfacApprox:
+    """The approximation that is meant, "auto" decided."""
+    too_large = any(isinstance(u, EmbeddingUse) and u.weight_shape[0] > LARGEST_DENSE_VOCABULARY for u in uses)
+    return approx.decided(in_reduce_setting and not too_large)
 
 
 @dataclass(frozen=True)
@@ -183,10 +229,7 @@ class _Role:
         return self.kind == "matrix", self.diagonal_A, self.diagonal_B, self.transposed, self.groups > 1
 
     @classmethod
-    def of(cls, name: str, parameter: Tensor, uses: Sequence[Use], approx: KfacApprox, output_ndim: int) -> _Role:
-        if approx is KfacApprox.AUTO:
-            too_large = any(isinstance(u, EmbeddingUse) and u.weight_shape[0] > LARGEST_DENSE_VOCABULARY for u in uses)
-            approx = KfacApprox.EXPAND if output_ndim > 2 or too_large else KfacApprox.REDUCE
+    def of(cls, name: str, parameter: Tensor, uses: Sequence[Use], approx: KfacApprox) -> _Role:
         kinds = {_kind(name, use) for use in uses}
         if "matrix" in kinds:
             diagonal_A = _check_matrix_uses(name, uses, kinds, approx)

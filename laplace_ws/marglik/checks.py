@@ -26,11 +26,13 @@ class DataFacts:
         n_data: number of examples N: as given, or counted, with those that `drop_last` leaves out where the loader knows them.
         n_batches: batches per epoch.
         x_first: inputs of one batch.
+        output_ndim: number of dimensions of its outputs.
     """
 
     n_data: int
     n_batches: int
     x_first: ModelInputs
+    output_ndim: int
 
 
 def check_data(
@@ -71,7 +73,7 @@ def check_data(
     if isinstance(loader, Iterator) and sum(1 for _ in loader) == 0:
         raise one_pass_error(loader)
     watch.warn(repeats=not draws_with_replacement(loader), stacklevel=4)
-    return DataFacts(n_examples(loader, n_seen) if n_data is None else n_data, n_batches, x_first)
+    return DataFacts(n_examples(loader, n_seen) if n_data is None else n_data, n_batches, x_first, row.ndim)
 
 
 def one_pass_error(loader: Iterable[Any]) -> InvalidBatchError:

@@ -32,10 +32,11 @@ class TrainingOptions:
 
     hessian_structure: str = "kron"
     curvature: str = "ggn_mc"
-    kfac_approx: str | Mapping[str, str] = "auto"
+    kfac_approx: str | Mapping[str, str] | None = None
     backend: str | Backend = "native"
     mc_samples: int = 1
     final_curvature: str | None = None
+    final_kfac_approx: str | Mapping[str, str] = "auto"
     optimizer_cls: type[torch.optim.Optimizer] = torch.optim.SGD
     optimizer_kwargs: Mapping[str, Any] | None = None
     scheduler_cls: type[Any] | None = torch.optim.lr_scheduler.CosineAnnealingLR
@@ -78,12 +79,27 @@ class TrainingOptions:
         return StepOptions(self.gradient_accumulation_steps, self.max_grad_norm, self.grad_scaler)
 
     def posteriors(
-        self, model: nn.Module, likelihood: Likelihood, generator: torch.Generator, keys: BatchKeys
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        generator: torch.Generator,
+        keys: BatchKeys,
+        output_ndim: int,
     ) -> tuple[Laplace, Laplace]:
-        """The posterior to tune by and the one to return, which are the same unless `final_curvature` differs."""
-        own: dict[str, Any] = {} if self.kfac_approx == "auto" else {"kfac_approx": self.kfac_approx}
+        """The posterior to tune by and the one to return, which are the same unless curvature or approximation differ.
 
-        def posterior(curvature: str) -> Laplace:
+        Args:
+            model: the network.
+            likelihood: of the targets.
+            generator: of random columns.
+            keys: names of the entries of batches that are mappings.
+            output_ndim: number of dimensions of a batch of outputs, which decides by which approximation to tune where none is named.
+        """
+        has_factors = "kfac_approx" in STRUCTURES[self.hessian_structure].option_names()
+        by_shape = "reduce" if output_ndim <= 2 else "expand"
+
+        def posterior(curvature: str, approx: str | Mapping[str, str] | None, default: str) -> Laplace:
+            own = {"kfac_approx": default if approx is None else approx} if has_factors or approx is not None else {}
             return Laplace(
                 model,
                 likelihood,
@@ -97,14 +113,15 @@ class TrainingOptions:
                 **own,
             )
 
-        la = posterior(self.curvature)
+        la = posterior(self.curvature, self.kfac_approx, by_shape)
         if self.sigma_noise_init is not None and not likelihood.has_noise and self.sigma_noise_init != 1:
             raise ValueError(
                 f"the {likelihood.name} likelihood has no noise that sigma_noise_init could set; leave it out."
             )
-        if self.final_curvature in (None, self.curvature):
+        final_approx = None if self.final_kfac_approx == "auto" else self.final_kfac_approx
+        final = posterior(self.final_curvature or self.curvature, final_approx, "auto")
+        if final.options == la.options:
             return la, la
-        final = posterior(self.final_curvature)
         final.network = la.network  # its checks hold for both
         return la, final
 

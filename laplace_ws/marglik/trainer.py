@@ -46,6 +46,7 @@ from laplace_ws.marglik.result import MarglikResult, Progress, Record
 from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 from laplace_ws.marglik.steps import GradientSteps, StepOptions
 from laplace_ws.posterior import Laplace
+from laplace_ws.posterior.evidence import optimal_prior_and_noise
 from laplace_ws.randomness import random_state, set_random_state
 from laplace_ws.threads import alone_with, alone_with_modules, alone_with_random_state, trained_by_one
 
@@ -69,6 +70,7 @@ class Trainer:
         optimizer: of the weights.
         scheduler: of its learning rate.
         schedule: when the hyperparameters are tuned.
+        prior_structure: which weights share a prior precision.
         step_options: how gradients become optimiser steps.
         settings: what a checkpoint must agree with.
         rng: the state of torch's global random number generators that the training starts from.
@@ -85,6 +87,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     schedule: Schedule
+    prior_structure: str
     step_options: StepOptions
     settings: dict[str, Any]
     rng: dict[str, torch.Tensor]
@@ -140,9 +143,18 @@ class Trainer:
                 set_random_state(self.rng, self.device)
             self._train()
             start = time.perf_counter()
-            self.hyper.assign_to(self.final_la)
-            self.final_la.fit(self.batches, n_data=self.n_data, recheck=False)
+            self._fit_final()
             return self._result(time.perf_counter() - start)
+
+    def _fit_final(self) -> None:
+        """Fit the posterior that is returned; choose its hyperparameters anew where they were tuned by another approximation."""
+        la, network = self.final_la, self.la.network
+        self.hyper.assign_to(la)
+        la.fit(self.batches, n_data=self.n_data, recheck=False)
+        if self.schedule.n_hypersteps and la.structure.resolved(network) != self.la.structure.resolved(network):
+            fix_noise = "sigma_noise" not in self.hyper.tuned_names
+            delta, sigma = optimal_prior_and_noise(la.fitted, la.prior, self.prior_structure, fix_noise=fix_noise)
+            la.prior = la.prior.changed(precision=delta, sigma_noise=sigma)
 
     def _train(self) -> None:
         bar = tqdm(

@@ -37,10 +37,11 @@ def marglik_training(
     hessian_structure: str = TrainingOptions.hessian_structure,
     *,
     curvature: str = TrainingOptions.curvature,
-    kfac_approx: str | Mapping[str, str] = TrainingOptions.kfac_approx,
+    kfac_approx: str | Mapping[str, str] | None = TrainingOptions.kfac_approx,
     backend: str | Backend = TrainingOptions.backend,
     mc_samples: int = TrainingOptions.mc_samples,
     final_curvature: str | None = TrainingOptions.final_curvature,
+    final_kfac_approx: str | Mapping[str, str] = TrainingOptions.final_kfac_approx,
     optimizer_cls: type[torch.optim.Optimizer] = TrainingOptions.optimizer_cls,
     optimizer_kwargs: Mapping[str, Any] | None = TrainingOptions.optimizer_kwargs,
     scheduler_cls: type[Any] | None = TrainingOptions.scheduler_cls,
@@ -91,8 +92,13 @@ def marglik_training(
         likelihood: "classification", "regression", "heteroscedastic_regression", "binary", or a likelihood.
         hessian_structure: "kron", "ekfac", "diag", "full" or "lowrank" (which needs the same data in each pass: no augmentation, no
             `fit_fraction` of a loader that shuffles).
-        curvature, kfac_approx, backend, mc_samples: as for `Laplace`.
+        curvature, backend, mc_samples: as for `Laplace`.
+        kfac_approx: by which the hyperparameters are tuned: "expand", "reduce", "auto", or a mapping, as for `Laplace`. Where not given,
+            reduce for outputs `[N, C]`, which is cheaper and tunes as well, and expand for `[N, T, C]`.
         final_curvature: of the posterior that is returned; `curvature` where not given.
+        final_kfac_approx: of the posterior that is returned. Where its factors are by another approximation than those of the tuning, its
+            prior precisions (and noise) are chosen anew, where its own log marginal likelihood is highest: reduce keeps
+            too little of the curvature of convolutions for predictions.
         optimizer_cls, optimizer_kwargs: for the weights; SGD with lr 0.03 and Nesterov momentum 0.9 where not given.
             It must have no weight decay, as the prior takes its place, and need no closure, which rules out LBFGS.
         scheduler_cls, scheduler_kwargs: stepped with the optimiser; a cosine to zero where not given.
@@ -152,6 +158,7 @@ def marglik_training(
         backend=backend,
         mc_samples=mc_samples,
         final_curvature=final_curvature,
+        final_kfac_approx=final_kfac_approx,
         optimizer_cls=optimizer_cls,
         optimizer_kwargs=optimizer_kwargs,
         scheduler_cls=scheduler_cls,
@@ -230,7 +237,7 @@ def prepare(
         with same_order_after(train_loader):
             facts = check_data(model, train_loader, likelihood, keys, n_data)
         generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
-        la, final_la = options.posteriors(model, likelihood, generator, keys)
+        la, final_la = options.posteriors(model, likelihood, generator, keys, facts.output_ndim)
         hyper = options.hyperparameters(la, facts.n_data, device)
         optimizer = make_optimizer(options.optimizer_cls, options.optimizer_kwargs, named_parameters)
         n_steps = schedule.n_epochs * options.steps.n_steps(facts.n_batches)
@@ -245,12 +252,13 @@ def prepare(
             optimizer=optimizer,
             scheduler=scheduler,
             schedule=schedule,
+            prior_structure=options.prior_structure,
             step_options=options.steps,
             settings=run_settings(
                 schedule=schedule,
                 facts=facts,
                 la=la,
-                final_curvature=final_la.curvature.value,
+                final_options=final_la.options,
                 optimizer=optimizer,
                 scheduler=scheduler,
                 scheduler_kwargs=lr_options,

@@ -35,6 +35,7 @@ class KronBlock(Block):
         transposed: whether the block is A ⊗ B.
         diagonal_B: whether B is kept as its diagonal.
         diagonal_A: whether A is kept as its diagonal.
+        approx: "expand" or "reduce", where it is one of the two; None where it is not known or there is no choice.
     """
 
     shape: torch.Size
@@ -44,9 +45,20 @@ class KronBlock(Block):
     transposed: bool = False
     diagonal_B: bool = False
     diagonal_A: bool = False
+    approx: str | None = None
 
     def __add__(self, other: KronBlock) -> KronBlock:
-        """Combine the factors of two data sets: sums of B, and the mean A over the inputs of both."""
+        """Combine the factors of two data sets: sums of B, and the mean A over the inputs of both.
+
+        Raises:
+            ValueError: they are not by the same approximation.
+        """
+        if self.approx != other.approx:
+            one, two = (f"{approx!r}" if approx else "one that is not known" for approx in (self.approx, other.approx))
+            raise ValueError(
+                f"factors by kfac_approx {one} and by {two} do not add up; fit all the data anew, and name the approximation in place of "
+                '"auto".'
+            )
         A, n_inputs = self.A, self.n_inputs + other.n_inputs
         if A is not None and other.A is not None:
             A = (A * self.n_inputs + other.A * other.n_inputs) / at_least_one(n_inputs)
@@ -117,7 +129,7 @@ class Kron(BlockMatrix[KronBlock]):
 
     def state_dict(self) -> dict[str, Any]:
         """See `CurvatureMatrix.state_dict`."""
-        fields = ("B", "A", "n_inputs", "transposed", "diagonal_B", "diagonal_A")
+        fields = ("B", "A", "n_inputs", "transposed", "diagonal_B", "diagonal_A", "approx")
         return {name: {field: getattr(block, field) for field in fields} for name, block in self.blocks.items()}
 
     @classmethod
@@ -130,6 +142,7 @@ def _restored(name: str, shape: torch.Size, state: Mapping[str, Any]) -> KronBlo
     """One block of `Kron.state_dict`; raises `FileFormatError` for one that is damaged."""
     of = f" of {name!r}"
     fields = {field: saved.entry(state, field, bool, of=of) for field in ("transposed", "diagonal_B", "diagonal_A")}
+    approx = saved.entry({"approx": None, **state}, "approx", str, None, of=of)  # files of earlier versions do not say
     B = saved.entry(state, "B", Tensor, of=of)
     A = saved.entry(state, "A", Tensor, None, of=of)
     for field, factor in (("B", B), ("A", A)):
@@ -149,7 +162,7 @@ def _restored(name: str, shape: torch.Size, state: Mapping[str, Any]) -> KronBlo
         saved.floats(n_inputs.double(), f"number of inputs{of}", (n_groups, 1, 1), least=0)
     else:
         saved.number(state, "n_inputs", of=of, above=-1)
-    return KronBlock(shape, B, A, n_inputs, **fields)
+    return KronBlock(shape, B, A, n_inputs, **fields, approx=approx)
 
 
 def at_least_one(n_inputs: float | Tensor) -> float | Tensor:

@@ -74,7 +74,8 @@ class Laplace(Predictive):
         memory_budget: bytes that the Jacobians of a prediction may take at a time, which decides how many examples are processed at once.
         class_names: names of the classes or outputs, kept in files.
         **structure_options: of the structure: `kfac_approx` ("auto", "expand", "reduce" or a mapping from patterns of parameter names to
-            these) and `factor_precision` ("float32", "tf32" or "bf16") of "kron" and "ekfac"; `rank` of "lowrank".
+            these; "auto" is expand, but reduce for parameters in the reduce setting, see `KfacApprox`) and `factor_precision` ("float32",
+            "tf32" or "bf16") of "kron" and "ekfac"; `rank` of "lowrank".
 
     Attributes:
         network: the model, the covered weights, and the backend.

@@ -87,8 +87,8 @@ class Problem:
         parameters = network.parameters()
         with evaluation_mode(network.model, parameters):
             network.check.begin(parameters)
-            uses, outputs = network.check.run(x[:N_PROBED])
-            make_accumulator(parameters).start_batch(uses, outputs.ndim)
+            uses, _ = network.check.run(x[:N_PROBED])
+            make_accumulator(parameters).start_batch(uses, network.check.in_reduce_setting)
 
 
 class Structure(ABC):
@@ -120,6 +120,10 @@ class Structure(ABC):
     def options(self) -> dict[str, Any]:
         """Its options as plain values, from which it can be made anew."""
         return {name: getattr(self, name) for name in self.option_names()}
+
+    def resolved(self, network: Network) -> dict[str, Any]:
+        """Its options, with what they leave open decided as for a network that has been checked."""
+        return self.options()
 
     @abstractmethod
     def curvature(self, problem: Problem, batches: Batches, before: CurvatureMatrix | None) -> DataCurvature:

@@ -24,6 +24,7 @@ from laplace_ws.kfac import (
     approximation_by_parameter,
 )
 from laplace_ws.matrices import CurvatureMatrix, Dense, Diag, Ekfac, Kron, LowRank
+from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.precision import PosteriorPrecision
 from laplace_ws.posterior.structure import DataCurvature, Problem, Structure, register_structure
 from laplace_ws.values import whole_number
@@ -50,6 +51,12 @@ class FactorOptions:
         """See `Structure.options`."""
         approximations = {name: KfacApprox(approx).value for name, approx in self._by_parameter.items()}
         return {"kfac_approx": approximations, "factor_precision": FactorPrecision(self.factor_precision).value}
+
+    def resolved(self, network: Network) -> dict[str, Any]:
+        """See `Structure.resolved`: "auto" as expand or reduce."""
+        found = network.check.in_reduce_setting
+        approximations = {name: approx.decided(name in found).value for name, approx in self._by_parameter.items()}
+        return {**self.options(), "kfac_approx": approximations}
 
     def accumulator(self, parameters: Mapping[str, nn.Parameter]) -> KronAccumulator:
         """The sums of the factors of a bound structure."""

@@ -124,7 +124,7 @@ def test_images_of_many_sizes_take_no_more_memory(monkeypatch):
             x=x,
             geometry=geometry,
         )
-        total.start_batch([use], 2)
+        total.start_batch([use])
         assert len(alive) <= MOST_SIZES
     assert len(set(made)) == len(data)
     torch.testing.assert_close(total.result()["0.weight"].A, truth)

@@ -111,8 +111,9 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"kfac_approx": "reduce"}, r"kfac_approx\.0\.weight was 'auto' and is 'reduce'"),
-        ({"kfac_approx": {"3.bias": "expand"}}, r"\(kfac_approx\.3\.bias was 'auto' and is 'expand'\)"),
+        ({"kfac_approx": "expand"}, r"kfac_approx\.0\.weight was 'reduce' and is 'expand'"),
+        ({"kfac_approx": {"3.bias": "expand", "*": "reduce"}}, r"\(kfac_approx\.3\.bias was 'reduce' and is 'expand'\)"),
+        ({"final_kfac_approx": "reduce"}, r"final_kfac_approx\.0\.weight was 'auto' and is 'reduce'"),
         ({"prior_structure": "parameter"}, "prior_groups was"),
         ({"optimizer_kwargs": {"lr": 0.01, "momentum": 0.9}}, r"\(optimizer_kwargs\.lr was 0\.02 and is 0\.01\)"),
         ({"optimizer_kwargs": {"lr": 0.02, "momentum": 0.5}}, r"optimizer_kwargs\.momentum was 0\.9 and is 0\.5"),
@@ -143,7 +144,12 @@ def test_names_of_the_groups_must_agree(tmp_path):
 
 
 def test_what_is_spelt_otherwise_but_equal_is_no_other_setting(settings_checkpoint):
-    equal = {"kfac_approx": {"*": "auto"}, "final_curvature": "ggn_mc", "scheduler_kwargs": {"T_max": 24}}
+    equal = {
+        "kfac_approx": {"*": "reduce"},
+        "final_kfac_approx": {"*": "auto"},
+        "final_curvature": "ggn_mc",
+        "scheduler_kwargs": {"T_max": 24},
+    }
     assert len(long_run(settings_checkpoint, resume=True, **equal).losses) == 6
 
 

@@ -1,0 +1,57 @@
+"""Which parameters are in the reduce setting, where K-FAC-reduce is exact for deep linear networks [Eschenhagen et al. 2023].
+
+The shape of the outputs does not tell: a convolutional classifier has outputs `[N, C]`, but a nonlinearity stands between the positions of
+its convolutions and the mean over them. What tells is the gradient at the layer's output: where positions are summed or averaged with
+nothing nonlinear behind them, it is the same at all positions of an example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace_ws.kfac import MatrixUse, Use
+from laplace_ws.kfac.factors import total
+
+SMALLEST_DIFFERENCE = 1e-3
+"""Relative difference between the gradients at the positions of an example that is more than rounding; in half precision, 10 ε."""
+
+
+def parameters_in_reduce_setting(
+    uses: Sequence[Use], g: Sequence[Float[Tensor, "K B ..."]], output_ndim: int
+) -> frozenset[str]:
+    """Weights of linear maps whose output gradients are the same at all sharing positions of each example; and all biases of linear maps,
+    whose block by K-FAC-reduce is exact wherever they are. With outputs `[N, T, C]`, whose terms reach the loss separately, there are none.
+
+    Args:
+        uses: of one forward pass.
+        g: gradients at their outputs for generic vectors of output space.
+        output_ndim: number of dimensions of the outputs.
+    """
+    if output_ndim > 2:
+        return frozenset()
+    by_parameter: dict[str, list[tuple[Use, Tensor]]] = {}
+    for use, g_use in zip(uses, g, strict=True):
+        for name in use.parameters:
+            by_parameter.setdefault(name, []).append((use, g_use))
+    return frozenset(name for name, own in by_parameter.items() if _reduces(name, own))
+
+
+def _reduces(name: str, own: Sequence[tuple[Use, Tensor]]) -> bool:
+    pairs = [(use, g) for use, g in own if isinstance(use, MatrixUse)]
+    if len(pairs) < len(own):
+        return False
+    return all(name == use.bias and name != use.weight for use, _ in pairs) or _is_equal_at_positions(pairs)
+
+
+def _is_equal_at_positions(pairs: Sequence[tuple[MatrixUse, Tensor]]) -> bool:
+    """Whether R·Σ_r‖g_r‖² = ‖Σ_r g_r‖² for each example, as Cauchy and Schwarz have it for equal summands only."""
+    n = total(use.n_positions for use, _ in pairs)
+    sums = total(use.output_gradient_sum(g.double()) for use, g in pairs).square().sum(-1)  # [*G, K, N]
+    squares = total(use.output_gradients(g.double()).square().sum((-1, -2)) for use, g in pairs)
+    squares = squares * (n.unsqueeze(-2) if isinstance(n, Tensor) else n)
+    difference = max(SMALLEST_DIFFERENCE, *(10 * torch.finfo(g.dtype).eps for _, g in pairs))
+    return bool(squares.sum() > 0 and (squares - sums).sum() <= difference**2 * squares.sum())
