@@ -32,16 +32,24 @@ class Restored:
     Attributes:
         fit: curvature and sums over the data.
         prior: hyperparameters.
+        covariance_scale: multiplier of the posterior covariance.
         class_names: names of the classes or outputs, where they were given.
     """
 
     fit: Fit
     prior: Prior
+    covariance_scale: float
     class_names: tuple[str, ...] | None
 
 
 def posterior_state(
-    fit: Fit, prior: Prior, network: Network, *, memory_budget: int, class_names: Sequence[str] | None
+    fit: Fit,
+    prior: Prior,
+    network: Network,
+    *,
+    memory_budget: int,
+    covariance_scale: float,
+    class_names: Sequence[str] | None,
 ) -> dict[str, Any]:
     """Everything that makes up a fitted posterior, except its model and its generator: format, options, parameters of the model with their
     shapes, class names, mean, curvature, sums over the data and hyperparameters.
@@ -73,6 +81,7 @@ def posterior_state(
         "prior_mean": prior.mean,
         "sigma_noise": prior.sigma_noise,
         "temperature": prior.temperature,
+        "covariance_scale": covariance_scale,
     }
 
 
@@ -152,7 +161,9 @@ def restored(state: Mapping[str, Any], structure: Structure, problem: Problem, p
             n_arguments=saved.whole_number(state, "n_arguments", 1),
             fingerprint=_fingerprint(state),
         )
-        return Restored(fit, prior, _class_names(state))
+        of_earlier_files = {"covariance_scale": 1.0}
+        covariance_scale = saved.number({**of_earlier_files, **state}, "covariance_scale", above=0)
+        return Restored(fit, prior, covariance_scale, _class_names(state))
 
 
 def check_model(model: nn.Module, state: Mapping[str, Any]) -> None:

@@ -34,8 +34,8 @@ from laplace_ws.posterior.predictive import Predictive
 from laplace_ws.posterior.prior import Prior
 from laplace_ws.posterior.structure import Problem, Structure, make_structure
 from laplace_ws.posterior.subset import WeightSubset, make_subset
-from laplace_ws.posterior.tune import Method, TuningOptions, tuned_prior
-from laplace_ws.values import flag, generator_or_none, given, path_of, shown, whole_number
+from laplace_ws.posterior.tune import Method, TuningOptions, tuned_covariance_scale, tuned_prior
+from laplace_ws.values import flag, generator_or_none, given, path_of, real_number, shown, whole_number
 
 
 class Laplace(Predictive):
@@ -146,6 +146,7 @@ class Laplace(Predictive):
         )
         self._mean = weights
         self._fit: Fit | None = None
+        self.covariance_scale = 1.0
 
     # ---------------------------------------------------------------- parts
 
@@ -289,6 +290,15 @@ class Laplace(Predictive):
     def temperature(self, value: float | Tensor) -> None:
         self.prior = self.prior.changed(temperature=given("temperature", value))
 
+    @property
+    def covariance_scale(self) -> float:
+        """κ, which multiplies the posterior covariance in samples and predictions; 1 unless it is set. The evidence is without it."""
+        return self._covariance_scale
+
+    @covariance_scale.setter
+    def covariance_scale(self, value: float) -> None:
+        self._covariance_scale: float = real_number("covariance_scale", value, above=0)
+
     # ---------------------------------------------------------------- fit
 
     def fit(
@@ -372,8 +382,8 @@ class Laplace(Predictive):
 
     @property
     def posterior_precision(self) -> Any:
-        """H/τ + Δ, in the form of the structure."""
-        return self.structure.posterior_precision(PosteriorPrecision(self.H, *self.fitted.damping(self.prior)))
+        """(H/τ + Δ)/κ, in the form of the structure."""
+        return self.structure.posterior_precision(PosteriorPrecision(self.H, *self.predictor.damping))
 
     def optimal_prior_precision(self, prior_structure: str = "layerwise") -> Tensor:
         """Δ at which the log marginal likelihood of the current fit is highest, at the current σ and τ; `prior_precision` is unchanged.
@@ -458,17 +468,53 @@ class Laplace(Predictive):
         self.prior = tuned_prior(self.predictor, options, batches, prediction)
         return self.prior_precision
 
+    def optimize_covariance_scale(
+        self,
+        val_loader: Data,
+        loss: str | Callable[[Any, Tensor], Any] = "nll",
+        *,
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        progress_bar: bool = False,
+    ) -> float:
+        """Choose and set `covariance_scale` by predictions of the linearised network on validation data, in one pass over them.
+
+        It mends a posterior that is too unsure, or too sure, without a change of the ratios between prior precisions.
+
+        Args:
+            val_loader: validation data that the network was not trained on, in batches like those of the fit.
+            loss: as for "gridsearch" in `optimize_prior_precision`.
+            link_approx: of these predictions, see `__call__`.
+            n_samples: likewise; each multiplier sees the same draws.
+            generator: source of randomness of sampled predictions.
+            progress_bar: show one, if stderr is a terminal.
+
+        Returns:
+            The scale.
+        """
+        prediction = PredictionOptions(PredType.GLM, LinkApprox(link_approx), n_samples, generator)
+        title = "covariance scale" if flag("progress_bar", progress_bar) else None
+        batches = Batches.of(val_loader, self.model, self.keys, progress=title)
+        self.covariance_scale = tuned_covariance_scale(self.predictor, loss, batches, prediction)
+        return self.covariance_scale
+
     @property
     def predictor(self) -> Predictor:
         """The current posterior, as far as predictions need it; raises `NotFittedError` before a fit."""
-        return Predictor(self.network, self.fitted, self.prior, self.memory_budget)
+        return Predictor(self.network, self.fitted, self.prior, self.memory_budget, self.covariance_scale)
 
     # ---------------------------------------------------------------- files
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that restore the posterior for a model with the same parameters; see `files.posterior_state`."""
         return files.posterior_state(
-            self.fitted, self.prior, self.network, memory_budget=self.memory_budget, class_names=self.class_names
+            self.fitted,
+            self.prior,
+            self.network,
+            memory_budget=self.memory_budget,
+            covariance_scale=self.covariance_scale,
+            class_names=self.class_names,
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -479,7 +525,7 @@ class Laplace(Predictive):
             ValueError: it has other options, or belongs to a model with other parameters.
         """
         found = files.restored(state, self.structure, self._problem, self.prior)
-        self._fit, self.prior = found.fit, found.prior
+        self._fit, self.prior, self.covariance_scale = found.fit, found.prior, found.covariance_scale
         self.network.forget()
         if self.class_names is None:
             self.class_names = found.class_names

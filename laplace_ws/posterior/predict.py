@@ -69,19 +69,27 @@ class PredictionOptions:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A posterior N(θ*, (s·H + Δ)⁻¹) of a network's weights, as far as predictions need it.
+    """A posterior N(θ*, κ (s·H + Δ)⁻¹) of a network's weights, as far as predictions need it.
 
     Attributes:
         network: the model and its covered weights.
         fit: curvature at the mode.
         prior: hyperparameters.
         memory_budget: bytes that the Jacobians of a prediction may take at a time.
+        covariance_scale: κ.
     """
 
     network: Network
     fit: Fit
     prior: Prior
     memory_budget: int
+    covariance_scale: float = 1.0
+
+    @property
+    def damping(self) -> Damping:
+        """Scale and prior precision that make up the posterior precision, both divided by κ."""
+        scale, delta = self.fit.damping(self.prior)
+        return scale / self.covariance_scale, delta / self.covariance_scale
 
     def predict(self, x: Any, options: PredictionOptions) -> Prediction:
         """The posterior predictive of a batch."""
@@ -119,7 +127,7 @@ class Predictor:
         # in half precision a deviation would drown in the rounding
         dtype = torch.promote_types(mean.dtype, torch.float32)
         noise = torch.randn(n_samples, len(mean), dtype=dtype, device=mean.device, generator=generator)
-        return mean + self.fit.H.inv_sqrt(noise, *self.fit.damping(self.prior))
+        return mean + self.fit.H.inv_sqrt(noise, *self.damping)
 
     def functional_samples(self, x: Any, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
         """Outputs drawn from the posterior."""
@@ -156,7 +164,7 @@ class Predictor:
     ) -> tuple[Tensor, Tensor]:
         """Outputs of the linearised network and their covariance or variances, see `layout`."""
         layout = self.layout(joint=joint, diagonal_output=diagonal_output)
-        f, (covariance,) = self.moments_under([self.fit.damping(self.prior)], x, layout, backprop=backprop)
+        f, (covariance,) = self.moments_under([self.damping], x, layout, backprop=backprop)
         return f, covariance
 
     def moments_under(

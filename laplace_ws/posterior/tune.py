@@ -19,7 +19,7 @@ from laplace_ws.posterior.groups import PriorStructure, prior_groups
 from laplace_ws.posterior.predict import PredictionOptions, Predictor
 from laplace_ws.posterior.prior import Prior
 from laplace_ws.posterior.scores import make_score
-from laplace_ws.posterior.validate import Unknowns, grid_scores, minimise_validation_nll
+from laplace_ws.posterior.validate import Unknowns, best_covariance_scale, grid_scores, minimise_validation_nll
 from laplace_ws.registry import Choice
 from laplace_ws.values import flag, real_number, shown, whole_number
 
@@ -138,6 +138,18 @@ def tuned_prior(
         chosen = prior.changed(precision=_best_of_grid(predictor, options, batches, prediction))
     warn_of_overlap(fit.examples, fit.totals.n_examples, watch, stacklevel=3)
     return chosen
+
+
+def tuned_covariance_scale(
+    predictor: Predictor, loss: str | Callable[[Any, Tensor], Any], batches: Batches, prediction: PredictionOptions
+) -> float:
+    """The multiplier of the posterior covariance that predicts validation data best, see `Laplace.optimize_covariance_scale`."""
+    fit = predictor.fit
+    watch = DataWatch(fit.likelihood)
+    batches = replace(batches, on_first=watch.begin, on_each=watch)
+    scale = best_covariance_scale(predictor, batches, make_score(loss, fit.likelihood), prediction)
+    warn_of_overlap(fit.examples, fit.totals.n_examples, watch, stacklevel=3)
+    return scale
 
 
 def _by_adam(predictor: Predictor, unknowns: Unknowns, options: TuningOptions) -> Prior:

@@ -27,6 +27,11 @@ from laplace_ws.posterior.prior import Prior
 from laplace_ws.posterior.scores import Score
 from laplace_ws.randomness import random_state, set_random_state
 
+SCALE_BOUNDS = (1e-4, 1e4)
+"""Multipliers of the covariance among which the best is looked for."""
+N_SCALES = 65
+"""How many of them are tried before the best is refined."""
+
 
 @dataclass(frozen=True)
 class Unknowns:
@@ -88,7 +93,7 @@ def grid_scores(
     options = replace(options, diagonal_output=True, observation_noise=likelihood.is_regression)
     priors = [predictor.prior.changed(precision=delta) for delta in grid]
     layout = predictor.layout(joint=False, diagonal_output=not likelihood.needs_covariance(options.link.value))
-    pushforward = fit.H.pushforward([fit.damping(prior) for prior in priors], layout)
+    pushforward = fit.H.pushforward([replace(predictor, prior=prior).damping for prior in priors], layout)
     predictions: list[list[Any]] = [[] for _ in grid]
     targets = []
     for x, y in _not_empty(batches):
@@ -125,6 +130,54 @@ def _predictions(
         yield _prediction(predictor, f, spread, options)
 
 
+def best_covariance_scale(predictor: Predictor, batches: Batches, score: Score, options: PredictionOptions) -> float:
+    """The multiplier of the posterior covariance whose predictions of validation data, by the linearised network, score lowest.
+
+    The data are passed over once: the covariance of the outputs is proportional to that of the weights.
+
+    Args:
+        predictor: the posterior; its own multiplier is not used.
+        batches: validation data.
+        score: of predictions and targets, lower is better.
+        options: how predictions are made; each multiplier sees the same draws.
+    """
+    predictor, likelihood = replace(predictor, covariance_scale=1.0), predictor.fit.likelihood
+    layout = predictor.layout(joint=False, diagonal_output=not likelihood.needs_covariance(options.link.value))
+    pushforward = predictor.fit.H.pushforward([predictor.damping], layout)
+    parts: list[tuple[Tensor, Tensor]] = []
+    targets: list[Tensor] = []
+    for x, y in _not_empty(batches):
+        f, (spread,) = _moments(predictor, x, pushforward)
+        likelihood.check(f, y)
+        parts.append((f, spread))
+        targets.append(_by_term(y, 1 + likelihood.target_ndim))
+    y = torch.cat(targets)
+    state = random_state(y.device, options.generator)
+
+    def score_at(log_scale: float) -> float:
+        set_random_state(state, y.device, options.generator)
+        scaled = (_prediction(predictor, f, spread * math.exp(log_scale), options) for f, spread in parts)
+        value = score(_joined([_by_term(prediction, 2) for prediction in scaled]), y)
+        return value if math.isfinite(value) else math.inf
+
+    low, high = (math.log(bound) for bound in SCALE_BOUNDS)
+    grid = torch.linspace(low, high, N_SCALES, dtype=torch.float64).tolist()
+    scores = [score_at(point) for point in grid]
+    if min(scores) == math.inf:
+        raise ValueError("no covariance scale has a finite score; look at the loss and the validation data.")
+    best = min(range(N_SCALES), key=lambda i: (scores[i], abs(grid[i])))  # break ties towards the posterior as it is
+    if best in (0, N_SCALES - 1):
+        what = "the network's own outputs" if best == 0 else "a wider posterior than any that is tried"
+        warnings.warn(
+            f"the best covariance scale, {math.exp(grid[best]):g}, lies at the edge of those that are tried: the validation data prefer "
+            f"{what}.",
+            stacklevel=4,
+        )
+        return math.exp(grid[best])
+    found: Any = scipy.optimize.minimize_scalar(score_at, bounds=(grid[best - 1], grid[best + 1]), method="bounded")  # pyright: ignore
+    return math.exp(found.x if found.fun < scores[best] else grid[best])
+
+
 def minimise_validation_nll(predictor: Predictor, batches: Batches, unknowns: Unknowns, n_steps: int) -> Prior:
     """The prior at which the mean negative log predictive density of validation data is lowest, by L-BFGS.
 
@@ -138,7 +191,7 @@ def minimise_validation_nll(predictor: Predictor, batches: Batches, unknowns: Un
         values = torch.as_tensor(point, dtype=torch.float64, device=device).requires_grad_(True)
         total, n_all, gradient = 0.0, 0, torch.zeros_like(values)
         prior = unknowns.prior_at(values)
-        pushforward = fit.H.pushforward([fit.damping(prior)], Layout.DIAGONAL)
+        pushforward = fit.H.pushforward([replace(predictor, prior=prior).damping], Layout.DIAGONAL)
         for x, y in _not_empty(batches):
             for part in _differentiable_parts(predictor, len(x)):
                 f, (spread,) = _moments(predictor, x[part], pushforward)
