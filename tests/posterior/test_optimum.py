@@ -21,6 +21,14 @@ SETTINGS = [
     for prior in ("scalar", "layerwise", "parameter", "weight")
     if prior != "weight" or structure not in ("kron", "ekfac")
 ]
+ONE_OF_EACH = [
+    ("kron", "layerwise"),
+    ("ekfac", "parameter"),
+    ("diag", "scalar"),
+    ("full", "layerwise"),
+    ("lowrank", "parameter"),
+]
+"""For what takes hundreds of steps; that every setting's optimum is stationary, which is enough of a concave value, is tested for all."""
 
 
 def data_of(task: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +101,7 @@ def test_it_is_what_a_scalar_search_finds(structure):
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
-@pytest.mark.parametrize(("structure", "prior"), [s for s in SETTINGS if s[1] in ("layerwise", "parameter")])
+@pytest.mark.parametrize(("structure", "prior"), [("kron", "parameter"), ("full", "layerwise")])
 def test_it_is_where_a_long_run_of_adam_ends(structure, prior, task):
     la = fitted(structure, task)
     delta, sigma = la.optimal_prior_and_noise(prior)
@@ -108,7 +116,7 @@ def test_it_is_where_a_long_run_of_adam_ends(structure, prior, task):
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
-@pytest.mark.parametrize(("structure", "prior"), [s for s in SETTINGS if s[1] != "weight"])
+@pytest.mark.parametrize(("structure", "prior"), ONE_OF_EACH)
 def test_mackays_updates_end_there_and_never_go_down(structure, prior, task):
     la = fitted(structure, task)
     delta, sigma = la.optimal_prior_and_noise(prior)
