@@ -99,7 +99,9 @@ class TrainingOptions:
         by_shape = "reduce" if output_ndim <= 2 else "expand"
 
         def posterior(curvature: str, approx: str | Mapping[str, str] | None, default: str) -> Laplace:
-            own = {"kfac_approx": default if approx is None else approx} if has_factors or approx is not None else {}
+            own: dict[str, Any] = (
+                {"kfac_approx": default if approx is None else approx} if has_factors or approx is not None else {}
+            )
             return Laplace(
                 model,
                 likelihood,

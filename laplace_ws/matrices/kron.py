@@ -54,11 +54,8 @@ class KronBlock(Block):
             ValueError: they are not by the same approximation.
         """
         if self.approx != other.approx:
-            one, two = (f"{approx!r}" if approx else "one that is not known" for approx in (self.approx, other.approx))
-            raise ValueError(
-                f"factors by kfac_approx {one} and by {two} do not add up; fit all the data anew, and name the approximation in place of "
-                '"auto".'
-            )
+            kinds = [f"K-FAC-{a}" if a else "an approximation that is not known" for a in (self.approx, other.approx)]
+            raise ValueError(f"factors by {kinds[0]} and by {kinds[1]} do not add up; fit all the data anew.")
         A, n_inputs = self.A, self.n_inputs + other.n_inputs
         if A is not None and other.A is not None:
             A = (A * self.n_inputs + other.A * other.n_inputs) / at_least_one(n_inputs)

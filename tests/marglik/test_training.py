@@ -328,3 +328,47 @@ def test_structures_of_several_passes_are_tuned(structure):
     assert result.la.hessian_structure == structure
     assert result.margliks[-1] > result.margliks[0]
     assert len(result.margliks) == 3
+
+
+def conv_run(**options):
+    """A convolutional network, in which K-FAC-reduce is not exact, on a few images."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)).double()
+    x = torch.randn(30, 1, 6, 6, dtype=torch.float64)
+    data = [(x[:15], torch.arange(15) % 3), (x[15:], torch.arange(15) % 3)]
+    return marglik_training(model, data, **{**QUICK, **options}, optimizer_kwargs=SGD)
+
+
+def test_the_posterior_that_is_returned_has_an_approximation_and_priors_of_its_own():
+    result = conv_run()
+    assert result.la.H["0.weight"].approx == "expand"  # the tuning took reduce
+    best = result.la.optimal_prior_precision("layerwise")
+    torch.testing.assert_close(result.la.prior_precision, best)
+    tuned = torch.tensor(list(result.prior_precision.values()), dtype=torch.float64)
+    assert not torch.allclose(tuned, best, rtol=0.01)
+    same = conv_run(final_kfac_approx="reduce")  # the training is the same, and so are the weights
+    assert same.la.H["0.weight"].approx == "reduce"
+    assert torch.equal(same.la.mean, result.la.mean)
+    assert same.margliks == result.margliks
+    torch.testing.assert_close(same.la.prior_precision, tuned)
+    mapped = conv_run(final_kfac_approx={"0.*": "reduce"})
+    assert mapped.la.H["0.weight"].approx == "reduce"
+
+
+def test_priors_stay_where_nothing_is_shared_or_nothing_is_tuned():
+    result = marglik_training(mlp(), blobs(), **QUICK, optimizer_kwargs=SGD)
+    tuned = torch.tensor(list(result.prior_precision.values()), dtype=torch.float64)
+    torch.testing.assert_close(result.la.prior_precision, tuned)  # the two approximations are one
+    fixed = conv_run(n_hypersteps=0, prior_prec_init=0.7)
+    assert fixed.la.H["0.weight"].approx == "expand"
+    torch.testing.assert_close(fixed.la.prior_precision, torch.full_like(fixed.la.prior_precision, 0.7))
+
+
+def test_tokens_are_tuned_by_expand():
+    def margliks(**options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        data = [(torch.randn(10, 2, 3, dtype=torch.float64), torch.arange(20).reshape(10, 2) % 3)]
+        return marglik_training(model, data, **QUICK, optimizer_kwargs=SGD, **options).margliks
+
+    assert margliks() == margliks(kfac_approx="expand") != margliks(kfac_approx="reduce")
