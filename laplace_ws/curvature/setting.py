@@ -23,8 +23,8 @@ SMALLEST_DIFFERENCE = 1e-3
 def parameters_in_reduce_setting(
     uses: Sequence[Use], g: Sequence[Float[Tensor, "K B ..."]], output_ndim: int
 ) -> frozenset[str]:
-    """Weights of linear maps whose output gradients are the same at all sharing positions of each example; and all biases of linear maps,
-    whose block by K-FAC-reduce is exact wherever they are. With outputs `[N, T, C]`, whose terms reach the loss separately, there are none.
+    """Weights of linear maps whose output gradients are the same at all sharing positions of each example; and all biases and scales, whose
+    block is exact wherever they are. With outputs `[N, T, C]`, whose terms reach the loss separately, there are none.
 
     Args:
         uses: of one forward pass.
@@ -33,18 +33,12 @@ def parameters_in_reduce_setting(
     """
     if output_ndim > 2:
         return frozenset()
-    by_parameter: dict[str, list[tuple[Use, Tensor]]] = {}
+    names = {name for use in uses for name in use.parameters}
+    as_weight: dict[str, list[tuple[MatrixUse, Tensor]]] = {}
     for use, g_use in zip(uses, g, strict=True):
-        for name in use.parameters:
-            by_parameter.setdefault(name, []).append((use, g_use))
-    return frozenset(name for name, own in by_parameter.items() if _reduces(name, own))
-
-
-def _reduces(name: str, own: Sequence[tuple[Use, Tensor]]) -> bool:
-    pairs = [(use, g) for use, g in own if isinstance(use, MatrixUse)]
-    if len(pairs) < len(own):
-        return False
-    return all(name == use.bias and name != use.weight for use, _ in pairs) or _is_equal_at_positions(pairs)
+        if isinstance(use, MatrixUse) and use.weight is not None:
+            as_weight.setdefault(use.weight, []).append((use, g_use))
+    return frozenset(name for name in names if name not in as_weight or _is_equal_at_positions(as_weight[name]))
 
 
 def _is_equal_at_positions(pairs: Sequence[tuple[MatrixUse, Tensor]]) -> bool:
