@@ -185,7 +185,10 @@ class Networks:
         return self._once((kind, of_part), lambda: network.posterior(kind, self.split.seed))
 
     def timed(self, criterion: Callable[[Networks], float]) -> tuple[float, float]:
-        """The value of a criterion, and the seconds that it would take alone, beside the training on all images."""
+        """The value of a criterion, and the seconds that it would take alone, beside the training on all images.
+
+        A decomposition that a posterior keeps counts for the first criterion that needs it.
+        """
         self._asked, known = set(), set(self._made)
         start = time.perf_counter()
         value = criterion(self)

@@ -142,7 +142,7 @@ def _has_begun(folder: Path, members: Sequence[Member]) -> bool:
 def put_comparison_in_place(partial: Path, folder: Path) -> None:
     """Replace the comparison in `folder` by the finished one in `partial`; where this is cut off, it can be done again.
 
-    Runs of candidates that are not in the new one stay.
+    Runs of candidates that are not in the new one stay, without their criteria.
     """
     for name in (SELECTION, PAGE):
         (folder / name).unlink(missing_ok=True)
