@@ -146,7 +146,7 @@ COMMANDS = {
     "select": Command(
         select,
         "laplace_ws.selection:SelectConfig",
-        "train or load several models and rank them by log marginal likelihood",
+        "train or load several models and rank them by a criterion that needs no test images",
         {
             "resume": "keep finished candidates and go on with the others",
             "overwrite": f"{_REPLACE} when this one has finished",

@@ -6,8 +6,17 @@ from pathlib import Path
 
 from laplace_ws.experiment.folder import write_whole
 from laplace_ws.report.page import duration, render
-from laplace_ws.report.selection_pictures import evidence_picture
-from laplace_ws.selection.ranking import PAGE, Entry, Selection, correlation_sentence, load_selection
+from laplace_ws.report.selection_pictures import criterion_picture, picture_title
+from laplace_ws.selection.criteria import CRITERIA
+from laplace_ws.selection.ranking import (
+    CORRELATION_TITLE,
+    PAGE,
+    Entry,
+    Selection,
+    correlation_columns,
+    criterion_columns,
+    load_selection,
+)
 from laplace_ws.tables import Column
 
 
@@ -44,10 +53,17 @@ def render_selection(selection: Selection) -> str:
         ranking=selection.ranking,
         columns=ranking_columns(selection),
         remarks=[
-            correlation_sentence(selection.correlation),
+            f"Ranked by {CRITERIA[selection.rank_by].title}; of each criterion a higher value is better.",
             "Best value of a column in bold. Each row is one training run, so small differences may be noise of the seed.",
         ],
-        pictures=[evidence_picture(selection)] if selection.ranking else [],
+        correlation_title=CORRELATION_TITLE,
+        correlation_columns=correlation_columns(selection),
+        correlations=list(selection.correlations.items()),
+        correlation_remarks=[
+            "Near −1 where a criterion foretells the test NLL. The time is that of the criterion alone, beside the training of all models."
+        ],
+        picture_title=picture_title(selection),
+        pictures=[criterion_picture(selection)] if selection.ranking else [],
         sources={
             "Configuration": selection.config,
             "Environment": selection.environment,
@@ -57,15 +73,16 @@ def render_selection(selection: Selection) -> str:
 
 
 def verdict(selection: Selection) -> str:
-    """One sentence: whether the first by log marginal likelihood is the first by test NLL, and how far behind if not."""
+    """One sentence: whether the first by the criterion is the first by test NLL, and how far behind if not."""
     if not selection.ranking:
         return "No candidate has finished."
     first, best = selection.ranking[0], min(selection.ranking, key=lambda entry: entry.test_nll)
+    title = CRITERIA[selection.rank_by].title
     if first is best:
-        return f"{first.name} has the highest log marginal likelihood and the lowest test NLL ({first.test_nll:.3f})."
+        return f"{first.name} is first by {title} and has the lowest test NLL ({first.test_nll:.3f})."
     place = sorted(selection.ranking, key=lambda entry: entry.test_nll).index(first) + 1
     return (
-        f"{first.name} has the highest log marginal likelihood; by test NLL ({first.test_nll:.3f}) it comes {place} of "
+        f"{first.name} is first by {title}; by test NLL ({first.test_nll:.3f}) it comes {place} of "
         f"{len(selection.ranking)}, {first.test_nll - best.test_nll:.3f} behind {best.name} ({best.test_nll:.3f})."
     )
 
@@ -75,8 +92,7 @@ def ranking_columns(selection: Selection) -> list[Column[Entry]]:
     return [
         Column("model", "", lambda e: e.name),
         Column("architecture", "", lambda e: e.architecture, is_left=True),
-        Column("log marginal likelihood", "nats", lambda e: e.log_marginal_likelihood, 1, higher_is_better=True),
-        Column("per example", "nats", selection.per_example, 4, higher_is_better=True),
+        *criterion_columns(selection),
         Column("test NLL", "nats/example", lambda e: e.test_nll, 4, higher_is_better=False),
         Column("test accuracy", "%", lambda e: e.test_accuracy, 2, higher_is_better=True, scale=100.0),
         Column("weights", "", lambda e: f"{e.n_weights:,}"),

@@ -1,4 +1,4 @@
-"""The picture of a comparison: log marginal likelihood against test NLL, one labelled point per model."""
+"""The picture of a comparison: the criterion that ranks against test NLL, one labelled point per model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from laplace_ws.report.style import GREY, Picture, legend_below, plain, report_style, to_svg
+from laplace_ws.selection.criteria import CRITERIA
 from laplace_ws.selection.ranking import Selection
 
 # Okabe & Ito 2008, as in the other pictures
@@ -35,37 +36,40 @@ class Label:
     vertical: str
 
 
-def evidence_picture(selection: Selection) -> Picture:
-    """Log marginal likelihood per training example against test NLL, with a colour and marker for each kind of model."""
+def picture_title(selection: Selection) -> str:
+    """What the picture shows."""
+    title = CRITERIA[selection.rank_by].title
+    return f"{title[0].upper()}{title[1:]} and test NLL"
+
+
+def criterion_picture(selection: Selection) -> Picture:
+    """The criterion that ranks against test NLL, with a colour and marker for each kind of model."""
     with report_style():
-        figure = evidence_figure(selection)
+        figure = criterion_figure(selection)
         svg = to_svg(figure)
     words = "; ".join(
-        f"{entry.name}: {selection.per_example(entry):.3f}, {entry.test_nll:.3f}" for entry in selection.ranking
+        f"{entry.name}: {selection.score(entry):.3f}, {entry.test_nll:.3f}" for entry in selection.ranking
     )
-    return Picture(
-        "Log marginal likelihood against test NLL",
-        f"Log marginal likelihood and test NLL, in nats per example, by model: {words}.",
-        svg,
-        "Better models are to the right and below.",
-    )
+    title = picture_title(selection)
+    return Picture(title, f"{title} by model: {words}.", svg, "Better models are to the right and below.")
 
 
-def evidence_figure(selection: Selection) -> Figure:
-    """The figure of `evidence_picture`; call it inside `report_style`."""
+def criterion_figure(selection: Selection) -> Figure:
+    """The figure of `criterion_picture`; call it inside `report_style`."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     families = list(dict.fromkeys(entry.family for entry in selection.ranking))
     for family, colour, marker in zip(families, itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), strict=False):
         entries = [entry for entry in selection.ranking if entry.family == family]
-        x, y = [selection.per_example(entry) for entry in entries], [entry.test_nll for entry in entries]
+        x, y = [selection.score(entry) for entry in entries], [entry.test_nll for entry in entries]
         axes.plot(x, y, color=colour, marker=marker, markersize=2 * _POINT_RADIUS, linestyle="", label=plain(family))
     axes.margins(0.12)
-    axes.set_xlabel("log marginal likelihood [nats/training example]")
+    criterion = CRITERIA[selection.rank_by]
+    axes.set_xlabel(f"{criterion.title} [{criterion.unit}]" if criterion.unit else criterion.title)
     axes.set_ylabel("test NLL [nats/example]")
     legend_below(figure, axes)
-    points = [(selection.per_example(entry), entry.test_nll) for entry in selection.ranking]
+    points = [(selection.score(entry), entry.test_nll) for entry in selection.ranking]
     label_points(axes, points, [plain(entry.name) for entry in selection.ranking])
     return figure
 

@@ -10,8 +10,15 @@ from laplace_ws.experiment.config import ExperimentError, ModelConfig, RunConfig
 from laplace_ws.experiment.folder import PARTIAL
 from laplace_ws.option_errors import OptionError
 from laplace_ws.options import from_mapping
+from laplace_ws.posterior import STRUCTURES, PriorStructure
+from laplace_ws.selection.criteria import CRITERIA
+from laplace_ws.selection.networks import Split
 
+CRITERIA_FOLDER = "select.criteria"
+"""Folder in that of a comparison with what criteria need of each candidate."""
 _NOT_IN_NAMES = "/\\"
+CHEAP = ("marglik", "train_log_likelihood", "fewest_weights")
+"""Criteria that take no fit and no training of their own."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +43,21 @@ class SelectConfig(TrainingConfig):
 
     Attributes:
         candidates: the models to compare, each a change to `model` or a finished run.
+        criteria: what is computed of each, by the names of `laplace_ws.selection.criteria`; those of `CHEAP` if not given.
+        rank_by: the criterion that ranks them, one of `criteria`.
+        part: share of the training images on which criteria train a second network, to predict the rest.
     """
 
     name: str = "select"
     candidates: list[Candidate] = field(default_factory=list)
+    criteria: list[str] = field(default_factory=lambda: list(CHEAP))
+    rank_by: str = "marglik"
+    part: float = 0.8
+
+    @property
+    def split(self) -> Split:
+        """The part of the training images, and the rest."""
+        return Split(self.part, self.seed)
 
     def run_config(self, candidate: Candidate) -> RunConfig:
         """The training run of a candidate.
@@ -76,7 +94,65 @@ def check_candidates(candidates: Sequence[Candidate]) -> None:
         name = candidate.name
         if name in names[:i]:
             raise ExperimentError(f"candidate '{name}' is given twice; rename one")
-        if not name or name in (".", "..", PARTIAL) or any(letter in name for letter in _NOT_IN_NAMES):
+        if not name or name in (".", "..", PARTIAL, CRITERIA_FOLDER) or any(letter in name for letter in _NOT_IN_NAMES):
             raise ExperimentError(f"candidate '{name}' cannot be a folder's name; rename it")
         if candidate.run is not None and candidate.model:
             raise ExperimentError(f"candidate '{name}' has a run and changes to a model; give one of them")
+
+
+def check_criteria(config: SelectConfig) -> None:
+    """Refuse criteria that cannot be computed or cannot rank, whatever the candidates are.
+
+    Raises:
+        ExperimentError: none or an unknown one, one twice, a ranking by none of them, or a part that is all or nothing.
+    """
+    if not config.criteria:
+        raise ExperimentError("criteria is empty; name one at least, such as marglik")
+    for name in config.criteria:
+        try:
+            _ = CRITERIA[name]
+        except ValueError as error:
+            raise ExperimentError(f"criteria: {error}") from error
+    if len(set(config.criteria)) < len(config.criteria):
+        raise ExperimentError(f"criteria names one twice: {', '.join(config.criteria)}")
+    if config.rank_by not in config.criteria:
+        raise ExperimentError(
+            f"rank_by={config.rank_by} is none of the criteria ({', '.join(config.criteria)}); add it to them, or rank by one of them"
+        )
+    if not 0 < config.part < 1:
+        raise ExperimentError(f"part={config.part:g} must be above 0 and below 1")
+
+
+def check_criteria_of(config: SelectConfig, name: str, run: RunConfig, n_train: int, n_weights: int) -> None:
+    """Refuse criteria that a candidate cannot have.
+
+    Args:
+        config: of the comparison.
+        name: of the candidate.
+        run: its settings.
+        n_train: number of its training images.
+        n_weights: number of weights that it trains.
+
+    Raises:
+        ExperimentError: it is too large for the criterion that ranks, the split leaves a part or a rest without images, or its prior does
+            not go with a posterior.
+    """
+    for criterion_name in config.criteria:
+        criterion = CRITERIA[criterion_name]
+        if criterion_name == config.rank_by and not criterion.covers(n_weights):
+            raise ExperimentError(
+                f"candidate '{name}' has {n_weights:,} weights and so no {criterion_name}, which takes at most "
+                f"{criterion.most_weights:,}; set another rank_by, or leave it out"
+            )
+        if criterion.needs_part and not 0 < config.split.n_part(n_train) < n_train:
+            raise ExperimentError(
+                f"part={config.part:g} of {n_train} training images leaves none to train on or none to predict; change part or "
+                "data.n_train"
+            )
+        if criterion.kind is not None and run.marglik.prior_structure == PriorStructure.WEIGHT.value:
+            structure = STRUCTURES[criterion.kind.structure]
+            if not structure.prior_per_weight:
+                raise ExperimentError(
+                    f"candidate '{name}' has a prior precision for each weight, which the {structure.name} posterior of {criterion_name} "
+                    "does not take; leave this criterion out, or set marglik.prior_structure=layerwise"
+                )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -13,20 +12,20 @@ from selection.entries import entry, selection
 
 from laplace_ws.records import RecordError
 from laplace_ws.selection import load_selection, selection_table
-from laplace_ws.selection.ranking import SELECTION, correlate, correlation_sentence, ranked
+from laplace_ws.selection.ranking import SELECTION, correlate, correlate_all, ranked
 
 EVIDENCE, NLL = (-150.0, -90.0, -120.0, -300.0, -110.0), (0.9, 0.4, 0.45, 2.0, 0.8)
 ENTRIES = [entry(f"m{i}", evidence, nll) for i, (evidence, nll) in enumerate(zip(EVIDENCE, NLL, strict=True))]
 
 
 def test_the_highest_evidence_comes_first():
-    assert [e.name for e in ranked(ENTRIES)] == ["m1", "m4", "m2", "m0", "m3"]
+    assert [e.name for e in ranked(ENTRIES, "marglik")] == ["m1", "m4", "m2", "m0", "m3"]
     tied = [entry("b", -1.0, 0.5), entry("a", -1.0, 0.4)]
-    assert [e.name for e in ranked(tied)] == ["b", "a"]
+    assert [e.name for e in ranked(tied, "marglik")] == ["b", "a"]
 
 
 def test_correlations_are_their_definitions():
-    found = correlate(ENTRIES)
+    found = correlate(EVIDENCE, NLL)
     x, y = np.array(EVIDENCE), np.array(NLL)
     pearson = ((x - x.mean()) * (y - y.mean())).mean() / (x.std() * y.std())
     rank_x, rank_y = x.argsort().argsort(), y.argsort().argsort()
@@ -40,17 +39,35 @@ def test_correlations_are_their_definitions():
 
 
 def test_correlations_do_not_depend_on_order_or_on_the_number_of_examples():
-    found, per_example = correlate(ENTRIES), stats.pearsonr(np.array(EVIDENCE) / 100, NLL).statistic
-    assert correlate(ranked(ENTRIES)).spearman == found.spearman
+    found, per_example = correlate(EVIDENCE, NLL), stats.pearsonr(np.array(EVIDENCE) / 100, NLL).statistic
+    assert correlate_all(ranked(ENTRIES, "marglik"), ["marglik"])["marglik"].spearman == found.spearman
     assert found.pearson == pytest.approx(per_example, abs=1e-12)
 
 
 def test_too_few_or_equal_models_have_no_correlation():
-    two = correlate(ENTRIES[:2])
+    two = correlate(EVIDENCE[:2], NLL[:2])
     assert (two.n, two.pearson, two.spearman, two.kendall) == (2, None, None, None)
-    equal = correlate([entry(name, -1.0, nll) for name, nll in zip("abc", NLL, strict=False)])
+    equal = correlate([-1.0] * 3, NLL[:3])
     assert (equal.n, equal.pearson, equal.spearman, equal.kendall) == (3, None, None, None)
-    assert correlation_sentence(equal) == "Correlation of log marginal likelihood and test NLL: none to give (n = 3)."
+
+
+def test_each_criterion_is_correlated_over_the_models_that_have_it():
+    entries = [
+        entry(f"m{i}", evidence, nll, marglik_full=None if i == 1 else -nll)
+        for i, (evidence, nll) in enumerate(zip(EVIDENCE, NLL, strict=True))
+    ]
+    found = correlate_all(entries, ["marglik", "marglik_full"])
+    assert found["marglik"] == correlate([e / 100 for e in EVIDENCE], NLL)
+    assert (found["marglik_full"].n, found["marglik_full"].spearman) == (4, pytest.approx(-1.0))
+
+
+def test_another_criterion_ranks_otherwise():
+    entries = [entry("a", -10.0, 0.5, fewest_weights=-9.0), entry("b", -20.0, 0.4, fewest_weights=-3.0)]
+    assert [e.name for e in selection(entries).ranking] == ["a", "b"]
+    by_size = selection(entries, rank_by="fewest_weights")
+    assert [e.name for e in by_size.ranking] == ["b", "a"]
+    header = selection_table(by_size).splitlines()[0]
+    assert header.index("fewest weights") < header.index("log marglik")
 
 
 def test_the_file_gives_the_comparison_back(tmp_path):
@@ -59,7 +76,8 @@ def test_the_file_gives_the_comparison_back(tmp_path):
     assert load_selection(tmp_path) == made
     values = json.loads(made.to_json())
     assert [e["name"] for e in values["ranking"]] == ["m1", "m4", "m2", "m0", "m3"]
-    assert values["correlation"]["n"] == 5
+    assert values["correlations"]["marglik"]["n"] == 5
+    assert values["format_version"] == 2
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 0}'])
@@ -80,13 +98,16 @@ def test_the_table_shows_the_figures_in_order():
         ["4", "m0"],
         ["5", "m3"],
     ]
-    assert lines[2].split()[2:] == ["-90.0", "-0.9000", "0.4000", "75.0", "12,345", "1.5"]
+    assert lines[2].split()[2:] == ["-0.9000", "0.4000", "75.0", "12,345", "1.5"]
     assert len({len(line) for line in lines[:7]}) == 1
     assert lines[7] == "not ranked: broken: the loss became NaN"
-    assert lines[8].endswith("(n = 5).")
+    assert lines[-3].split() == ["criterion", "Pearson", "Spearman", "Kendall", "models", "time"]
+    found = correlate(EVIDENCE, NLL)
+    figures = [f"{value:.3f}" for value in (found.pearson, found.spearman, found.kendall)]
+    assert lines[-1].split() == ["log", "marglik", *figures, "5", "2.5"]
 
 
 def test_a_rise_of_the_loss_with_the_evidence_has_another_sign():
-    turned = [replace(e, test_nll=-e.test_nll) for e in ENTRIES]
+    turned = correlate(EVIDENCE, [-nll for nll in NLL])
     for name in ("pearson", "spearman", "kendall"):
-        assert getattr(correlate(turned), name) == pytest.approx(-getattr(correlate(ENTRIES), name))
+        assert getattr(turned, name) == pytest.approx(-getattr(correlate(EVIDENCE, NLL), name))

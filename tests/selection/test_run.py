@@ -13,8 +13,7 @@ from scipy import stats
 from laplace_ws.cli import main, parse
 from laplace_ws.experiment import run as experiment
 from laplace_ws.experiment.folder import ExperimentError
-from laplace_ws.selection import Candidate, SelectConfig, load_selection, run_selection
-from laplace_ws.selection import run as selection_run
+from laplace_ws.selection import Candidate, SelectConfig, jobs, load_selection, run_selection
 
 SETTINGS = {
     "name": "tiny",
@@ -116,10 +115,10 @@ def test_the_numbers_of_weights(finished):
 def test_the_correlations_are_those_of_the_values_per_example(finished):
     selection = load_selection(finished.folder)
     x, y = [selection.per_example(entry) for entry in selection.ranking], [e.test_nll for e in selection.ranking]
-    assert selection.correlation.n == 3
-    assert selection.correlation.pearson == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-12)
-    assert selection.correlation.spearman == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
-    assert selection.correlation.kendall == pytest.approx(stats.kendalltau(x, y).statistic, abs=1e-12)
+    assert selection.correlations["marglik"].n == 3
+    assert selection.correlations["marglik"].pearson == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-12)
+    assert selection.correlations["marglik"].spearman == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert selection.correlations["marglik"].kendall == pytest.approx(stats.kendalltau(x, y).statistic, abs=1e-12)
 
 
 def test_a_candidate_is_the_network_that_train_gives(finished, tmp_path):
@@ -143,7 +142,7 @@ def test_the_command_prints_the_ranking_and_writes_the_page(config, trained, cap
     out = capsys.readouterr().out
     assert trained == ["wide", "linear", "tanh"]
     assert [name for line in out.splitlines()[2:5] for name in line.split()[1:2]] == [row[0] for row in figures(config)]
-    assert "(n = 3)." in out
+    assert "Correlation with test NLL" in out
     assert f"report: {config.folder / 'select.html'}" in out
     assert "<img alt=" in (config.folder / "select.html").read_text()
 
@@ -266,7 +265,7 @@ def test_a_finished_comparison_is_replaced_whole(config, trained):
 
 
 def test_a_candidate_that_diverges_is_named_and_the_others_are_ranked(config, monkeypatch, capsys):
-    real = selection_run.run_experiment
+    real = jobs.run_experiment
 
     def run_experiment(run, *, resume):
         steep = (
@@ -275,12 +274,12 @@ def test_a_candidate_that_diverges_is_named_and_the_others_are_ranked(config, mo
         return real(steep, resume=resume)
 
     with monkeypatch.context() as context:
-        context.setattr(selection_run, "run_experiment", run_experiment)
+        context.setattr(jobs, "run_experiment", run_experiment)
         assert main(["select", "--config", f"{config.out}/tiny.yaml"]) == 1
     assert "not ranked: tanh: tuned: " in capsys.readouterr().out
     selection = load_selection(config.folder)
     assert {entry.name for entry in selection.ranking} == {"wide", "linear"}
     assert set(selection.failed) == {"tanh"}
-    assert selection.correlation.n == 2
+    assert selection.correlations["marglik"].n == 2
     assert "Not ranked: tanh" in (config.folder / "select.html").read_text()
     assert len(run_selection(config, overwrite=True).ranking) == 3
