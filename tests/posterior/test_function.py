@@ -228,3 +228,11 @@ def test_a_damaged_recipe_is_said(damage):
     damage(state["function"])
     with pytest.raises(FileFormatError, match=r"damaged|not finite"):
         fitted(network()).load_state_dict(state)
+
+
+def test_the_precision_of_products_is_left_as_it_was():
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    with function._float32_in_full():
+        assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+    assert [setting.fp32_precision for setting in settings] == before
