@@ -174,7 +174,7 @@ def test_what_mixes_examples_later_is_refused(change, then):
     change(model)
     with pytest.raises(
         (UnsupportedParameterError, ValueError),
-        match=r"not grouped by example|than in the fit|tie the examples together",
+        match=r"not grouped by example|than in the fit|tie the examples together|computes another function",
     ):
         la(train[0][0]) if then == "predict" else la.fit(train, recheck=False)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +11,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace_ws.curvature.anatomy import Anatomy
 from laplace_ws.curvature.backend import Backend, memory_for_columns
-from laplace_ws.curvature.inputs import ModelInputs, call_model, leaves, own_copy
+from laplace_ws.curvature.finite import check_finite_gradients
+from laplace_ws.curvature.forward import (
+    N_PROBED,
+    check_examples_apart,
+    check_same_outputs,
+    outputs_with_gradient,
+    probe,
+    random_state_after_refusal,
+    tolerance,
+)
+from laplace_ws.curvature.inputs import ModelInputs, leaves, own_copy
 from laplace_ws.curvature.models import check_visible
 from laplace_ws.curvature.setting import parameters_in_reduce_setting
 from laplace_ws.curvature.watch import final_operation
-from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
+from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import Use, example_gradients
-from laplace_ws.randomness import random_state, set_random_state
-
-N_PROBED = 4
-"""Examples of the first batch that are probed, each separately: few enough to cost nothing, enough to tell examples apart."""
-
 
 SMALL_COLUMN_BYTES = 2**26
 """Columns that take fewer bytes, at the outputs of all uses together, never require memory to be saved."""
@@ -44,7 +49,7 @@ class LinearisationCheck:
     Attributes:
         column_bytes_per_example: bytes that a column takes per example at the outputs of all uses, as measured on the largest examples
             that were checked.
-        final_operation: name of the operation of autograd that the outputs come from; None before a check.
+        final_operation: what makes the outputs into probabilities, see `watch.final_operation`, as the last check found it.
     """
 
     def __init__(self, backend: Backend, model: nn.Module):
@@ -53,7 +58,7 @@ class LinearisationCheck:
         self.column_bytes_per_example: float = 0.0
         self.final_operation: str | None = None
         self._parameters: Mapping[str, nn.Parameter] = {}
-        self._anatomy: _Anatomy | None = None
+        self._anatomy: Anatomy | None = None
         self._signatures: set[tuple[Any, ...]] = set()
         self._most_examples = self._largest_example = 0
         self._in_reduce_setting: frozenset[str] | None = None
@@ -66,15 +71,19 @@ class LinearisationCheck:
             parameters: those that are covered, by name.
         """
         self.begin(parameters)
-        probe = x[:N_PROBED]
         # one example does not show whether examples are kept apart, and a small one not what memory a large one takes
-        if len(probe) > self._most_examples or _example_size(x) > self._largest_example:
-            self.run(probe)
+        if min(len(x), N_PROBED) > self._most_examples or _example_size(x) > self._largest_example:
+            self.run(probe(x))
+
+    @property
+    def has_run(self) -> bool:
+        """Whether there was a check since the findings were last forgotten."""
+        return self._most_examples > 0
 
     def begin(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Begin a pass: discard the findings if the network or its covered parameters have changed."""
         self._parameters = parameters
-        anatomy = _Anatomy.of(self.model, parameters)
+        anatomy = Anatomy.of(self.model, parameters)
         if self._anatomy is None or self._anatomy.facts != anatomy.facts:
             check_visible(self.model, parameters.values())
             self._anatomy = anatomy
@@ -91,16 +100,17 @@ class LinearisationCheck:
         """Whether a batch with uses like these has been checked."""
         return _signature(uses) in self._signatures
 
-    def run(self, x: ModelInputs) -> tuple[Sequence[Use], Tensor]:
-        """Check a batch, see `check_linearisation`; returns its uses and its outputs."""
+    def run(self, x: ModelInputs) -> Findings:
+        """Check a batch, see `check_linearisation`."""
         found = check_linearisation(self.backend, self.model, x, self._parameters)
-        uses, f, column_bytes, self.final_operation, reducible = found
-        self._in_reduce_setting = reducible if self._in_reduce_setting is None else self._in_reduce_setting & reducible
-        self._signatures.add(_signature(uses))
+        self.final_operation = found.final_operation
+        known = self._in_reduce_setting
+        self._in_reduce_setting = found.in_reduce_setting if known is None else known & found.in_reduce_setting
+        self._signatures.add(_signature(found.uses))
         self._most_examples = max(self._most_examples, min(len(x), N_PROBED))
         if (size := _example_size(x)) >= self._largest_example:
-            self._largest_example, self.column_bytes_per_example = size, column_bytes / len(x)
-        return uses, f
+            self._largest_example, self.column_bytes_per_example = size, found.column_bytes / len(x)
+        return found
 
     @property
     def in_reduce_setting(self) -> frozenset[str]:
@@ -111,54 +121,6 @@ class LinearisationCheck:
         """Into how many parts to split a batch, so that a column of each takes little memory, as measured by the last check."""
         little = max(memory_for_columns(device), SMALL_COLUMN_BYTES)
         return max(1, math.ceil(n_examples * self.column_bytes_per_example / little))
-
-
-@dataclass(frozen=True)
-class _Anatomy:
-    """What a network is made of, as far as that determines how parameters are used.
-
-    Attributes:
-        facts: identity and plain settings of every module, identity and kind of every covered parameter.
-        held: the objects with these identities, kept alive so that no new object can take them over.
-    """
-
-    facts: tuple[Any, ...]
-    held: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> _Anatomy:
-        modules = tuple(model.modules())
-        attributes = [list(_attributes(m)) for m in modules]
-        facts = (
-            *(
-                (id(m), id(type(m)), *(fact for *fact, _ in found))
-                for m, found in zip(modules, attributes, strict=True)
-            ),
-            *((name, id(p), p.shape, p.dtype, p.device) for name, p in parameters.items()),
-        )
-        held = [value for found in attributes for *_, value in found]
-        return cls(facts, (modules, held, tuple(parameters.values())))
-
-
-_PLAIN = (int, float, str, type(None))
-_OF_TORCH = ("training", "_parameters", "_modules", "_buffers")
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """Name, fact and value of what decides how a module works: plain attributes, such as a stride, by their value; hooks, functions and
-    other objects by identity; of buffers, whether they are there.
-    """
-    for name, value in vars(module).items():
-        parts = value if isinstance(value, tuple) else (value,)
-        if name in _OF_TORCH or any(isinstance(part, Tensor) for part in parts):
-            continue
-        if all(isinstance(part, _PLAIN) for part in parts):
-            yield name, value, None
-        elif name.endswith("_hooks") and isinstance(value, dict):
-            yield name, tuple(map(id, value.values())), tuple(value.values())
-        else:
-            yield name, id(value), value
-    yield "buffers", tuple(name for name, buffer in module._buffers.items() if buffer is not None), None
 
 
 def _example_size(x: ModelInputs) -> int:
@@ -177,33 +139,43 @@ def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:
     )
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What the check of a batch reveals.
+
+    Attributes:
+        uses: of the parameters.
+        column_bytes: bytes that a column takes at the outputs of all uses.
+        final_operation: what makes the outputs into probabilities, if anything does.
+        in_reduce_setting: parameters in the reduce setting.
+    """
+
+    uses: Sequence[Use]
+    column_bytes: int
+    final_operation: str | None
+    in_reduce_setting: frozenset[str]
+
+
 def check_linearisation(
     backend: Backend, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]
-) -> tuple[Sequence[Use], Tensor, int, str | None, frozenset[str]]:
-    """Check the uses and gradients of a batch against autograd; returns its uses, its outputs, `column_bytes`, the name of
-    the operation that the outputs come from, and the parameters in the reduce setting.
+) -> Findings:
+    """Check the uses and gradients of a batch against autograd.
 
     A use that a backend cannot see, an operation that mixes examples, or rows in an order other than by example would silently give
     curvature of the wrong scale.
 
     Raises:
         UnsupportedParameterError: names the parameter, and what is wrong with its uses.
-        InvalidBatchError: the outputs are not finite.
+        InvalidBatchError: the outputs or their gradients are not finite.
     """
     backend.forget()
-    with _random_state_after_refusal(x.device):
-        f = call_model(model, own_copy(x))  # before the backend, which might hide what it does
-        check_finite(model, f)
-        if not f.requires_grad:
-            raise UnsupportedParameterError(
-                f"the outputs of {type(model).__name__} do not depend on any parameter that requires grad; is there a detach() or a "
-                "no_grad() in its forward pass?"
-            )
+    with random_state_after_refusal(x.device):
+        f = outputs_with_gradient(model, x)  # before the backend, which might hide what it does
         with (
             backend.linearise(model, own_copy(x), parameters) as linearisation,
             torch.autocast(x.device.type, enabled=False),
         ):
-            _check_same_outputs(model, f, linearisation.outputs)
+            check_same_outputs(model, f, linearisation.outputs)
             generator = torch.Generator(f.device).manual_seed(0)
             v = torch.randn(f.shape, dtype=torch.float32, device=f.device, generator=generator).to(f.dtype)
             probed = [*range(min(N_PROBED, len(x)) - 1), len(x) - 1]
@@ -218,35 +190,15 @@ def check_linearisation(
             by_use = [streamed[number][0] for number in range(len(linearisation.uses))]
             for gradients in ([g_use[0] for g_use in g], [g_use[-1] for g_use in g], by_use):
                 check_gradients(linearisation.uses, gradients, f, v, parameters)
-            reducible = parameters_in_reduce_setting(linearisation.uses, [g_use[:1] for g_use in g], f.ndim)
-            uses, outputs = linearisation.uses, linearisation.outputs
-            return uses, outputs, linearisation.column_bytes, final_operation(f), reducible
-
-
-@contextmanager
-def _random_state_after_refusal(device: torch.device) -> Iterator[None]:
-    """Put torch's random state back where a model is refused, perhaps for drawing numbers; not otherwise, as other threads draw too."""
-    state = random_state(device)
-    try:
-        yield
-    except UnsupportedParameterError:
-        set_random_state(state, device)
-        raise
-
-
-def check_finite(model: nn.Module, f: Tensor) -> None:
-    """Raise `InvalidBatchError` if outputs are not finite."""
-    if not f.isfinite().all():
-        raise InvalidBatchError(
-            f"{type(model).__name__} gives outputs that are not finite; look for NaN in its weights or inputs."
-        )
-
-
-def _check_same_outputs(model: nn.Module, f: Tensor, outputs: Tensor) -> None:
-    if not torch.allclose(f, outputs, rtol=_tolerance(f), atol=_tolerance(f) * f.abs().max().item()):
-        raise UnsupportedParameterError(
-            f"{type(model).__name__} gives other outputs for the same inputs, in eval mode; take out what is random in its forward pass."
-        )
+            uses = linearisation.uses
+            found = Findings(
+                uses,
+                linearisation.column_bytes,
+                final_operation(f),
+                parameters_in_reduce_setting(uses, [g_use[:1] for g_use in g], f.ndim),
+            )
+        check_examples_apart(model, x, f)
+    return found
 
 
 def check_rows_by_example(uses: Sequence[Use], g: Sequence[Float[Tensor, "K B ..."]], probed: Sequence[int]) -> None:
@@ -273,12 +225,14 @@ def check_gradients(
     )
     largest = max(gradient.abs().max().item() for gradient in expected)
     for (name, parameter), truth in zip(parameters.items(), expected, strict=True):
-        rounding = max(
-            _tolerance(t) for t in (parameter, *g)
-        )  # under autocast gradients are rounded more than parameters
+        # under autocast gradients are rounded more than parameters
+        rounding = max(tolerance(torch.finfo(t.dtype).eps) for t in (parameter, *g))
         found = example_gradients(name, uses, [g_use[None] for g_use in g]).sum((0, 1)).to(truth.dtype)
         allowed = rounding * (truth.norm() + found.norm()) + torch.finfo(truth.dtype).eps * largest
         if not (found - truth).norm() <= allowed:
+            check_finite_gradients({name: truth})
+            if (found - truth).norm() <= allowed + rounding**2 * _summed_magnitudes(name, uses, g):
+                continue
             calls = ", ".join(sorted({use.call for use in uses if name in use.parameters}))
             raise UnsupportedParameterError(
                 f"{name!r} is used by {calls}, but not by that alone: part of its gradient comes from a call that cannot be seen (compiled "
@@ -287,9 +241,13 @@ def check_gradients(
             )
 
 
-def _tolerance(x: Tensor) -> float:
-    """Relative rounding error by which the same sums, taken in two orders, may differ."""
-    return min(10 * torch.finfo(x.dtype).eps ** 0.5, 0.05)
+def _summed_magnitudes(name: str, uses: Sequence[Use], g: Sequence[Float[Tensor, "B ..."]]) -> Tensor:
+    """Norm of what a gradient would be if none of its terms cancelled another: what its rounding is judged by where they all do.
+
+    A bias before a normalisation over positions, for instance, has a gradient of zero, of which only the rounding of its terms is left.
+    """
+    sums = example_gradients(name, [use.magnitudes() for use in uses], [g_use.abs()[None] for g_use in g])
+    return sums.sum((0, 1)).norm()
 
 
 def check_covered(uses: Sequence[Use], parameters: Mapping[str, nn.Parameter]) -> None:

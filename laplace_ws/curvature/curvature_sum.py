@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from laplace_ws.curvature.backend import (
 )
 from laplace_ws.curvature.backends import make_backend
 from laplace_ws.curvature.batches import Batches, Data
-from laplace_ws.curvature.checks import LinearisationCheck, check_finite, check_linearisation
+from laplace_ws.curvature.checks import LinearisationCheck, check_linearisation
 from laplace_ws.curvature.columns import Curvature, loss_columns
+from laplace_ws.curvature.finite import check_finite, check_finite_curvature, check_finite_gradients
 from laplace_ws.curvature.inputs import BatchKeys, ModelInputs, as_inputs, check_devices, own_copy
 from laplace_ws.curvature.models import check_visible
 from laplace_ws.curvature.totals import DataTotals
+from laplace_ws.curvature.watch import warn_of_final_operation
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import (
     Accumulator,
@@ -35,7 +37,7 @@ from laplace_ws.kfac import (
     example_gradients,
 )
 from laplace_ws.likelihoods import Likelihood, make_likelihood
-from laplace_ws.matrices import Kron
+from laplace_ws.matrices import CurvatureMatrix, Kron
 from laplace_ws.values import generator_or_none, whole_number
 
 SMALLEST_PART = 8
@@ -106,6 +108,21 @@ class CurvatureSum:
         for x, y in Batches.of(data, self.model):
             self.add(x, y)
         self.totals.check_not_empty(self.likelihood)
+
+    @property
+    def final_operation(self) -> str | None:
+        """What makes the outputs into probabilities, see `watch.final_operation`."""
+        return self._check.final_operation
+
+    def result(self) -> CurvatureMatrix:
+        """The curvature summed over all batches so far.
+
+        Raises:
+            InvalidBatchError: it is not finite.
+        """
+        H = self.accumulator.result()
+        check_finite_curvature(H)
+        return H
 
     def add(self, x: ModelInputs, y: Tensor) -> None:
         """Add one batch: the inputs of the model and the targets."""
@@ -187,7 +204,7 @@ def jacobians(
 
     Raises:
         UnsupportedParameterError: a parameter that requires grad cannot be covered.
-        InvalidBatchError: the inputs do not fit the model.
+        InvalidBatchError: the inputs do not fit the model, or the Jacobians are not finite.
     """
     x = as_inputs(x)
     parameters = trainable_parameters(model)
@@ -205,7 +222,10 @@ def jacobians(
                 g = linearisation.pullback(chunk)
                 of_each = [example_gradients(name, linearisation.uses, g).flatten(2) for name in parameters]
                 rows.append(torch.cat(of_each, dim=2))  # [K, N, P]
-    return torch.cat(rows).transpose(0, 1), f
+    J = torch.cat(rows).transpose(0, 1)
+    ends = [0, *accumulate(p.numel() for p in parameters.values())]
+    check_finite_gradients({name: J[..., i:k] for name, (i, k) in zip(parameters, pairwise(ends), strict=True)})
+    return J, f
 
 
 def kron_factors(
@@ -243,7 +263,7 @@ def kron_factors(
 
     Raises:
         UnsupportedParameterError: a parameter that requires grad cannot be covered.
-        InvalidBatchError: the data do not fit the model or the likelihood.
+        InvalidBatchError: the data do not fit the model or the likelihood, or the factors are not finite.
     """
 
     def make_accumulator(parameters: Mapping[str, nn.Parameter]) -> KronAccumulator:
@@ -260,4 +280,5 @@ def kron_factors(
         generator=generator,
     )
     total.add_all(Batches.of(data, model, BatchKeys(dict_key_x, dict_key_y)))
-    return total.accumulator.result()  # type: ignore[return-value]
+    warn_of_final_operation(model, total.likelihood, total.final_operation)
+    return total.result()  # type: ignore[return-value]

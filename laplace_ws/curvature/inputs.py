@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from laplace_ws.curvature.dtypes import type_mismatch
 from laplace_ws.curvature.refused import refused_inputs
 from laplace_ws.errors import InvalidBatchError
-from laplace_ws.kfac.examples import Examples, RaggedInputs
+from laplace_ws.kfac.examples import Examples, RaggedInputs, SelectableInputs
 from laplace_ws.values import shown
 
 
@@ -49,29 +49,49 @@ DEFAULT_KEYS = BatchKeys()
 class StructuredInputs:
     """Inputs of a batch that consist of more than one tensor.
 
-    A slice selects examples in every nested tensor whose leading axis has N entries, and leaves everything else (scalars, masks over
-    positions, None, strings) as it is. If a tensor does not hold examples but may have N rows by chance, give it an extra leading axis.
+    A slice, or `select`, takes examples out of every nested tensor whose leading axis has N entries, and leaves everything else (scalars,
+    masks over positions, None, strings) as it is. If a tensor does not hold examples but may have N rows by chance, give it an extra
+    leading axis.
 
     Attributes:
         arguments: what the model is called with.
         n: N, the number of examples.
         device: where they are.
+        whole: tensors within that hold no examples, also where a part of the batch has as many examples as they have rows.
     """
 
     arguments: tuple[Any, ...]
     n: int
     device: torch.device
+    whole: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
         return self.n
 
     def __getitem__(self, chosen: slice) -> StructuredInputs:
         """Some of the examples."""
+        return self._of_leaves(lambda leaf: leaf[chosen], len(range(self.n)[chosen]))
 
-        def part(leaf: Any) -> Any:
-            return leaf[chosen] if _holds_examples(leaf) and len(leaf) == self.n else leaf
+    def select(self, places: Sequence[int]) -> StructuredInputs:
+        """The examples at some places, in that order; one may come twice."""
+        return self._of_leaves(
+            lambda leaf: leaf[places] if isinstance(leaf, Tensor) else leaf.select(places), len(places)
+        )
 
-        return StructuredInputs(_changed(self.arguments, part), len(range(self.n)[chosen]), self.device)
+    def _of_leaves(self, part: Callable[[Any], Any], n: int) -> StructuredInputs:
+        """The inputs with the n examples that a function takes out of each part that holds examples."""
+
+        whole: list[Any] = []
+
+        def changed(leaf: Any) -> Any:
+            if not _holds_examples(leaf):
+                return leaf
+            if len(leaf) == self.n and not any(leaf is other for other in self.whole):
+                return part(leaf)
+            whole.append(leaf)
+            return leaf
+
+        return StructuredInputs(_changed(self.arguments, changed), n, self.device, tuple(whole))
 
 
 ModelInputs = Tensor | RaggedInputs | StructuredInputs
@@ -293,6 +313,16 @@ def own_copy(x: ModelInputs) -> ModelInputs:
     if isinstance(x, StructuredInputs):
         return StructuredInputs(_changed(x.arguments, own_copy), x.n, x.device)
     return x.clone() if isinstance(x, Tensor) else x
+
+
+def selected(x: ModelInputs, places: Sequence[int]) -> ModelInputs:
+    """The examples at some places, in that order; one may come twice.
+
+    Where inputs are, or hold, examples of a class without a method `select`, as many of the first ones instead.
+    """
+    if any(_is_ragged(leaf) and not isinstance(leaf, SelectableInputs) for leaf in leaves(x)):
+        return x[: len(places)]
+    return x[list(places)] if isinstance(x, Tensor) else x.select(places)  # type: ignore[union-attr]
 
 
 def examples_of(x: ModelInputs) -> Examples:

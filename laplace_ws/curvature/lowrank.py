@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from laplace_ws.curvature.batches import Data
 from laplace_ws.curvature.columns import Curvature
+from laplace_ws.curvature.finite import check_finite_curvature
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys
 from laplace_ws.curvature.products import CurvatureProducts
 from laplace_ws.curvature.totals import DataTotals
@@ -79,7 +80,8 @@ def low_rank_curvature(
 
     Raises:
         InvalidBatchError: the data do not fit the model or the likelihood, or they differ from one pass to another.
-        UnsupportedParameterError: the gradients of the model cannot be differentiated, or there are none.
+        UnsupportedParameterError: the gradients of the model cannot be differentiated, there are none, or the forward pass is random
+            or mixes the examples of a batch.
     """
     rank = whole_number("the rank of a low-rank curvature", rank, least=1)
     products = CurvatureProducts(
@@ -103,6 +105,7 @@ def low_rank_curvature(
     totals = products.totals
     assert totals is not None  # there was at least one product
     H = LowRank(products.shapes, vectors, values)
+    check_finite_curvature(H)
     return LowRankFit(H, totals, products.n_products)
 
 

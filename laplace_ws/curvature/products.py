@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from laplace_ws.curvature.backend import differentiable_twice, evaluation_mode, 
 from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.columns import Curvature, loss_columns
 from laplace_ws.curvature.curvature_sum import default_generator
+from laplace_ws.curvature.finite import check_finite_gradients
+from laplace_ws.curvature.forward import check_forward, check_has_gradient, precision, probe
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, call_model, own_copy
 from laplace_ws.curvature.models import check_visible
 from laplace_ws.curvature.totals import DataTotals
@@ -132,7 +134,8 @@ class CurvatureProducts:
 
         Raises:
             InvalidBatchError: the data do not fit the model or the likelihood, or they differ from those of the first pass.
-            UnsupportedParameterError: the gradients of the model cannot be differentiated, or there are none.
+            UnsupportedParameterError: the gradients of the model cannot be differentiated, there are none, or the forward pass is random or
+                mixes the examples of a batch.
         """
         if not isinstance(vectors, Tensor) or vectors.shape[1:] != (self.n_params,) or not vectors.is_floating_point():  # pyright: ignore
             raise TypeError(
@@ -143,8 +146,10 @@ class CurvatureProducts:
         totals = PassTotals()
         for x, y in self.batches:
             with evaluation_mode(self.model, self.parameters), differentiable_twice(self.model):
+                if self.totals is None and not totals.n_examples:
+                    check_forward(self.model, probe(x))
                 f = call_model(self.model, own_copy(x))
-                eps = _precision(f, self.parameters.values())
+                eps = precision(f, self.parameters.values())
                 self.likelihood.check(f, y)
                 totals.add_precise(self.likelihood, f.detach(), y, eps)
                 with torch.autocast(x.device.type, enabled=False):
@@ -156,11 +161,7 @@ class CurvatureProducts:
     def _product_of_batch(
         self, f: Float[Tensor, "N ..."], y: Tensor, vectors: Float[Tensor, "S P"], eps: float
     ) -> Float[Tensor, "S P"]:
-        if not f.requires_grad:
-            raise UnsupportedParameterError(
-                f"the outputs of {type(self.model).__name__} do not depend on any parameter that requires grad; is there a detach() or a "
-                "no_grad() in its forward pass?"
-            )
+        check_has_gradient(self.model, f)
         pushed = self._pushforward(f, vectors)
         weighted = self._weighted(f.detach(), y, pushed)
         pulled = self._pullback(f, weighted)
@@ -168,6 +169,8 @@ class CurvatureProducts:
         forward, backward = _inner(weighted, pushed), _inner(pulled, vectors)
         sizes = _inner(weighted, weighted) * _inner(pushed, pushed), _inner(pulled, pulled) * _inner(vectors, vectors)
         if not ((forward - backward).abs() <= min(10 * eps**0.5, 0.05) * (sizes[0].sqrt() + sizes[1].sqrt())).all():
+            parts = pulled.split(self._sizes, dim=1)
+            check_finite_gradients(dict(zip(self.parameters, parts, strict=True)))
             raise UnsupportedParameterError(
                 f"the gradients of {type(self.model).__name__} cannot be differentiated: a custom autograd function has a backward pass "
                 "that hides what it does from autograd, or a hook changes a gradient; write it with plain calls."
@@ -238,14 +241,6 @@ class CurvatureProducts:
                 f"the examples come in another order in each pass, and the random columns of {self.curvature.value!r} with them; keep "
                 'the order (shuffle=False), or choose curvature="ggn".'
             )
-
-
-def _precision(f: Tensor, parameters: Iterable[Tensor]) -> float:
-    """The coarsest ε among outputs, parameters and, under autocast, the precision of computation."""
-    dtypes = {f.dtype, *(p.dtype for p in parameters)}
-    if torch.is_autocast_enabled(f.device.type):
-        dtypes.add(torch.get_autocast_dtype(f.device.type))
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _inner(a: Float[Tensor, "S ..."], b: Float[Tensor, "S ..."]) -> Float[Tensor, " S"]:

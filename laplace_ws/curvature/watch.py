@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace_ws.curvature.inputs import ModelInputs
@@ -37,8 +38,24 @@ _PASSED_ON = (
     "UnsqueezeBackward0",
     "ReshapeAliasBackward0",
     "CloneBackward0",
+    "ToCopyBackward0",
+    "ClampBackward0",
+    "ClampBackward1",
+    "ClampMinBackward0",
+    "ClampMaxBackward0",
+    "LogBackward0",
 )
-_ENDS = {"SoftmaxBackward0": "a softmax", "LogSoftmaxBackward0": "a log_softmax", "SigmoidBackward0": "a sigmoid"}
+"""Operations of autograd behind which what a model ends in may stand."""
+_ENDS = {
+    "SoftmaxBackward0": "ends in a softmax",
+    "LogSoftmaxBackward0": "ends in a log_softmax",
+    "SigmoidBackward0": "ends in a sigmoid",
+    "LogSigmoidBackward0": "ends in a logsigmoid",
+}
+_SUM_TO_ONE = (
+    "gives outputs that sum to one, as after a softmax",
+    "gives logarithms of numbers that sum to one, as after a log_softmax",
+)
 
 
 @dataclass
@@ -184,25 +201,38 @@ def warn_of_overlap(seen: frozenset[int], n_data: int, watched: DataWatch, *, st
 def warn_of_final_operation(
     model: nn.Module, likelihood: Likelihood, operation: str | None, *, stacklevel: int = 2
 ) -> None:
-    """Warn if a model ends in what a likelihood of labels applies itself."""
-    if likelihood.is_regression or operation not in _ENDS:
+    """Warn if a model ends in what a likelihood of labels applies itself, as `final_operation` found it."""
+    if likelihood.is_regression or operation is None:
         return
     warnings.warn(
-        f"{type(model).__name__} ends in {_ENDS[operation]}, but the {likelihood.name} likelihood takes logits and turns them into "
+        f"{type(model).__name__} {operation}, but the {likelihood.name} likelihood takes logits and turns them into "
         "probabilities itself; leave it out of the model.",
         DataWarning,
         stacklevel=stacklevel + 1,
     )
 
 
-def final_operation(f: Tensor) -> str | None:
-    """Name of the operation of autograd that outputs come from, whatever only changes their shape left out."""
+def final_operation(f: Float[Tensor, "N ..."]) -> str | None:
+    """What makes outputs into probabilities, in words; None where they look like logits.
+
+    It is found by the operation of autograd that the outputs come from, whatever changes only their shape, type or range left out, or
+    by the outputs themselves: those of each example sum to one, or their exponentials do. A sigmoid of a model's own making is not seen.
+    """
     node = f.grad_fn
     for _ in range(len(_PASSED_ON)):
         if node is None or node.name() not in _PASSED_ON:
             break
         node = node.next_functions[0][0]
-    return None if node is None else node.name()
+    if node is not None and node.name() in _ENDS:
+        return _ENDS[node.name()]
+    if f.ndim < 2 or f.shape[-1] < 2:
+        return None
+    wide = f.detach().double()
+    tolerance = torch.finfo(f.dtype).eps ** 0.5
+    sums_to_one = (wide >= 0).all() & ((wide.sum(-1) - 1).abs() < tolerance).all()
+    sums_to_one_as_logarithms = (wide.logsumexp(-1).abs() < tolerance).all()
+    found = torch.stack([sums_to_one, sums_to_one_as_logarithms]).tolist()
+    return next((words for words, is_so in zip(_SUM_TO_ONE, found, strict=True) if is_so), None)
 
 
 def draws_with_replacement(loader: Any) -> bool:

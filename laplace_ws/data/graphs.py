@@ -101,6 +101,11 @@ class GraphBatch:
         edges = self.edges[:, kept[self.edges[0]]]
         return GraphBatch(self.nodes[kept], new_node[edges], new_number[self.graph[kept]], len(numbers))
 
+    def select(self, places: Sequence[int]) -> GraphBatch:
+        """The graphs at some places, in that order; one may come twice."""
+        parts = [self[place : place + 1] for place in places]
+        return GraphBatch.from_graphs([(part.nodes, part.edges) for part in parts])
+
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""

@@ -24,6 +24,10 @@ class ConvUse(MatrixUse):
         """See `Use.without_inputs`."""
         return replace(self, x=self.x.new_empty(0))
 
+    def magnitudes(self) -> Use:
+        """See `Use.magnitudes`."""
+        return replace(self, x=self.x.abs())
+
     @property
     def groups(self) -> int:  # type: ignore[override]
         """Number of channel groups."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -83,6 +83,15 @@ class RaggedInputs(Protocol):
 
     def __getitem__(self, chosen: slice) -> RaggedInputs:
         """Some of the examples."""
+        ...
+
+
+@runtime_checkable
+class SelectableInputs(RaggedInputs, Protocol):
+    """Ragged inputs that give any of their examples, so that a check can take some at random; without `select`, it takes the first."""
+
+    def select(self, places: Sequence[int]) -> SelectableInputs:
+        """The examples at some places, in that order; one may come twice."""
         ...
 
 

@@ -52,6 +52,10 @@ class Use(ABC):
         """The use with only what gradients in canonical form need; its inputs, which take up the memory, are released."""
         return self
 
+    def magnitudes(self) -> Use:
+        """The use with the absolute values of its inputs: with those of g, its gradients are the sums of the magnitudes of all terms."""
+        return self
+
     @abstractmethod
     def example_gradients(self, name: str, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "K N ..."]:
         """Vector-Jacobian product of each example with respect to the parameter, `[K, N, *shape]`, given g at the use's output."""
@@ -148,6 +152,10 @@ class LinearUse(MatrixUse):
     def without_inputs(self) -> Use:
         """See `Use.without_inputs`."""
         return replace(self, x=self.x.new_empty(0))
+
+    def magnitudes(self) -> Use:
+        """See `Use.magnitudes`."""
+        return replace(self, x=self.x.abs())
 
     def _by_row(self) -> Float[Tensor, "B q I"]:
         x = at_least_float32(self.x)
@@ -280,6 +288,10 @@ class ElementwiseUse(Use):
     def parameters(self) -> tuple[str, ...]:
         """See `Use.parameters`."""
         return (self.name,)
+
+    def magnitudes(self) -> Use:
+        """See `Use.magnitudes`."""
+        return replace(self, factor=self.factor.abs())
 
     def example_gradients(self, name: str, g: Tensor) -> Tensor:
         """See `Use.example_gradients`."""

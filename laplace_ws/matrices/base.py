@@ -83,6 +83,10 @@ class CurvatureMatrix(ABC):
     def pushforward(self, dampings: Sequence[Damping], layout: Layout) -> Pushforward:
         """The sum of J Σ Jᵀ over the parameter tensors, with Σ = (s·H + diag(δ))⁻¹ for each (s, δ)."""
 
+    def tensors_by_parameter(self) -> Mapping[str, Sequence[Tensor]]:
+        """What is stored of each parameter tensor, by its name, for checks; a class of one's own that does not say is not checked."""
+        return {}
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that restore the matrix."""
@@ -122,3 +126,9 @@ def by_parameter(delta: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, T
         return dict(zip(shapes, delta.expand(len(shapes)), strict=True))
     parts = expand_per_weight(delta, shapes).split([shape.numel() for shape in shapes.values()])
     return dict(zip(shapes, parts, strict=True))
+
+
+def rows_by_parameter(rows: Float[Tensor, "P k"], shapes: Mapping[str, torch.Size]) -> dict[str, list[Tensor]]:
+    """The rows of a matrix that belong to each parameter tensor."""
+    parts = rows.split([shape.numel() for shape in shapes.values()])
+    return {name: [part] for name, part in zip(shapes, parts, strict=True)}

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws import saved
-from laplace_ws.matrices.base import CurvatureMatrix, expand_per_weight
+from laplace_ws.matrices.base import CurvatureMatrix, expand_per_weight, rows_by_parameter
 from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh
 from laplace_ws.matrices.pushforward import Damping, DensePushforward, Layout, Pushforward, RotatedPushforward
 
@@ -117,6 +117,10 @@ class Dense(CurvatureMatrix):
         """See `CurvatureMatrix.inv_sqrt`; L⁻ᵀ v with L the Cholesky factor."""
         factor = self.cholesky(scale, delta)
         return torch.linalg.solve_triangular(factor.mT, vectors.double().mT, upper=True).mT.to(vectors.dtype)
+
+    def tensors_by_parameter(self) -> Mapping[str, Sequence[Tensor]]:
+        """See `CurvatureMatrix.tensors_by_parameter`."""
+        return rows_by_parameter(self.matrix, self.shapes)
 
     def state_dict(self) -> dict[str, Any]:
         """See `CurvatureMatrix.state_dict`."""

@@ -80,6 +80,10 @@ class Diag(CurvatureMatrix):
 
         return SeparablePushforward(variances, dampings, layout)
 
+    def tensors_by_parameter(self) -> Mapping[str, Sequence[Tensor]]:
+        """See `CurvatureMatrix.tensors_by_parameter`."""
+        return {name: [values] for name, values in by_parameter(self.values, self.shapes).items()}
+
     def state_dict(self) -> dict[str, Any]:
         """See `CurvatureMatrix.state_dict`."""
         return {"values": self.values}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -68,6 +68,10 @@ class Ekfac(BlockMatrix[EkfacBlock]):
     def __mul__(self, factor: float) -> Ekfac:
         """See `CurvatureMatrix.__mul__`."""
         return Ekfac({n: replace(block, values=block.values * factor) for n, block in self.blocks.items()})
+
+    def tensors_by_parameter(self) -> Mapping[str, Sequence[Tensor]]:
+        """See `CurvatureMatrix.tensors_by_parameter`."""
+        return {name: [block.values] for name, block in self.blocks.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """See `CurvatureMatrix.state_dict`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -123,6 +123,10 @@ class Kron(BlockMatrix[KronBlock]):
     def decomposition_dtypes(self) -> dict[str, tuple[torch.dtype | None, torch.dtype | None]]:
         """By parameter, the precisions in which its B and A are decomposed; see `KronBlock.decomposition_dtypes`."""
         return {name: block.decomposition_dtypes for name, block in self.blocks.items()}
+
+    def tensors_by_parameter(self) -> Mapping[str, Sequence[Tensor]]:
+        """See `CurvatureMatrix.tensors_by_parameter`."""
+        return {name: [block.B, *([] if block.A is None else [block.A])] for name, block in self.blocks.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """See `CurvatureMatrix.state_dict`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from laplace_ws import saved
-from laplace_ws.matrices.base import CurvatureMatrix, by_parameter, expand_per_weight
+from laplace_ws.matrices.base import CurvatureMatrix, by_parameter, expand_per_weight, rows_by_parameter
 from laplace_ws.matrices.eigen import eigh
 from laplace_ws.matrices.pushforward import Damping, Layout, LowRankPushforward
 
@@ -120,6 +120,10 @@ class LowRank(CurvatureMatrix):
         root = self._root_of_values(scale)[:, None] * V
         small = (root / (r2 + r2.sqrt())) @ root.mT
         return self._less_low_rank(vectors, small, expand_per_weight(delta, self.shapes), 0.5)
+
+    def tensors_by_parameter(self) -> Mapping[str, Sequence[Tensor]]:
+        """See `CurvatureMatrix.tensors_by_parameter`."""
+        return rows_by_parameter(self.vectors * self.values, self.shapes)
 
     def state_dict(self) -> dict[str, Any]:
         """See `CurvatureMatrix.state_dict`."""

@@ -16,6 +16,7 @@ from laplace_ws.curvature.totals import DataTotals
 from laplace_ws.files import FileFormatError
 from laplace_ws.posterior.fingerprint import Fingerprint
 from laplace_ws.posterior.fit import Fit, all_options
+from laplace_ws.posterior.function import FunctionFingerprint
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.prior import Prior
 from laplace_ws.posterior.structure import Problem, Structure
@@ -52,7 +53,8 @@ def posterior_state(
     class_names: Sequence[str] | None,
 ) -> dict[str, Any]:
     """Everything that makes up a fitted posterior, except its model and its generator: format, options, parameters of the model with their
-    shapes, class names, mean, curvature, sums over the data and hyperparameters.
+    shapes, class names, fingerprints of what is not covered and of what the model computes, mean, curvature, sums over the data and
+    hyperparameters.
     """
     return {
         "format": FORMAT,
@@ -71,6 +73,7 @@ def posterior_state(
         "class_names": None if class_names is None else list(class_names),
         "n_arguments": fit.n_arguments,
         "surroundings": {"names": fit.fingerprint.names, "fingerprint": fit.fingerprint.sums},
+        "function": None if fit.function is None else fit.function.state(),
         "mean": fit.mean,
         "H": fit.H.state_dict(),
         "nll_sum": fit.totals.nll_sum,
@@ -160,6 +163,7 @@ def restored(state: Mapping[str, Any], structure: Structure, problem: Problem, p
             options=options,
             n_arguments=saved.whole_number(state, "n_arguments", 1),
             fingerprint=_fingerprint(state),
+            function=_function(state),
         )
         of_earlier_files = {"covariance_scale": 1.0}
         covariance_scale = saved.number({**of_earlier_files, **state}, "covariance_scale", above=0)
@@ -217,6 +221,12 @@ def _fingerprint(state: Mapping[str, Any]) -> Fingerprint:
     if sums.shape != (len(names), 2) or sums.dtype != torch.float64 or not all(isinstance(name, str) for name in names):
         raise FileFormatError("the saved state is damaged: 'surroundings' is not two sums for each tensor.")
     return Fingerprint(names, sums.cpu())
+
+
+def _function(state: Mapping[str, Any]) -> FunctionFingerprint | None:
+    """What the model gave on a fixed batch; files from before it was kept have none."""
+    function = state.get("function")
+    return None if function is None else FunctionFingerprint.from_state(function)
 
 
 def _class_names(state: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -92,7 +92,7 @@ class StateVersion:
             tensors = tuple(t for t in (*model.parameters(), *model.buffers()) if id(t) not in whole)
         writes = tuple((id(t), None if t.is_inference() else t._version, t.shape) for t in tensors)
         with torch.no_grad():
-            parts = [_entries(t.detach()).double() for t in tensors if t.numel()]
+            parts = [some_entries(t.detach()).double() for t in tensors if t.numel()]
             entries = torch.cat(parts) if parts else torch.zeros(0)
         return cls(writes, entries, tensors)
 
@@ -101,7 +101,7 @@ class StateVersion:
         return self.writes == other.writes and torch.equal(self.entries, other.entries)
 
 
-def _entries(tensor: Tensor) -> Float[Tensor, " K"]:
+def some_entries(tensor: Tensor) -> Float[Tensor, " K"]:
     """All entries of a tensor, or many of a large one, from its beginning to its end."""
     n = tensor.numel()
     if n <= _READ_WHOLE:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws.curvature import Curvature
+from laplace_ws.curvature.anatomy import Anatomy
 from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.inputs import ModelInputs, StructuredInputs
 from laplace_ws.curvature.totals import DataTotals
@@ -19,6 +20,7 @@ from laplace_ws.errors import InvalidBatchError
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.matrices import CurvatureMatrix, Damping
 from laplace_ws.posterior.fingerprint import Fingerprint, StateVersion, check_covered_weights
+from laplace_ws.posterior.function import FunctionFingerprint
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.prior import Prior
 from laplace_ws.posterior.structure import Problem, Structure
@@ -39,6 +41,7 @@ class Fit:
         options: all options that it was made with, as plain values; fits that are added up must share them.
         n_arguments: number of arguments with which the model was called.
         fingerprint: of what is not covered.
+        function: what the model gave on a batch that is made up; None where none like the data can be made.
         examples: hashes of examples of the data, as far as they were looked at; none in a fit from a file.
     """
 
@@ -50,6 +53,7 @@ class Fit:
     options: Mapping[str, Any]
     n_arguments: int
     fingerprint: Fingerprint
+    function: FunctionFingerprint | None = None
     examples: frozenset[int] = frozenset()
 
     @property
@@ -151,23 +155,29 @@ def fit_posterior(
         options=options,
         n_arguments=n_arguments,
         fingerprint=Fingerprint.of(network.model, network.subset),
+        function=None if first is None else FunctionFingerprint.of(network.model, first),
         examples=examples,
     )
 
 
 def check_network(network: Network, fit: Fit) -> None:
-    """Raise `ValueError` unless the model is that of a fit: the covered weights to the rounding of float32, all else by its fingerprint.
+    """Raise `ValueError` unless the model is that of a fit: the covered weights to the rounding of float32, all else by its fingerprint,
+    and what it computes by its outputs on a fixed batch.
 
-    What is not covered, which may be a large frozen base, is read in full only where something may have been written since the last check.
+    What is not covered, which may be a large frozen base, is read in full, and the model is run, only where something may have been
+    written since the last check, or modules or their settings are others.
     """
     check_covered_weights(network.flat_weights(), fit.mean, network.shapes)
     version = StateVersion.of(network.model, network.subset)
+    anatomy = Anatomy.of(network.model, network.parameters())
     if network.verified is not None:
-        known, known_version = network.verified
-        if known is fit and version.equals(known_version):
+        known, known_version, known_anatomy = network.verified
+        if known is fit and anatomy.facts == known_anatomy.facts and version.equals(known_version):
             return
     fit.fingerprint.check(network.model, network.subset)
-    network.verified = fit, version
+    if fit.function is not None:
+        fit.function.check(network.model)
+    network.verified = fit, version, anatomy
 
 
 def _check_same_options(options: Mapping[str, Any], before: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import Linearisation, differentiable_twice, evaluation_mode
-from laplace_ws.curvature.checks import check_finite
+from laplace_ws.curvature.finite import check_finite
 from laplace_ws.curvature.inputs import ModelInputs, own_copy
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError

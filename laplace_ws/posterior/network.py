@@ -12,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import Backend, evaluation_mode
-from laplace_ws.curvature.checks import N_PROBED, LinearisationCheck, check_finite
+from laplace_ws.curvature.checks import LinearisationCheck
+from laplace_ws.curvature.finite import check_finite
+from laplace_ws.curvature.forward import N_PROBED, probe
 from laplace_ws.curvature.inputs import (
     BatchKeys,
     ModelInputs,
@@ -40,7 +42,7 @@ class Network:
         keys: names of the entries of batches that are mappings.
         last_layer_among: parameters among which those of the last layer were guessed; empty where they were named.
         check: checks the backend against autograd, once for each way in which the model uses the weights.
-        verified: the fit whose fingerprint the model last had, and the record of its state then; see `fit.check_network`.
+        verified: the fit whose fingerprints the model last had, with its state and its modules then; see `fit.check_network`.
     """
 
     model: nn.Module
@@ -49,7 +51,7 @@ class Network:
     keys: BatchKeys
     last_layer_among: frozenset[str] = frozenset()
     check: LinearisationCheck = field(init=False)
-    verified: tuple[Any, Any] | None = field(init=False, default=None)
+    verified: tuple[Any, Any, Any] | None = field(init=False, default=None)
     _is_replaceable: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -101,16 +103,16 @@ class Network:
             check_last_layer(self.model, x[:N_PROBED], self.subset, self.last_layer_among)
 
     def final_operation(self, x: ModelInputs) -> str | None:
-        """Name of the operation of autograd that the outputs come from, as the last check found it; else at one example."""
-        if self.check.final_operation is not None:
+        """What makes the outputs into probabilities, see `watch.final_operation`, as the last check found it; else at a few examples."""
+        if self.check.has_run:
             return self.check.final_operation
         with evaluation_mode(self.model):
-            return final_operation(call_model(self.model, own_copy(x[:1])))
+            return final_operation(call_model(self.model, own_copy(probe(x))))
 
     def outputs(
         self, x: ModelInputs, weights: Iterator[Float[Tensor, " P"]], *, backprop: bool
     ) -> Float[Tensor, "S N ..."]:
-        """Outputs at other weights, for one weight vector after another.
+        """Outputs at other weights, for one weight vector after another, finite or not.
 
         Raises:
             UnsupportedParameterError: a parameter is read from somewhere other than its module.
@@ -124,9 +126,12 @@ class Network:
             for flat in weights:
                 with weights_in_place(self.model, self.subset.tensors(self.model, flat)):
                     outputs.append(at_least_float32(call_model(self.model, own_copy(x))))
-        stacked = torch.stack(outputs)
-        check_finite(self.model, stacked)
-        return stacked
+        return torch.stack(outputs)
+
+    def check_outputs(self, x: ModelInputs) -> None:
+        """Raise `InvalidBatchError` unless the outputs at the model's own weights are finite."""
+        with evaluation_mode(self.model), torch.no_grad():
+            check_finite(self.model, call_model(self.model, own_copy(x)))
 
     def forget(self) -> None:
         """Look anew at the weights: whether they are those of a fit, and whether the model runs on others than its own."""

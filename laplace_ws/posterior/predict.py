@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws.curvature.inputs import ModelInputs
+from laplace_ws.errors import InvalidBatchError
 from laplace_ws.likelihoods import RegressionLikelihood
 from laplace_ws.likelihoods.links import LinkApprox, draw_outputs, probabilities
 from laplace_ws.matrices import Damping, Layout
@@ -23,6 +24,9 @@ from laplace_ws.values import flag, generator_or_none, whole_number
 
 Prediction = Tensor | tuple[Tensor, Tensor]
 """Probabilities; or, for regression, mean and covariance."""
+
+
+Finite = TypeVar("Finite", Tensor, tuple[Tensor, Tensor], Prediction)
 
 
 class PredType(Choice):
@@ -102,7 +106,7 @@ class Predictor:
         if options.by_network:
             if options.joint:
                 raise ValueError('joint=True needs pred_type="glm".')
-            return self.mean_over_samples(self.network_outputs(x, options), options)
+            return self._finite(self.mean_over_samples(self._finite_network_outputs(x, options), options))
         if likelihood.is_regression and link is not LinkApprox.PROBIT:
             raise ValueError(
                 f"link_approx={link.value!r} is for classes, not for {likelihood.name!r}, whose predictions are exact; leave it out."
@@ -113,16 +117,19 @@ class Predictor:
                 f"link_approx={link.value!r} needs the covariance of the outputs; leave out diagonal_output."
             )
         diagonal_output = options.diagonal_output or not needs_covariance
-        f, spread = self.moments(x, joint=options.joint, diagonal_output=diagonal_output, backprop=options.backprop)
+        moments = self.moments if link is LinkApprox.MC else self._moments  # there are no draws of what is not finite
+        f, spread = moments(x, joint=options.joint, diagonal_output=diagonal_output, backprop=options.backprop)
         if isinstance(likelihood, RegressionLikelihood):
             sigma = self.prior.sigma_noise if options.observation_noise else None
-            return likelihood.target_moments(f, spread, sigma, joint=options.joint)
-        return probabilities(likelihood, f, spread, link, options.n_samples, options.generator)
+            return self._finite(likelihood.target_moments(f, spread, sigma, joint=options.joint))
+        return self._finite(probabilities(likelihood, f, spread, link, options.n_samples, options.generator))
 
     def sample(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
         """Weights drawn from the posterior."""
         n_samples = whole_number("n_samples", n_samples, least=1)
-        generator = generator_or_none("generator", generator)
+        return self._finite(self._draw(n_samples, generator_or_none("generator", generator)))
+
+    def _draw(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
         mean = self.fit.mean
         # in half precision a deviation would drown in the rounding
         dtype = torch.promote_types(mean.dtype, torch.float32)
@@ -132,7 +139,7 @@ class Predictor:
     def functional_samples(self, x: Any, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
         """Outputs drawn from the posterior."""
         if options.by_network:
-            return self.network_outputs(x, options)
+            return self._finite_network_outputs(x, options)
         f, spread = self.moments(
             x, joint=options.joint, diagonal_output=options.diagonal_output, backprop=options.backprop
         )
@@ -144,12 +151,12 @@ class Predictor:
         f = self.functional_samples(x, options)
         mean = likelihood.predictive_mean(f)
         if not options.observation_noise:
-            return mean
+            return self._finite(mean)
         if not isinstance(likelihood, RegressionLikelihood):
             raise ValueError(f"observation_noise is for regression, not for {likelihood.name!r}.")
         variance = likelihood.noise_variance(f, torch.zeros_like(f), self.prior.sigma_noise.to(f.dtype))
         noise = torch.randn(mean.shape, dtype=f.dtype, device=f.device, generator=options.generator)
-        return mean + variance.sqrt() * noise
+        return self._finite(mean + variance.sqrt() * noise)
 
     # ---------------------------------------------------------------- parts
 
@@ -162,7 +169,12 @@ class Predictor:
     def moments(
         self, x: Any, *, joint: bool = False, diagonal_output: bool = False, backprop: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Outputs of the linearised network and their covariance or variances, see `layout`."""
+        """Outputs of the linearised network and their covariance or variances, see `layout`; raises unless they are finite."""
+        return self._finite(self._moments(x, joint=joint, diagonal_output=diagonal_output, backprop=backprop))
+
+    def _moments(
+        self, x: Any, *, joint: bool = False, diagonal_output: bool = False, backprop: bool = False
+    ) -> tuple[Tensor, Tensor]:
         layout = self.layout(joint=joint, diagonal_output=diagonal_output)
         f, (covariance,) = self.moments_under([self.damping], x, layout, backprop=backprop)
         return f, covariance
@@ -186,18 +198,48 @@ class Predictor:
         return Layout.EXAMPLE if is_blockwise and not diagonal_output else Layout.DIAGONAL
 
     def network_outputs(self, x: Any, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
-        """Outputs of the network at weights drawn from the posterior."""
+        """Outputs of the network at weights drawn from the posterior, finite or not."""
         inputs = self.inputs(x)
         weights = self._drawn_weights(options.n_samples, options.generator)
         outputs = self.network.outputs(inputs, weights, backprop=options.backprop)
         check_output_axes(self.network.model, outputs[0], self.fit.output_shape)
         return outputs
 
+    def _finite_network_outputs(self, x: Any, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
+        """See `network_outputs`.
+
+        Raises:
+            InvalidBatchError: some are not finite; says whether those at the model's own weights are.
+        """
+        outputs = self.network_outputs(x, options)
+        n_failed = len(outputs) - int(outputs.detach().flatten(1).isfinite().all(1).sum())
+        if n_failed:
+            self.network.check_outputs(self.inputs(x))
+            raise InvalidBatchError(
+                f"{n_failed} of {len(outputs)} networks with weights drawn from this posterior give outputs that are not finite; take a "
+                'larger prior_precision, or pred_type="glm".'
+            )
+        return outputs
+
+    def _finite(self, prediction: Finite) -> Finite:
+        """A prediction, if it is finite; waits once for the device.
+
+        Raises:
+            InvalidBatchError: it is not.
+        """
+        parts = prediction if isinstance(prediction, tuple) else (prediction,)
+        if not torch.stack([part.detach().isfinite().all() for part in parts]).all():
+            raise InvalidBatchError(
+                f"what the posterior of {type(self.network.model).__name__} predicts is not finite; look for infinite values and NaN in "
+                "the inputs, or take a larger prior_precision."
+            )
+        return prediction
+
     def _drawn_weights(self, n_samples: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, " P"]]:
         """Samples one by one, drawn in batches as large as memory allows."""
         at_once = max(1, self.memory_budget // (self.network.n_params * 8))
         for start in range(0, n_samples, at_once):
-            yield from self.sample(min(at_once, n_samples - start), generator)
+            yield from self._draw(min(at_once, n_samples - start), generator)
 
     def mean_over_samples(self, outputs: Float[Tensor, "S N ..."], options: PredictionOptions) -> Prediction:
         """The predictive of networks with sampled weights, given their outputs."""

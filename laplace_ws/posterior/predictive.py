@@ -53,7 +53,7 @@ class Predictive(ABC):
 
         Raises:
             NotFittedError: there is no fit.
-            InvalidBatchError: the inputs do not fit the model.
+            InvalidBatchError: the inputs do not fit the model, or the predictions are not finite.
         """
         options = PredictionOptions(
             PredType(pred_type),

@@ -13,7 +13,7 @@ from torch import nn
 from laplace_ws.curvature import Curvature, CurvatureSum
 from laplace_ws.curvature.backend import evaluation_mode
 from laplace_ws.curvature.batches import Batches
-from laplace_ws.curvature.checks import N_PROBED
+from laplace_ws.curvature.forward import probe
 from laplace_ws.curvature.inputs import ModelInputs
 from laplace_ws.curvature.totals import DataTotals
 from laplace_ws.kfac import Accumulator
@@ -79,7 +79,7 @@ class Problem:
             parameters=self.network.parameters(),
         )
         total.add_all(batches)
-        return DataCurvature(total.accumulator.result(), total.totals)
+        return DataCurvature(total.result(), total.totals)
 
     def check(self, x: ModelInputs, make_accumulator: MakeAccumulator) -> None:
         """Raise what `accumulate` would raise about the model, using a few examples."""
@@ -87,7 +87,7 @@ class Problem:
         parameters = network.parameters()
         with evaluation_mode(network.model, parameters):
             network.check.begin(parameters)
-            uses, _ = network.check.run(x[:N_PROBED])
+            uses = network.check.run(probe(x)).uses
             make_accumulator(parameters).start_batch(uses, network.check.in_reduce_setting)
 
 

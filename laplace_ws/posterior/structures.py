@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import evaluation_mode
 from laplace_ws.curvature.batches import Batches
-from laplace_ws.curvature.checks import N_PROBED
-from laplace_ws.curvature.inputs import ModelInputs, call_model, own_copy
+from laplace_ws.curvature.forward import check_forward, probe
+from laplace_ws.curvature.inputs import ModelInputs
 from laplace_ws.curvature.lowrank import low_rank_curvature
 from laplace_ws.kfac import (
     DenseAccumulator,
@@ -190,5 +190,6 @@ class LowRankStructure(Structure):
 
     def check(self, problem: Problem, x: ModelInputs) -> None:
         """See `Structure.check`: it requires less of a model than the others."""
-        with evaluation_mode(problem.network.model):
-            call_model(problem.network.model, own_copy(x[:N_PROBED]))
+        network = problem.network
+        with evaluation_mode(network.model, network.parameters()):
+            check_forward(network.model, probe(x))

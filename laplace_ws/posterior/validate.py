@@ -80,7 +80,7 @@ class Unknowns:
 def grid_scores(
     predictor: Predictor, batches: Batches, grid: Sequence[float], score: Score, options: PredictionOptions
 ) -> list[float]:
-    """The score of each prior precision of a grid, in one pass over the data.
+    """The score of each prior precision of a grid, in one pass over the data; infinite where predictions are not finite.
 
     Args:
         predictor: the posterior; its own prior precision is not used.
@@ -102,7 +102,8 @@ def grid_scores(
             of_point.append(_by_term(prediction, 2))
         targets.append(_by_term(y, 1 + likelihood.target_ndim))
     y = torch.cat(targets)
-    return [score(_joined(of_point), y) for of_point in predictions]
+    joined = [_joined(of_point) for of_point in predictions]
+    return [score(prediction, y) if _is_finite(prediction) else math.inf for prediction in joined]
 
 
 def _predictions(
@@ -121,6 +122,7 @@ def _predictions(
             at_prior = replace(predictor, prior=prior)
             outputs = at_prior.network_outputs(x, options)
             likelihood.check(outputs[0], y)
+            outputs = torch.where(outputs.isfinite(), outputs, torch.nan)  # of which no link makes a number
             yield at_prior.mean_over_samples(outputs, options)
         return
     f, spreads = _moments(predictor, x, pushforward)
@@ -262,6 +264,11 @@ def _by_term(prediction: Any, n_axes: int) -> Any:
     if isinstance(prediction, tuple):
         return tuple(_by_term(part, n_axes) for part in prediction)
     return prediction.flatten(0, -n_axes) if prediction.ndim > n_axes else prediction
+
+
+def _is_finite(prediction: Any) -> bool:
+    parts = prediction if isinstance(prediction, tuple) else (prediction,)
+    return all(bool(part.isfinite().all()) for part in parts)
 
 
 def _joined(parts: Sequence[Any]) -> Any:

@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hostile.namespace import Ending
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from laplace_ws import Categorical, DataWarning, Laplace, marglik_training
+from laplace_ws import Categorical, DataWarning, Laplace, kron_factors, marglik_training
 from laplace_ws.curvature.watch import MOST_HASHED
 from laplace_ws.data import datasets, load_dataset
 from laplace_ws.data.sources import RawImages, RawSplit
@@ -66,6 +67,64 @@ def test_a_network_that_ends_in_what_the_likelihood_applies(structure, end, what
         f"Sequential ends in {what}, but the classification likelihood takes logits and turns them into probabilities itself; leave it "
         "out of the model."
     ]
+
+
+def of_factors(end, likelihood="classification"):
+    targets = labels if likelihood == "classification" else (other[:, :3] > 0).float()
+    return warned(lambda: kron_factors(mlp(end), likelihood, [(x, targets)]))
+
+
+class Apply(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, f):
+        return self.function(f)
+
+
+@pytest.mark.parametrize(
+    ("end", "what"),
+    [
+        (lambda f: f.softmax(-1), "ends in a softmax"),
+        (lambda f: torch.log_softmax(f, -1), "ends in a log_softmax"),
+        (torch.sigmoid, "ends in a sigmoid"),
+        (F.logsigmoid, "ends in a logsigmoid"),
+        (lambda f: f.softmax(-1).clamp(1e-6, 1), "ends in a softmax"),
+        (lambda f: f.sigmoid().clamp_min(1e-6), "ends in a sigmoid"),
+        (lambda f: f.softmax(-1).log(), "ends in a softmax"),
+        (lambda f: f.double().softmax(-1).float(), "ends in a softmax"),
+        (lambda f: f.exp() / f.exp().sum(-1, keepdim=True), "gives outputs that sum to one, as after a softmax"),
+        (
+            lambda f: f - f.logsumexp(-1, keepdim=True),
+            "gives logarithms of numbers that sum to one, as after a log_softmax",
+        ),
+    ],
+)
+@pytest.mark.parametrize("likelihood", ["classification", "binary"])
+def test_what_makes_outputs_into_probabilities_is_seen_in_factors_fits_and_training(end, what, likelihood):
+    targets = labels if likelihood == "classification" else (other[:, :3] > 0).float()
+    says = [
+        f"Sequential {what}, but the {likelihood} likelihood takes logits and turns them into probabilities itself; leave it out of the "
+        "model."
+    ]
+    assert of_factors(Apply(end), likelihood) == says
+    assert of_fit([(x, targets)], likelihood, mlp(Apply(end))) == says
+    assert of_fit([(x, targets)], likelihood, mlp(Apply(end)), hessian_structure="lowrank") == says
+    assert warned(lambda: marglik_training(mlp(Apply(end)), [(x, targets)], likelihood, n_epochs=1)) == says
+
+
+@pytest.mark.parametrize("end", [nn.Softmax(-1), Apply(lambda f: f.exp() / f.exp().sum(-1, keepdim=True))])
+def test_a_regression_on_probabilities_is_one(end):
+    assert of_fit([(x, torch.rand(N, 3))], "regression", mlp(end)) == []
+    assert warned(lambda: kron_factors(mlp(end), "regression", [(x, torch.rand(N, 3))])) == []
+
+
+@pytest.mark.parametrize("end", [nn.Identity(), nn.ReLU(), nn.Hardtanh(), nn.LayerNorm(3), Apply(lambda f: 0 * f)])
+def test_nothing_is_said_of_logits(end):
+    assert of_fit([(x, labels)], model=mlp(end)) == []
 
 
 def test_one_class_only():
