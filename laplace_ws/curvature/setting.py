@@ -43,8 +43,11 @@ def parameters_in_reduce_setting(
 
 def _is_equal_at_positions(pairs: Sequence[tuple[MatrixUse, Tensor]]) -> bool:
     """Whether R·Σ_r‖g_r‖² = ‖Σ_r g_r‖² for each example, as Cauchy and Schwarz have it for equal summands only."""
+    parts = [use.output_gradient_sum(g.double()) for use, g in pairs]
+    if len({(part.shape, use.transposed) for part, (use, _) in zip(parts, pairs, strict=True)}) > 1:
+        return False  # in roles that share no Kronecker block
     n = total(use.n_positions for use, _ in pairs)
-    sums = total(use.output_gradient_sum(g.double()) for use, g in pairs).square().sum(-1)  # [*G, K, N]
+    sums = total(parts).square().sum(-1)  # [*G, K, N]
     squares = total(use.output_gradients(g.double()).square().sum((-1, -2)) for use, g in pairs)
     squares = squares * (n.unsqueeze(-2) if isinstance(n, Tensor) else n)
     difference = max(SMALLEST_DIFFERENCE, *(10 * torch.finfo(g.dtype).eps for _, g in pairs))

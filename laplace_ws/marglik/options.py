@@ -96,12 +96,10 @@ class TrainingOptions:
             output_ndim: number of dimensions of a batch of outputs, which decides by which approximation to tune where none is named.
         """
         has_factors = "kfac_approx" in STRUCTURES[self.hessian_structure].option_names()
-        by_shape = "reduce" if output_ndim <= 2 else "expand"
+        default = "auto" if not has_factors else "reduce" if output_ndim <= 2 else "expand"
 
-        def posterior(curvature: str, approx: str | Mapping[str, str] | None, default: str) -> Laplace:
-            own: dict[str, Any] = (
-                {"kfac_approx": default if approx is None else approx} if has_factors or approx is not None else {}
-            )
+        def posterior(curvature: str, approx: str | Mapping[str, str]) -> Laplace:
+            own: dict[str, Any] = {"kfac_approx": approx} if has_factors or approx != "auto" else {}
             return Laplace(
                 model,
                 likelihood,
@@ -115,13 +113,12 @@ class TrainingOptions:
                 **own,
             )
 
-        la = posterior(self.curvature, self.kfac_approx, by_shape)
+        la = posterior(self.curvature, default if self.kfac_approx is None else self.kfac_approx)
         if self.sigma_noise_init is not None and not likelihood.has_noise and self.sigma_noise_init != 1:
             raise ValueError(
                 f"the {likelihood.name} likelihood has no noise that sigma_noise_init could set; leave it out."
             )
-        final_approx = None if self.final_kfac_approx == "auto" else self.final_kfac_approx
-        final = posterior(self.final_curvature or self.curvature, final_approx, "auto")
+        final = posterior(self.final_curvature or self.curvature, self.final_kfac_approx)
         if final.options == la.options:
             return la, la
         final.network = la.network  # its checks hold for both

@@ -10,10 +10,9 @@ from curvature import shared
 from curvature.shared import close, pulled, snapshot_with_backpack, weight
 from torch import nn
 
-from laplace_ws import Laplace, UnsupportedParameterError, kron_factors
+from laplace_ws import Laplace, UnsupportedParameterError
 from laplace_ws.curvature import exact
 from laplace_ws.curvature.backpack import BackpackBackend
-from laplace_ws.kfac.examples import row_examples
 
 
 class Wrapped(shared.Wrapped):
@@ -111,29 +110,6 @@ def test_use_that_never_reaches_the_output_is_zero():
     found = pulled(BackpackBackend(), model, torch.randn(4, 3), lambda f: torch.randn(2, 4, 2), 2)
     assert [g.shape for g in found] == [(2, 4, 2)] * 2
     assert sorted(g.count_nonzero().item() for g in found) == [0, 16]
-
-
-def test_examples_of_rows_that_the_model_declares():
-    """Graphs of unequal size: 3 rows of the first example, 1 of the second."""
-
-    class Graphs(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.node, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
-
-        def forward(self, x):
-            example = torch.tensor([0, 0, 0, 1]).to(x.device)
-            with row_examples(example):
-                h = self.node(x.flatten(0, 1)).tanh()
-            return self.head(h.new_zeros(2, 4).index_add(0, example, h))
-
-    model, x, y = Graphs().double(), torch.randn(2, 2, 3, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
-    for kfac_approx in ("expand", "reduce"):
-        native, ours = (
-            kron_factors(model, "regression", [(x, y)], kfac_approx=kfac_approx, backend=b)
-            for b in ("native", BackpackBackend())
-        )
-        close(ours.to_dense(), native.to_dense())
 
 
 BLOCKS = r"freeze it \(requires_grad_\(False\)\) or write the layer with calls that have a block"

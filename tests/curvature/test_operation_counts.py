@@ -115,7 +115,7 @@ def test_large_batches_are_taken_in_parts_for_the_exact_ggn_alone(monkeypatch):
     calls = []
     model.register_forward_hook(lambda module, arguments, output: calls.append(len(output)))
     results = []
-    for curvature, sizes in (("ggn", [4, 4, 8, 8]), ("ef", [4, 4, 16])):
+    for curvature, sizes in (("ggn", [4, 4, 2, 8, 8]), ("ef", [4, 4, 2, 16])):
         calls.clear()
         total = curvature_sum(model, curvature, "expand")
         total.add(x, y)
@@ -148,7 +148,7 @@ def test_linear_layers_take_no_weight_gradient(curvature):
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_forward_pass_a_batch(backend, curvature):
-    """And before the first batch, a check on four of its examples: once without the backend, once with it."""
+    """And before the first batch, a check on four of its examples: once without the backend, once with it, and two of them alone."""
     model, x, y = make("mlp")
     calls = []
     model.register_forward_hook(lambda module, arguments, output: calls.append(len(output)))
@@ -156,7 +156,7 @@ def test_one_forward_pass_a_batch(backend, curvature):
     total.add(x, y)
     total.add(x, y)
     total.add(x[:11], y[:11])
-    assert calls == [4, 4, 16, 16, 11]
+    assert calls == [4, 4, 2, 16, 16, 11]
 
 
 @pytest.mark.parametrize(

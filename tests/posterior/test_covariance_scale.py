@@ -7,7 +7,7 @@ import torch
 from posterior.shared import STRUCTURES, dense_moments, fitted
 from posterior.test_tuning import score_of
 
-from laplace_ws import DataWarning, Laplace, load_posterior
+from laplace_ws import DataWarning, FileFormatError, Laplace, load_posterior
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -106,6 +106,9 @@ def test_the_multiplier_is_saved(tmp_path):
     del state["covariance_scale"]  # of a file from before there was one
     loaded.load_state_dict(state)
     assert loaded.covariance_scale == 1.0
+    with pytest.raises(FileFormatError, match=r"'covariance_scale' is 0\.0 and must be finite and above 0"):
+        la.load_state_dict({**state, "covariance_scale": 0.0})
+    assert la.covariance_scale == 0.125
 
 
 def test_an_end_of_the_range_is_said_so():
