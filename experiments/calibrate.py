@@ -3,17 +3,19 @@
     python experiments/calibrate.py --config configs/calibrate.yaml
 
 Trains a network for each seed (other images, initialisation and order of batches) and scores it as `laplace-ws calibrate` does: MAP,
-temperature scaling and Laplace posteriors, on test images, on damaged ones, and in telling images of other things from them. Prints mean
-and standard error over the seeds, and writes the figures of every seed as JSON; the page of each seed lies in its run folder.
+temperature scaling, Laplace posteriors and their rivals, on test images, on damaged ones, and in telling images of other things from
+them. The further networks of a deep ensemble, and one with dropout, are trained by the way, on the images of the first. Prints mean and
+standard error over the seeds, and writes the figures of every seed as JSON; the page of each seed lies in its run folder.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from study import read_config, write_result
@@ -22,14 +24,20 @@ from laplace_ws.calibration import (
     CalibrateConfig,
     CalibrationDataConfig,
     CalibrationResult,
+    MethodResult,
     MethodsConfig,
     run_calibration,
 )
 from laplace_ws.calibration import write_result as write_calibration
-from laplace_ws.calibration.table import columns
+from laplace_ws.calibration.run import check_config
+from laplace_ws.calibration.table import columns, uncertainty_columns
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.run import run_experiment
 from laplace_ws.report.calibration_page import write_calibration_report
+from laplace_ws.tables import Column
+
+MEMBER_SEEDS = 1000
+"""Distance of the seeds of an ensemble's networks, so that none is that of another network of the study."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,10 @@ class StudyConfig:
     Attributes:
         seeds: one network each.
         train: the training run; name and seed are completed by the seed.
+        ensemble_size: networks of the deep ensemble, the first included; 1 for no ensemble.
+        dropout: model.dropout of the network for Monte Carlo dropout; none if not given.
         data: see `CalibrateConfig`.
-        methods: see `CalibrateConfig`.
+        methods: see `CalibrateConfig`; the runs in ensemble and mc_dropout are those that the study trains.
         n_bins: see `CalibrateConfig`.
         ood_score: see `CalibrateConfig`.
         out: folder of the results.
@@ -48,6 +58,8 @@ class StudyConfig:
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     train: RunConfig = field(default_factory=RunConfig)
+    ensemble_size: int = 1
+    dropout: float | None = None
     data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig)
     methods: MethodsConfig = field(default_factory=MethodsConfig)
     n_bins: int = 15
@@ -56,24 +68,62 @@ class StudyConfig:
 
 
 def calibrate_seed(config: StudyConfig, seed: int) -> CalibrationResult:
-    """Train and score one network."""
-    run = dataclasses.replace(config.train, name=f"{config.train.name}-seed{seed}", seed=seed, report=False)
-    folder, _ = run_experiment(run)
-    result = run_calibration(
-        CalibrateConfig(
-            checkpoint=str(folder),
-            seed=seed,
-            device=run.device,
-            threads=run.threads,
-            n_bins=config.n_bins,
-            ood_score=config.ood_score,
-            data=config.data,
-            methods=config.methods,
-        )
-    )
-    write_calibration(result, folder)
+    """Train the networks of a seed, and score them."""
+    run = run_of(config, seed)
+    folder, *others = [str(run_experiment(each)[0]) for each in (run, *further_runs(config, run))]
+    n_members = config.ensemble_size - 1
+    result = run_calibration(calibration_of(config, run, others[:n_members], next(iter(others[n_members:]), None)))
+    write_calibration(result, Path(folder))
     write_calibration_report(result, folder)
     return result
+
+
+def run_of(config: StudyConfig, seed: int) -> RunConfig:
+    """The training of the network that is scored."""
+    return replace(config.train, name=f"{config.train.name}-seed{seed}", seed=seed, report=False)
+
+
+def further_runs(config: StudyConfig, run: RunConfig) -> list[RunConfig]:
+    """The further trainings on the same images: those of the ensemble, then that with dropout."""
+    of_same_images = replace(run, data=replace(run.data, seed=run.data_seed))
+    members = [
+        replace(of_same_images, name=f"{run.name}-member{i}", seed=run.seed + MEMBER_SEEDS * i)
+        for i in range(1, config.ensemble_size)
+    ]
+    if config.dropout is None:
+        return members
+    return [*members, replace(run, name=f"{run.name}-dropout", model=replace(run.model, dropout=config.dropout))]
+
+
+def calibration_of(
+    config: StudyConfig, run: RunConfig, members: Sequence[str] = (), dropped: str | None = None
+) -> CalibrateConfig:
+    """How a trained network is scored."""
+    return CalibrateConfig(
+        checkpoint=str(run.folder),
+        seed=run.seed,
+        device=run.device,
+        threads=run.threads,
+        n_bins=config.n_bins,
+        ood_score=config.ood_score,
+        data=config.data,
+        methods=replace(config.methods, ensemble=list(members), mc_dropout=dropped),
+    )
+
+
+def check_study(config: StudyConfig) -> None:
+    """Reject before the first training what would be rejected after it.
+
+    Raises:
+        ValueError: says what.
+    """
+    if config.ensemble_size < 1:
+        raise ValueError(f"ensemble_size={config.ensemble_size} must be at least 1")
+    if config.methods.ensemble or config.methods.mc_dropout is not None:
+        raise ValueError(
+            "methods.ensemble and methods.mc_dropout are trained by the study; give ensemble_size and dropout instead"
+        )
+    check_config(calibration_of(config, config.train))
 
 
 def collect(results: Sequence[CalibrationResult]) -> dict[str, Any]:
@@ -81,7 +131,8 @@ def collect(results: Sequence[CalibrationResult]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for methods in zip(*(result.methods for result in results), strict=True):
         row: dict[str, Any] = {"label": methods[0].label}
-        row |= {column.title: [column.value(method) for method in methods] for column in columns()}
+        shown = [*columns(), *uncertainty_columns()]
+        row |= {column.title: [column.value(method) for method in methods] for column in shown}
         row["corrupted"] = [
             {"corruption": entries[0].corruption, "strength": entries[0].strength}
             | {score: [entry.scores[score] for entry in entries] for score in entries[0].scores}
@@ -92,8 +143,17 @@ def collect(results: Sequence[CalibrationResult]) -> dict[str, Any]:
 
 
 def as_markdown(table: dict[str, Any]) -> str:
-    """Mean ± standard error over the seeds; figures that no method has are left out."""
-    shown = [c for c in columns() if any(None not in row[c.title] for row in table.values())]
+    """Mean ± standard error over the seeds, and a second table for uncertainty; figures that no method has are left out."""
+    parts = [markdown_table(table, columns())]
+    sampled = {name: row for name, row in table.items() if None not in row[uncertainty_columns()[0].title]}
+    if sampled:
+        parts.append(markdown_table(sampled, uncertainty_columns()))
+    return "\n\n".join(parts)
+
+
+def markdown_table(table: dict[str, Any], given: Sequence[Column[MethodResult]]) -> str:
+    """A table of some columns."""
+    shown = [c for c in given if any(None not in row[c.title] for row in table.values())]
     titles = [f"{c.title} [{c.unit}]" if c.unit else c.title for c in shown]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for row in table.values():
@@ -115,6 +175,10 @@ def mean_and_error(values: Sequence[float], decimals: int) -> str:
 
 def main() -> None:
     config = read_config(StudyConfig, "Score predictives of trained networks over several seeds.")
+    try:
+        check_study(config)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     results = [calibrate_seed(config, seed) for seed in config.seeds]
     table = collect(results)
     print(as_markdown(table))

@@ -26,6 +26,7 @@ class CalibrationDataConfig:
             scaling and for priors chosen by them; all of them if not given. The test images are never used for a choice.
         ood: name of a data set of other things, as `laplace_ws.data` has them, whose test images are to be found out; none if not given.
         ood_root: folder of these; `root` if not given.
+        ood_fit: whether to pad smaller images of these with black, and repeat a grey channel, to the shape of the network's images.
         n_ood: size of a class-balanced subset of these images; all of them if not given.
         corruptions: ways to damage the test images, each at five strengths (see `laplace_ws.data.corruptions`).
         n_corrupted: size of a class-balanced subset of the test images that are damaged; all of them if not given.
@@ -38,6 +39,7 @@ class CalibrationDataConfig:
     n_validation: int | None = None
     ood: str | None = None
     ood_root: str | None = None
+    ood_fit: bool = False
     n_ood: int | None = None
     corruptions: list[OneOf[Corruption]] = field(default_factory=lambda: [c.value for c in Corruption])
     n_corrupted: int | None = None
@@ -50,6 +52,12 @@ class MethodsConfig:
 
     Attributes:
         temperature: whether to scale the logits by a temperature, fitted on validation images.
+        ensemble: run folders of further networks, trained alike on the same images from other seeds, for a deep ensemble; data.seed gives
+            runs of several seeds the same images.
+        mc_dropout: run folder of a network that was trained alike on the same images but with model.dropout, for Monte Carlo dropout; none
+            if not given.
+        swag_epochs: epochs of SGD at a constant learning rate whose weights make a SWAG posterior; 0 for none.
+        swag_lr: that learning rate; half of the training's at its start if not given.
         laplace: structures of the Laplace posteriors: kron, ekfac, diag, full or lowrank, of all weights; with last_layer_ before it, as in
             last_layer_kron, of those of the last layer.
         curvature: exact GGN, GGN by sampled labels or signs, or empirical Fisher.
@@ -61,10 +69,14 @@ class MethodsConfig:
         prior_structure: which parameters share a prior precision, for marglik.
         pred_type: of the linearised network (glm), or of networks with sampled weights (nn).
         link_approx: how class probabilities follow from Gaussian logits.
-        n_samples: of weights or logits, where the prediction draws any.
+        n_samples: of weights, logits or passes with dropout, where a prediction or its split of uncertainty draws any.
     """
 
     temperature: bool = True
+    ensemble: list[str] = field(default_factory=list)
+    mc_dropout: str | None = None
+    swag_epochs: int = 0
+    swag_lr: float | None = None
     laplace: list[str] = field(default_factory=lambda: ["kron", "diag", "last_layer_kron", "last_layer_full"])
     curvature: OneOf[Curvature] = "ggn"
     kfac_approx: OneOf[KfacApprox] | dict[str, str] = "auto"

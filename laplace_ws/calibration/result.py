@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from laplace_ws.metrics import ReliabilityCurve
+from laplace_ws.metrics import ReliabilityCurve, RiskCoverageCurve
 
 FORMAT_VERSION = 1
 
 Scores = Mapping[str, float | None]
 """By the names of `laplace_ws.metrics.METRICS`; None where a value is infinite."""
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Mean uncertainty of a method's predictions over its samples, in nats, see `laplace_ws.metrics.UncertaintySplit`.
+
+    Attributes:
+        total: aleatoric and epistemic.
+        aleatoric: what each sample says of itself.
+        epistemic: what the samples disagree about.
+    """
+
+    total: float
+    aleatoric: float
+    epistemic: float
 
 
 @dataclass(frozen=True)
@@ -22,11 +37,13 @@ class CorruptedScores:
         corruption: how they are damaged.
         strength: from 1 to 5; 0 for the same images undamaged.
         scores: see `Scores`.
+        uncertainty: of a method that has samples.
     """
 
     corruption: str
     strength: int
     scores: Scores
+    uncertainty: Uncertainty | None = None
 
 
 @dataclass(frozen=True)
@@ -40,9 +57,16 @@ class MethodResult:
         test: scores on the test images.
         reliability: of the test images.
         ood_confidence: number of out-of-distribution images by bin of confidence, in the bins of `reliability`; None without any.
-        ood: area under the ROC curve and false positive rate at 95 % true positives of finding these images; None without any.
+        ood: area under the ROC curve (auroc) and false positive rate at 95 % true positives (fpr95) of finding these images, with samples
+            also the area by epistemic uncertainty (auroc_epistemic); None without any of these images.
         corrupted: scores on damaged images, by corruption and then strength.
         predict_seconds: wall time of predicting the test images.
+        needed_seconds: wall time of all training and fitting that it needs, the network's included.
+        risk_coverage: of the test images.
+        uncertainty: on the test images, of a method that has samples.
+        ood_uncertainty: on the out-of-distribution images likewise.
+        training_runs: `needed_seconds` in units of the network's own.
+        predict_cost: `predict_seconds` in units of the network's own.
     """
 
     name: str
@@ -54,6 +78,12 @@ class MethodResult:
     ood: Mapping[str, float] | None
     corrupted: tuple[CorruptedScores, ...]
     predict_seconds: float
+    needed_seconds: float
+    risk_coverage: RiskCoverageCurve
+    uncertainty: Uncertainty | None = None
+    ood_uncertainty: Uncertainty | None = None
+    training_runs: float | None = None
+    predict_cost: float | None = None
 
     def mean_corrupted(self, score: str) -> float | None:
         """Mean of a score over corruptions and strengths, undamaged images left out; None where a value is missing."""
@@ -61,6 +91,13 @@ class MethodResult:
         if not values or None in values:
             return None
         return sum(value for value in values if value is not None) / len(values)
+
+    def corrupted_uncertainty(self) -> Uncertainty | None:
+        """Mean over corruptions and strengths, undamaged images left out; None without samples or damaged images."""
+        found = [entry.uncertainty for entry in self.corrupted if entry.strength and entry.uncertainty is not None]
+        if not found:
+            return None
+        return Uncertainty(*(sum(getattr(u, f.name) for u in found) / len(found) for f in fields(Uncertainty)))
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from laplace_ws.calibration.config import CalibrateConfig
-from laplace_ws.calibration.methods import Method, check_validation, make_methods, make_posterior
+from laplace_ws.calibration.method import Method
 from laplace_ws.calibration.result import CalibrationResult, MethodResult
+from laplace_ws.calibration.rows import check_rows, make_methods
 from laplace_ws.calibration.score import ScoredImages, load_scored_images, score
 from laplace_ws.calibration.trained import TrainedRun, checkpoint_path, load_trained
 from laplace_ws.data.corruptions import PARAMETERS
@@ -37,12 +38,10 @@ def run_calibration(config: CalibrateConfig) -> CalibrationResult:
     with explained(ValueError, OSError, CheckpointError, UnsupportedParameterError, InvalidBatchError):
         check_config(config)
         trained = load_trained(config)
-        check_validation(config, trained)
+        check_rows(config, trained)
         images = load_scored_images(config, trained)
-        for structure in config.methods.laplace:
-            make_posterior(config, trained, structure).check(trained.data.x_train[: config.data.batch_size])
         with torch_settings(config.threads, config.seed):
-            methods = tuple(_scored(method, images, config, start) for method in make_methods(config, trained))
+            methods = [_scored(method, images, config, start) for method in make_methods(config, trained)]
     return CalibrationResult(
         config=asdict(config),
         environment=environment_record(threads=config.threads, device=trained.data.x_test.device),
@@ -52,7 +51,7 @@ def run_calibration(config: CalibrateConfig) -> CalibrationResult:
             "config": trained.stored,
         },
         data=_describe(config, trained, images),
-        methods=methods,
+        methods=tuple(_with_costs(method, methods[0]) for method in methods),
         total_seconds=time.perf_counter() - start,
     )
 
@@ -62,6 +61,15 @@ def _scored(method: Method, images: ScoredImages, config: CalibrateConfig, start
     result = score(method, images, config)
     print(f"{time.perf_counter() - start:6.0f} s  {method.label}", file=sys.stderr, flush=True)
     return result
+
+
+def _with_costs(method: MethodResult, network: MethodResult) -> MethodResult:
+    """A method with its times in units of those of the network as it is."""
+    return replace(
+        method,
+        training_runs=method.needed_seconds / network.needed_seconds,
+        predict_cost=method.predict_seconds / network.predict_seconds,
+    )
 
 
 def check_config(config: CalibrateConfig) -> None:
@@ -75,7 +83,12 @@ def check_config(config: CalibrateConfig) -> None:
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     m = config.methods
-    lists = {"methods.laplace": m.laplace, "methods.priors": m.priors, "data.corruptions": config.data.corruptions}
+    lists = {
+        "methods.ensemble": m.ensemble,
+        "methods.laplace": m.laplace,
+        "methods.priors": m.priors,
+        "data.corruptions": config.data.corruptions,
+    }
     for name, values in lists.items():
         if len(set(values)) < len(values):
             raise ValueError(f"{name} names one twice: {', '.join(values)}")

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace_ws.calibration.config import CalibrateConfig
-from laplace_ws.calibration.methods import Method
-from laplace_ws.calibration.result import CorruptedScores, MethodResult, Scores
+from laplace_ws.calibration.method import Method, Prediction
+from laplace_ws.calibration.result import CorruptedScores, MethodResult, Scores, Uncertainty
 from laplace_ws.calibration.trained import TrainedRun
-from laplace_ws.data import STRENGTHS, ImageData, balanced_indices, corrupt, load_dataset
+from laplace_ws.data import STRENGTHS, ImageData, balanced_indices, corrupt, fitted, load_dataset
 from laplace_ws.experiment.evaluate import finite_or_none
-from laplace_ws.metrics import evaluate_classification, ood_detection, ood_scores, reliability_curve
+from laplace_ws.metrics import (
+    UncertaintySplit,
+    evaluate_classification,
+    ood_detection,
+    ood_scores,
+    reliability_curve,
+    risk_coverage_curve,
+    uncertainty_split,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +62,19 @@ def score(method: Method, images: ScoredImages, config: CalibrateConfig) -> Meth
     """Predict all images with a method, and score the predictions."""
     data = images.data
     start = time.perf_counter()
-    probs = method.predict(data.x_test)
+    prediction = method.predict(data.x_test)
     predict_seconds = time.perf_counter() - start
-    ood_confidence = detection = None
+    probs, split = prediction.probs, split_of(prediction)
+    ood_confidence = detection = ood_split = None
     if images.x_ood is not None:
-        ood_probs = method.predict(images.x_ood)
+        ood_prediction = method.predict(images.x_ood)
+        ood_probs, ood_split = ood_prediction.probs, split_of(ood_prediction)
         # Whatever the labels are, the bins count confidences.
         no_labels = torch.zeros(len(ood_probs), dtype=torch.long, device=ood_probs.device)
         ood_confidence = reliability_curve(ood_probs, no_labels, config.n_bins).count
         detection = ood_detection(*(ood_scores(p, config.ood_score) for p in (probs, ood_probs)))
+        if split is not None and ood_split is not None:
+            detection["auroc_epistemic"] = ood_detection(split.epistemic, ood_split.epistemic)["auroc"]
     return MethodResult(
         method.name,
         method.label,
@@ -73,7 +85,23 @@ def score(method: Method, images: ScoredImages, config: CalibrateConfig) -> Meth
         detection,
         tuple(_corrupted_scores(method, images, config)),
         predict_seconds,
+        method.seconds,
+        risk_coverage_curve(probs, data.y_test),
+        means_of(split),
+        means_of(ood_split),
     )
+
+
+def split_of(prediction: Prediction) -> UncertaintySplit | None:
+    """The uncertainty of each image; None without samples."""
+    return None if prediction.samples is None else uncertainty_split(prediction.samples())
+
+
+def means_of(split: UncertaintySplit | None) -> Uncertainty | None:
+    """Means over the images."""
+    if split is None:
+        return None
+    return Uncertainty(*(values.mean().item() for values in (split.total, split.aleatoric, split.epistemic)))
 
 
 def scores_of(probs: Float[Tensor, "N K"], labels: Int[Tensor, " N"], n_bins: int) -> Scores:
@@ -86,12 +114,18 @@ def _corrupted_scores(method: Method, images: ScoredImages, config: CalibrateCon
     if not config.data.corruptions:
         return
     pixels = images.data.to_pixels(images.x_damaged)
-    undamaged = scores_of(method.predict(images.x_damaged), images.y_damaged, config.n_bins)
+
+    def scored(x: Tensor, corruption: str, strength: int) -> CorruptedScores:
+        prediction = method.predict(x)
+        scores = scores_of(prediction.probs, images.y_damaged, config.n_bins)
+        return CorruptedScores(corruption, strength, scores, means_of(split_of(prediction)))
+
+    undamaged = scored(images.x_damaged, "", 0)
     for corruption in config.data.corruptions:
-        yield CorruptedScores(corruption, 0, undamaged)
+        yield replace(undamaged, corruption=corruption)
         for strength in STRENGTHS:
             x = images.data.from_pixels(corrupt(pixels, corruption, strength, seed=config.seed))
-            yield CorruptedScores(corruption, strength, scores_of(method.predict(x), images.y_damaged, config.n_bins))
+            yield scored(x, corruption, strength)
 
 
 def _ood_images(config: CalibrateConfig, trained: TrainedRun) -> Tensor | None:
@@ -106,10 +140,16 @@ def _ood_images(config: CalibrateConfig, trained: TrainedRun) -> Tensor | None:
         seed=config.seed,
         device=data.x_test.device,
     )
-    if other.image_shape != data.image_shape:
+    pixels = other.to_pixels(other.x_test)
+    if d.ood_fit:
+        try:
+            pixels = fitted(pixels, data.image_shape)
+        except ValueError as error:
+            raise ValueError(f"data.ood={d.ood} with data.ood_fit: {error}") from error
+    if pixels.shape[1:] != data.image_shape:
         shapes = ["x".join(map(str, shape)) for shape in (other.image_shape, data.image_shape)]
         raise ValueError(
             f"data.ood={d.ood} has images of {shapes[0]}, but the network was trained on images of {shapes[1]} (channels x height x "
-            "width); choose a data set of that shape"
+            "width); choose a data set of that shape, or a smaller one with --data.ood_fit true"
         )
-    return data.from_pixels(other.to_pixels(other.x_test))
+    return data.from_pixels(pixels)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ class TrainedRun:
         y_validation: their classes.
         prior_precision: the prior precision that it was trained under, by parameter: a number, or one per weight.
         temperature: of the likelihood that it was trained under.
+        train_seconds: wall time of the training, curvature included.
     """
 
     path: Path
@@ -47,6 +49,12 @@ class TrainedRun:
     y_validation: Int[Tensor, " V"]
     prior_precision: Mapping[str, Tensor]
     temperature: float
+    train_seconds: float
+
+    def prior_of(self, names: Sequence[str]) -> Tensor:
+        """The prior precision that some parameters were trained under: one number each, or one per weight."""
+        by_name = [self.prior_precision[name] for name in names]
+        return torch.stack(by_name) if by_name[0].ndim == 0 else torch.cat(by_name)
 
 
 def load_trained(config: CalibrateConfig) -> TrainedRun:
@@ -74,27 +82,38 @@ def load_trained(config: CalibrateConfig) -> TrainedRun:
     )
     run = replace(run, device=config.device, data=data_config)
     data = load_data(run)
-    model = make_model(run, data)
-    kept = _kept(path)
-    try:
-        model.load_state_dict(kept.model)
-    except RuntimeError as error:
-        raise ExperimentError(
-            f"the weights in '{path}' do not fit the network of '{path.with_name(CONFIG)}'; give a checkpoint of that run ({error})"
-        ) from error
+    kept = read_kept(path)
+    model = network_of(run, data, kept, path)
     x_validation, y_validation = _validation_images(run, data, d.n_validation)
     return TrainedRun(
         path=path,
         stored=stored,
         config=run,
-        model=model.eval(),
+        model=model,
         epoch=kept.epoch,
         data=data,
         x_validation=x_validation,
         y_validation=y_validation,
         prior_precision=_prior_precision(run, model, kept.hyper["log_prior_precision"]),
         temperature=kept.hyper["log_temperature"].exp().item(),
+        train_seconds=kept.train_seconds,
     )
+
+
+def network_of(run: RunConfig, data: ImageData, kept: Kept, path: Path) -> nn.Module:
+    """The network of a run with the weights that its training kept, in eval mode.
+
+    Raises:
+        ExperimentError: they do not fit together.
+    """
+    model = make_model(run, data)
+    try:
+        model.load_state_dict(kept.model)
+    except RuntimeError as error:
+        raise ExperimentError(
+            f"the weights in '{path}' do not fit the network of '{path.with_name(CONFIG)}'; give a checkpoint of that run ({error})"
+        ) from error
+    return model.eval()
 
 
 def checkpoint_path(given: str) -> Path:
@@ -113,20 +132,21 @@ def checkpoint_path(given: str) -> Path:
     return path
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """What training kept: the best by marginal likelihood, or the last."""
 
     epoch: int
     model: Mapping[str, Tensor]
     hyper: Mapping[str, Tensor]
+    train_seconds: float
 
 
-def _kept(path: Path) -> _Kept:
+def read_kept(path: Path) -> Kept:
+    """What training kept, from a checkpoint; raises `CheckpointError` where it is damaged."""
     state = load_training(path)
-    best = state["progress"]["best"]
-    if best is None:
-        return _Kept(state["progress"]["epoch"], state["model"], state["hyper"])
-    return _Kept(best["epoch"], best["model"], best["hyper"])
+    progress = state["progress"]
+    kept = progress["best"] or {"epoch": progress["epoch"], "model": state["model"], "hyper": state["hyper"]}
+    return Kept(kept["epoch"], kept["model"], kept["hyper"], progress["train_seconds"])
 
 
 def _prior_precision(run: RunConfig, model: nn.Module, log_delta: Float[Tensor, " G"]) -> dict[str, Tensor]:
@@ -143,7 +163,7 @@ def _validation_images(run: RunConfig, data: ImageData, n_validation: int | None
     d = run.data
     device = device_of(run)
     held_out = load_dataset(
-        d.name, root=d.root, download=d.download, n_train=d.n_train, held_out=True, seed=run.seed, device=device
+        d.name, root=d.root, download=d.download, n_train=d.n_train, held_out=True, seed=run.data_seed, device=device
     )
     if n_validation is None:
         return held_out.x_test, held_out.y_test
@@ -152,5 +172,5 @@ def _validation_images(run: RunConfig, data: ImageData, n_validation: int | None
             f"data.n_validation={n_validation} must be from 1 to {len(held_out.y_test)}, the number of training images that the network "
             "was not trained on"
         )
-    chosen = balanced_indices(held_out.y_test, n_validation, seed=run.seed).to(device)
+    chosen = balanced_indices(held_out.y_test, n_validation, seed=run.data_seed).to(device)
     return held_out.x_test[chosen], held_out.y_test[chosen]

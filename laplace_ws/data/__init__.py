@@ -8,7 +8,7 @@ from laplace_ws.data.datasets import DATASET_NAMES, ImageData, load_dataset
 from laplace_ws.data.graphs import GraphBatch
 from laplace_ws.data.loaders import TensorLoader
 from laplace_ws.data.sources import DatasetNotFoundError
-from laplace_ws.data.transforms import balanced_indices, channel_statistics
+from laplace_ws.data.transforms import balanced_indices, channel_statistics, fitted
 from laplace_ws.data.uci import UciSplit, load_uci
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "balanced_indices",
     "channel_statistics",
     "corrupt",
+    "fitted",
     "load_dataset",
     "load_uci",
     "random_crop_flip",

@@ -41,6 +41,25 @@ def balanced_indices(y: Int[Tensor, " N"], n: int, *, seed: int) -> Int[Tensor, 
     return torch.sort(by_class[chosen]).values
 
 
+def fitted(pixels: Float[Tensor, "N C H W"], shape: tuple[int, int, int]) -> Float[Tensor, "N D I J"]:
+    """Images in the shape of others: a grey channel is repeated, and black is added on all sides, one more below and right if odd.
+
+    Args:
+        pixels: images, black at 0.
+        shape: (channels, height, width), in pixels at least those of the images.
+
+    Raises:
+        ValueError: the images are larger, or have several channels and other ones than wanted.
+    """
+    channels, height, width = shape
+    _, given, h, w = tensor("pixels", pixels, "of images [N, C, H, W]", 4).shape
+    if h > height or w > width or given not in (1, channels):
+        raise ValueError(f"images of {given}x{h}x{w} do not fit into {channels}x{height}x{width}; give smaller ones")
+    top, left = (height - h) // 2, (width - w) // 2
+    sides = (left, width - w - left, top, height - h - top)
+    return torch.nn.functional.pad(pixels.expand(-1, channels, -1, -1), sides)
+
+
 def channel_statistics(x: UInt8[Tensor, "N C H W"]) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
     """Mean and (biased) standard deviation of every channel, in units where 255 is 1, exact and in float64.
 

@@ -43,6 +43,8 @@ class DataConfig:
         held_out: whether to test on the training images that n_train leaves out, as long as settings are being chosen.
         batch_size: images per batch.
         augment: whether to crop and flip the training images at random.
+        seed: of the choice of n_train and n_test images; the run's if not given. By the same one here, runs of several seeds see the same
+            images.
     """
 
     name: str = "fashion-mnist-subset"
@@ -53,6 +55,7 @@ class DataConfig:
     held_out: bool = False
     batch_size: int = 128
     augment: bool = False
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class ModelConfig:
         norm: of a wide-resnet: fixup, batch, group or none.
         hidden: units of an mlp's hidden layers.
         activation: of an mlp.
+        dropout: share of the activations that are dropped in training: between the convolutions of a block of a wide-resnet, before the
+            linear layers of the others.
     """
 
     name: str = "wide-resnet"
@@ -74,6 +79,7 @@ class ModelConfig:
     norm: OneOf[Norm] | None = None
     hidden: list[int] | None = None
     activation: str | None = None
+    dropout: float | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ class TrainingConfig:
     Attributes:
         name: of the folder of the results.
         out: folder of all runs.
-        seed: of initialisation, batches and sampling.
+        seed: of initialisation, batches and sampling, and of the choice of images unless data.seed is given.
         device: auto takes a GPU if there is one.
         threads: of torch in each process.
         workers: networks that train side by side, each in a process of its own; the numbers are those of one.
@@ -172,6 +178,11 @@ class TrainingConfig:
     def folder(self) -> Path:
         """Where the results are written."""
         return Path(self.out) / self.name
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the choice of images."""
+        return self.seed if self.data.seed is None else self.data.seed
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def load_data(config: RunConfig) -> ImageData:
         n_train=d.n_train,
         n_test=d.n_test,
         held_out=d.held_out,
-        seed=config.seed,
+        seed=config.data_seed,
         device=device_of(config),
     )
 

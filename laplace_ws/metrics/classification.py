@@ -52,6 +52,11 @@ def brier_score(probs: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float
     return (probs - one_hot).square().sum(-1).mean().item()
 
 
+def doubt(probs: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
+    """Summed probability of all classes but the top one, which is 1 − max p without its cancellation."""
+    return probs.sort(-1).values[:, :-1].sum(-1)
+
+
 def to_log_probs(
     outputs: Float[Tensor, "*batch C"], labels: Int[Tensor, "*batch"], *, kind: OutputKind | str = OutputKind.AUTO
 ) -> tuple[Float[Tensor, "M C"], Int[Tensor, " M"]]:

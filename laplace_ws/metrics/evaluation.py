@@ -16,6 +16,7 @@ from laplace_ws.metrics.classification import (
     mean_nll,
     to_log_probs,
 )
+from laplace_ws.metrics.selective import aurc
 from laplace_ws.registry import Registry
 from laplace_ws.values import whole_number
 
@@ -56,6 +57,7 @@ METRICS: Registry[Metric] = Registry(
         "nll": Metric("NLL", lambda probs, labels: mean_nll(probs.log(), labels).item(), "nats", on_damaged=True),
         "brier": Metric("Brier", brier_score),
         "ece": Metric("ECE", calibration_error, "%", 2, scale=100.0, is_binned=True, on_damaged=True),
+        "aurc": Metric("AURC", aurc, "%", 2, scale=100.0),
     },
 )
 """Metrics by name; each one registered here is computed, and shown by `laplace-ws calibrate`."""
@@ -80,7 +82,8 @@ def evaluate_classification(
 
     Returns:
         The value of each entry of `METRICS`: `accuracy` (fraction), `nll` (mean, nats), `brier` (mean squared distance to the one-hot
-        label, from 0 to 2), `ece` (expected calibration error of the top label, fraction), and those that were registered since.
+        label, from 0 to 2), `ece` (expected calibration error of the top label, fraction), `aurc` (area under the risk-coverage curve,
+        fraction), and those that were registered since.
 
     Raises:
         ValueError: if shapes or labels do not fit, a value is NaN, or rows sum to one only approximately.

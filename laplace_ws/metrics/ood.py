@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from laplace_ws.metrics.classification import OutputKind, to_log_probs
+from laplace_ws.metrics.classification import OutputKind, doubt, to_log_probs
+from laplace_ws.metrics.uncertainty import entropy
 from laplace_ws.registry import Choice
 from laplace_ws.values import tensor
 
@@ -39,15 +40,15 @@ def ood_scores(probs: Float[Tensor, "*batch C"], score: OodScore | str = OodScor
     log_probs, _ = to_log_probs(probs, no_labels, kind=OutputKind.PROBS)
     p = log_probs.exp()
     if score is OodScore.CONFIDENCE:
-        return p.sort(-1).values[:, :-1].sum(-1)
-    return torch.special.entr(p).sum(-1) / math.log(p.shape[-1])
+        return doubt(p)
+    return entropy(p) / math.log(p.shape[-1])
 
 
 def ood_detection(scores_in: Float[Tensor, " N"], scores_out: Float[Tensor, " M"]) -> dict[str, float]:
     """Score the detector that calls an input out-of-distribution where its score lies above a threshold.
 
     Args:
-        scores_in: scores of inputs like the training data.
+        scores_in: scores of inputs like the training data, on any scale.
         scores_out: scores of inputs from elsewhere, the positives.
 
     Returns:
@@ -65,7 +66,9 @@ def ood_detection(scores_in: Float[Tensor, " N"], scores_out: Float[Tensor, " M"
         tensor(name, scores, "[N], one number per input", 1)
         if not len(scores) or scores.isnan().any():
             raise ValueError(f"{name} must hold one number at least, and no NaN; the model may have diverged")
-    scores = torch.cat([scores_in, scores_out]).double()
+    # torchmetrics squeezes scores beyond [0, 1] by a sigmoid, which makes small ones equal; only their order counts
+    values, rank = torch.cat([scores_in, scores_out]).double().unique(return_inverse=True)
+    scores = rank.double() / len(values)
     target = _is_out(len(scores_in), len(scores_out), scores.device)
     false_positive_rate, true_positive_rate, _ = binary_roc(scores, target)
     return {

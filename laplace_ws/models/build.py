@@ -51,7 +51,7 @@ def build_model(
         in_channels: Channels of the images.
         image_size: Height and width in pixels, or one number for both.
         n_classes: Number of outputs.
-        options: What else the class takes: `depth`, `width`, `norm` (wide-resnet); `hidden`, `activation` (mlp).
+        options: What else the class takes: `depth`, `width`, `norm` (wide-resnet); `hidden`, `activation` (mlp); `dropout` (all).
 
     Raises:
         ValueError: unknown name or option; names the nearest known one.

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 from torch import nn
 
+from laplace_ws.models.dropout import dropout_layers
 from laplace_ws.values import shown, whole_number
 
 _SMALLEST_SIDE = 12
@@ -21,14 +22,21 @@ class LeNet(nn.Sequential):
         in_channels: Channels of the images.
         n_classes: Number of outputs.
         image_size: Height and width in pixels, or one number for both; at least 12.
+        dropout: Share of the inputs of each linear layer that are dropped in train mode.
 
     Raises:
-        ValueError: a side is below 12.
+        ValueError: a side is below 12, or the dropout is not in [0, 1).
 
     Source: LeCun et al. 1998, with today's activation and pooling.
     """
 
-    def __init__(self, in_channels: int = 1, n_classes: int = 10, image_size: int | tuple[int, int] = 28) -> None:
+    def __init__(
+        self,
+        in_channels: int = 1,
+        n_classes: int = 10,
+        image_size: int | tuple[int, int] = 28,
+        dropout: float = 0.0,
+    ) -> None:
         height, width = sides(image_size)
         in_channels, n_classes = (
             whole_number("in_channels", in_channels, least=1),
@@ -36,6 +44,10 @@ class LeNet(nn.Sequential):
         )
         if min(height, width) < _SMALLEST_SIDE:
             raise ValueError(f"image_size={height}x{width} is too small; LeNet needs {_SMALLEST_SIDE}x{_SMALLEST_SIDE}")
+
+        def dropping(i: int) -> dict[str, nn.Module]:
+            return {f"drop{i}": layer for layer in dropout_layers(dropout)}
+
         n_features = 16 * _side_before_linear(height) * _side_before_linear(width)
         super().__init__(
             OrderedDict(
@@ -46,10 +58,13 @@ class LeNet(nn.Sequential):
                 act2=nn.ReLU(),
                 pool2=nn.MaxPool2d(2),
                 flatten=nn.Flatten(),
+                **dropping(1),
                 linear1=nn.Linear(n_features, 120),
                 act3=nn.ReLU(),
+                **dropping(2),
                 linear2=nn.Linear(120, 84),
                 act4=nn.ReLU(),
+                **dropping(3),
                 classifier=nn.Linear(84, n_classes),
             )
         )

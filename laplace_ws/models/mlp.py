@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import nn
 
+from laplace_ws.models.dropout import dropout_layers
 from laplace_ws.registry import unknown_name
 from laplace_ws.values import shown, whole_number
 
@@ -31,13 +32,19 @@ class MLP(nn.Sequential):
         hidden: Widths of the hidden layers; empty for a linear model.
         out_features: Number of outputs.
         activation: "relu", "tanh", "sigmoid", "gelu", "silu", "elu", or "identity" for a deep linear network.
+        dropout: Share of the inputs of each linear layer that are dropped in train mode [Gal & Ghahramani 2016].
 
     Raises:
-        ValueError: unknown activation, or a width below one.
+        ValueError: unknown activation, a width below one, or a dropout that is not in [0, 1).
     """
 
     def __init__(
-        self, in_features: int, hidden: Sequence[int] = (100,), out_features: int = 10, activation: str = "relu"
+        self,
+        in_features: int,
+        hidden: Sequence[int] = (100,),
+        out_features: int = 10,
+        activation: str = "relu",
+        dropout: float = 0.0,
     ) -> None:
         if not isinstance(activation, str) or activation not in _ACTIVATIONS:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise unknown_name("activation", activation, _ACTIVATIONS)
@@ -46,7 +53,7 @@ class MLP(nn.Sequential):
         widths = [whole_number("a width", width) for width in (in_features, *hidden, out_features)]
         if min(widths) < 1:
             raise ValueError(f"all widths must be at least 1, not {widths}")
-        layers: list[nn.Module] = [nn.Flatten(), nn.Linear(widths[0], widths[1])]
+        layers: list[nn.Module] = [nn.Flatten(), *dropout_layers(dropout), nn.Linear(widths[0], widths[1])]
         for n_in, n_out in pairwise(widths[1:]):
-            layers += [_ACTIVATIONS[activation](), nn.Linear(n_in, n_out)]
+            layers += [_ACTIVATIONS[activation](), *dropout_layers(dropout), nn.Linear(n_in, n_out)]
         super().__init__(*layers)

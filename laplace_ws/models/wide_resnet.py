@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace_ws.models.dropout import dropout_layers
 from laplace_ws.models.scalars import Bias, Scale
 from laplace_ws.registry import Choice
 from laplace_ws.values import whole_number
@@ -45,9 +46,10 @@ class WideResNet(nn.Module):
         in_channels: Channels of the images.
         n_classes: Number of outputs.
         norm: A `Norm` or its name.
+        dropout: Share of the activations between the two convolutions of a block that are dropped in train mode.
 
     Raises:
-        ValueError: the depth is not of that form, the width is below one, or the norm is unknown.
+        ValueError: the depth is not of that form, the width is below one, the norm is unknown, or the dropout is not in [0, 1).
 
     Source: Zagoruyko & Komodakis 2016; Zhang et al. 2019 for Fixup.
     """
@@ -59,6 +61,7 @@ class WideResNet(nn.Module):
         in_channels: int = 3,
         n_classes: int = 10,
         norm: Norm | str = Norm.FIXUP,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         in_channels, n_classes = (
@@ -77,7 +80,7 @@ class WideResNet(nn.Module):
         for group, out_channels in enumerate(widths):
             for block in range(n_blocks):
                 stride = 2 if group > 0 and block == 0 else 1
-                blocks.append(ResidualBlock(channels, out_channels, stride, norm))
+                blocks.append(ResidualBlock(channels, out_channels, stride, norm, dropout))
                 channels = out_channels
 
         self.stem: nn.Conv2d = _conv(in_channels, _STEM_CHANNELS, 3, 1, norm)
@@ -112,11 +115,11 @@ class ResidualBlock(nn.Module):
     Where the shape changes, the identity is a 1×1 convolution of the pre-activated input [Zagoruyko & Komodakis 2016].
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm, dropout: float = 0.0) -> None:
         super().__init__()
         self.pre1: nn.Sequential = _pre_activation(in_channels, norm)
         self.conv1: nn.Conv2d = _conv(in_channels, out_channels, 3, stride, norm)
-        self.pre2: nn.Sequential = _pre_activation(out_channels, norm)
+        self.pre2: nn.Sequential = nn.Sequential(*_pre_activation(out_channels, norm), *dropout_layers(dropout))
         self.conv2: nn.Conv2d = _conv(out_channels, out_channels, 3, 1, norm)
         self.scale: Scale | nn.Identity = Scale() if norm is Norm.FIXUP else nn.Identity()
         same = in_channels == out_channels and stride == 1

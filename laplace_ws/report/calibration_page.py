@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from laplace_ws import tables
 from laplace_ws.calibration import CalibrationResult, MethodResult
 from laplace_ws.calibration.run import PAGE
-from laplace_ws.calibration.table import shown_columns
+from laplace_ws.calibration.table import shown_columns, uncertainty_columns
 from laplace_ws.experiment.folder import write_whole
 from laplace_ws.report.calibration_pictures import (
     FEWEST_IN_A_BIN,
     confidence_pictures,
     corruption_pictures,
     method_reliability_pictures,
+    risk_coverage_picture,
 )
 from laplace_ws.report.page import duration, render
 from laplace_ws.tables import Column
@@ -46,6 +48,9 @@ def render_calibration(result: CalibrationResult) -> str:
         methods=methods,
         columns=[label, *shown_columns(methods)],
         remarks=_remarks(result),
+        sampled=(sampled := [method for method in methods if method.uncertainty is not None]),
+        uncertainty_columns=[label, *tables.shown_columns(uncertainty_columns(), sampled)],
+        risk_coverage=[risk_coverage_picture(methods)],
         fewest_in_a_bin=FEWEST_IN_A_BIN,
         reliability=method_reliability_pictures(methods),
         confidence=confidence_pictures(methods, str(data["name"]), str(data["ood"])),
@@ -77,7 +82,10 @@ def calibration_verdict(methods: Sequence[MethodResult]) -> str:
 
 
 def _remarks(result: CalibrationResult) -> list[str]:
-    remarks = ["Best value of a column in bold. Scores of one network, so small differences may be noise."]
+    remarks = [
+        "Best value of a column in bold. Scores of one network, so small differences may be noise.",
+        "Cost: wall time of all training and fitting that a method needs, in units of the training of the network.",
+    ]
     if result.data["ood"] is not None:
         remarks.append(
             f"OOD: {result.data['n_ood']:,} images of {result.data['ood']} are to be found among the test images. FPR95 is the share of "

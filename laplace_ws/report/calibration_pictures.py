@@ -1,4 +1,4 @@
-"""Pictures that compare methods of prediction: reliability, confidence in- and out-of-distribution, scores by strength of damage."""
+"""Pictures that compare methods of prediction: reliability, risk by coverage, confidence in- and out-of-distribution, scores by damage."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from laplace_ws.report.style import (
 )
 
 _IN_COLOUR, _OUT_COLOUR = "#0072B2", TUNED_COLOUR
+_MARKERS_A_LINE = 8
 FEWEST_IN_A_BIN = 10
 """Bins of fewer images are left out where all methods are drawn together, as their accuracy is mostly chance."""
 
@@ -37,6 +38,26 @@ def method_reliability_pictures(methods: Sequence[MethodResult]) -> list[Picture
     styles = method_styles(methods)
     alone = [reliability_picture(m.label, m.reliability, styles[m.name], ece=m.test["ece"]) for m in methods]
     return [_reliability_together(methods, styles), *alone]
+
+
+def risk_coverage_picture(methods: Sequence[MethodResult]) -> Picture:
+    """The error of the most confident share of the test images, a line for each method."""
+    styles = method_styles(methods)
+    with drawing(6.0, 4.6) as drawn:
+        axes = drawn.axes
+        for offset, method in enumerate(methods):
+            curve = method.risk_coverage
+            step = max(1, len(curve.coverage) // _MARKERS_A_LINE)
+            line = styles[method.name].line(method.label)
+            shares, errors = (100 * np.array(values) for values in (curve.coverage, curve.risk))
+            axes.plot(shares, errors, **line, markevery=(offset % step, step))
+        axes.set(
+            xlim=(0, 100), ylim=(0, None), xlabel="coverage: most confident share [%]", ylabel="risk: their error [%]"
+        )
+        axes.set_title("Risk by coverage")
+        legend_below(drawn.figure, axes)
+    areas = "; ".join(f"{m.label}: {'none' if (a := m.test['aurc']) is None else f'{100 * a:.2f} %'}" for m in methods)
+    return Picture("Risk by coverage", f"Error of the most confident images by their share; areas: {areas}.", drawn.svg)
 
 
 def confidence_pictures(methods: Sequence[MethodResult], data: str, ood: str) -> list[Picture]:

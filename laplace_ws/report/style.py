@@ -19,8 +19,10 @@ from laplace_ws.report.records import RunRecord
 # Okabe & Ito 2008, told apart with every common kind of colour blindness; without yellow, too pale for a line on white
 TUNED_COLOUR = "#D55E00"
 _FIXED_COLOURS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000")
+# where six do not do: no two of all are nearer in CIELAB than the blues of Okabe & Ito
+_FURTHER_COLOURS = ("#332288", "#999933", "#882255", "#777777", "#8B5A2B")
 _FIXED_DASHES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
-_FIXED_MARKERS = ("s", "^", "D", "v", "P", "X", "<")
+_FIXED_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")
 GREY = "#666666"
 SEQUENTIAL = "viridis"
 
@@ -127,9 +129,10 @@ def run_styles(record: RunRecord) -> dict[str, RunStyle]:
 
 
 def dashed_style(i: int) -> RunStyle:
-    """The i-th style of lines that are compared with a solid one; styles repeat after many."""
+    """The i-th style of lines that are compared with a solid one; of eleven, each has a colour and a marker of its own."""
+    colours = _FIXED_COLOURS + _FURTHER_COLOURS
     return RunStyle(
-        color=_FIXED_COLOURS[i % len(_FIXED_COLOURS)],
+        color=colours[i % len(colours)],
         linestyle=_FIXED_DASHES[i % len(_FIXED_DASHES)],
         marker=_FIXED_MARKERS[i % len(_FIXED_MARKERS)],
         linewidth=1.4,

@@ -14,7 +14,7 @@ from laplace_ws.experiment.folder import ExperimentError
 _SAMPLED = (Curvature.GGN_MC.value, Curvature.GGN_MC_RADEMACHER.value)
 
 
-_LEFT_OUT = ("root", "download", "n_train", "n_test", "batch_size")
+_LEFT_OUT = ("root", "download", "n_train", "n_test", "batch_size", "seed")
 """Options of the data that change no image, or are compared in another form."""
 
 
@@ -31,7 +31,7 @@ def yardstick(run: RunConfig, n_train: int, n_test: int) -> dict[str, Any]:
         "data.root": Path(data.root).absolute().as_posix() if data.name == "image-folder" else None,
         "data.n_train": n_train,
         "data.n_test": n_test,
-        "seed (which chooses the images)": run.seed if is_subset else None,
+        "seed (which chooses the images)": run.data_seed if is_subset else None,
         "likelihood": run.likelihood,
         "marglik.temperature_init": marglik.temperature_init,
         "marglik.hessian_structure": marglik.hessian_structure,

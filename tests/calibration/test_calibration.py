@@ -14,7 +14,7 @@ from calibration.tiny import train_tiny
 from laplace_ws import Laplace
 from laplace_ws.calibration import CalibrateConfig, CalibrationDataConfig, MethodsConfig, as_text, run_calibration
 from laplace_ws.calibration import score as scoring
-from laplace_ws.calibration.methods import choose_prior, make_posterior
+from laplace_ws.calibration.laplace import choose_prior, make_posterior
 from laplace_ws.calibration.trained import load_trained
 from laplace_ws.data import TensorLoader, corrupt, load_dataset
 from laplace_ws.experiment.config import DataConfig, RunConfig, read_config
@@ -34,8 +34,8 @@ def folder(tmp_path_factory):
     return train_tiny(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.fixture
-def other_things(monkeypatch):
+@pytest.fixture(scope="module")
+def other_things():
     """White noise in place of MNIST, normalised by a mean and deviation of its own."""
 
     def load(name, **options):
@@ -46,7 +46,9 @@ def other_things(monkeypatch):
         data = replace(data, mean=torch.tensor([0.5]), std=torch.tensor([0.1]))
         return replace(data, x_test=data.from_pixels(noise))
 
-    monkeypatch.setattr(scoring, "load_dataset", load)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "load_dataset", load)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +56,14 @@ def config(folder):
     return CalibrateConfig(checkpoint=str(folder), data=DATA, methods=METHODS, n_bins=10)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def result(config, other_things):
     return run_calibration(config)
 
 
 def plain(result):
     """All but the times."""
-    times = ("total_seconds", "predict_seconds", "fit_seconds")
+    times = ("total_seconds", "predict_seconds", "fit_seconds", "needed_seconds", "training_runs", "predict_cost")
     strip = lambda v: {k: strip(x) for k, x in v.items() if k not in times} if isinstance(v, dict) else v  # noqa: E731
     return strip(result.to_dict())
 
@@ -72,7 +74,7 @@ def plain(result):
 def test_every_method_has_every_score_and_runs_repeat(config, result, other_things):
     assert [method.name for method in result.methods] == NAMES
     for method in result.methods:
-        assert set(method.test) == {"accuracy", "nll", "brier", "ece"}
+        assert set(method.test) == {"accuracy", "nll", "brier", "ece", "aurc"}
         assert method.reliability.n_examples == 40
         assert sum(method.ood_confidence) == N_OOD
         assert 0 <= method.ood["auroc"] <= 1
@@ -192,7 +194,8 @@ def test_entropy_is_another_score(config, result, other_things):
 
 def test_table_leaves_out_what_no_method_has(config, result):
     text = as_text(result.methods)
-    assert len(text.splitlines()) == 2 + len(NAMES)
+    n_sampled = len(NAMES) - 2
+    assert len(text.splitlines()) == 2 + len(NAMES) + 1 + 2 + n_sampled
     assert "OOD AUROC" in text
     assert "Laplace kron (marglik)" in text
     assert "last-layer full (validation)" in text
@@ -264,6 +267,15 @@ def test_other_images_of_another_shape_are_refused(config, monkeypatch):
     monkeypatch.setattr(scoring, "load_dataset", load)
     with pytest.raises(ValueError, match=r"data\.ood=mnist has images of 1x28x14, but .* images of 1x28x28"):
         scoring.load_scored_images(config, trained)
+    images = scoring.load_scored_images(replace(config, data=replace(DATA, ood_fit=True)), trained)
+    assert images.x_ood.shape == (10, 1, 28, 28)
+    expected = trained.data.from_pixels(torch.zeros(1, 1, 1, 1))
+    assert torch.equal(images.x_ood[..., :7], expected.expand(10, 1, 28, 7))
+    small = replace(trained, data=replace(trained.data, x_train=trained.data.x_train[..., :10]))
+    with pytest.raises(
+        ValueError, match=r"data\.ood=mnist with data\.ood_fit: images of 1x28x14 do not fit into 1x28x10"
+    ):
+        scoring.load_scored_images(replace(config, data=replace(DATA, ood_fit=True)), small)
 
 
 def test_weights_of_another_network_are_refused(config, folder, tmp_path):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laplace_ws.data import balanced_indices, channel_statistics
+from laplace_ws.data import balanced_indices, channel_statistics, fitted
 from laplace_ws.data.transforms import normalise
 from laplace_ws.errors import NumericalRepairWarning
 
@@ -55,3 +55,20 @@ def test_constant_channel_warns_and_is_centred():
         mean, std = channel_statistics(x)
     assert std[1] == 1
     torch.testing.assert_close(normalise(x, mean, std)[:, 1].abs().max().item(), 0.0)
+
+
+def test_smaller_grey_images_are_fitted_by_black_and_equal_channels():
+    grey = torch.rand(2, 1, 28, 27, generator=torch.Generator().manual_seed(0))
+    found = fitted(grey, (3, 32, 32))
+    assert found.shape == (2, 3, 32, 32)
+    for channel in found.unbind(1):
+        assert torch.equal(channel[:, 2:30, 2:29], grey[:, 0])
+    assert found.sum() == pytest.approx(3 * grey.sum().item(), rel=1e-5)
+    colour = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(fitted(colour, (3, 4, 4)), colour)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 3, 4), (3, 4, 3), (4, 4, 4)])
+def test_images_that_do_not_fit_are_refused(shape):
+    with pytest.raises(ValueError, match=f"images of 3x4x4 do not fit into {'x'.join(map(str, shape))}"):
+        fitted(torch.rand(1, 3, 4, 4), shape)

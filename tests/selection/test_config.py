@@ -131,6 +131,8 @@ def test_the_seed_counts_where_it_chooses_the_images():
     subset = DataConfig(n_train=10)
     with pytest.raises(ExperimentError, match="seed"):
         check(RunConfig(seed=0, data=subset), RunConfig(seed=1, data=subset))
+    of_seed_0 = DataConfig(n_train=10, seed=0)
+    check(RunConfig(seed=0, data=subset), RunConfig(seed=1, data=of_seed_0))
     check(RunConfig(data=DataConfig(n_train=10)), RunConfig(data=DataConfig(n_train=10, batch_size=3)))
 
 

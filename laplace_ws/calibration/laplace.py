@@ -1,80 +1,45 @@
-"""The predictives that are compared: of the network as it is, with a temperature, and of Laplace posteriors."""
+"""Laplace posteriors of the network: a row for each structure and each choice of the prior precision."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws.calibration.config import CalibrateConfig
-from laplace_ws.calibration.temperature import fit_temperature
+from laplace_ws.calibration.method import Method, Predict, Prediction, require_validation
 from laplace_ws.calibration.trained import TrainedRun
 from laplace_ws.data import TensorLoader
-from laplace_ws.experiment.evaluate import outputs
-from laplace_ws.experiment.folder import ExperimentError, Json
+from laplace_ws.experiment.folder import Json
 from laplace_ws.posterior import STRUCTURES, Laplace
 
-MAP, TEMPERATURE = "map", "temperature"
 
-Predict = Callable[[Float[Tensor, "N C H W"]], Float[Tensor, "N K"]]
-"""Class probabilities of normalised images."""
-
-
-@dataclass(frozen=True, eq=False)
-class Method:
-    """A way to predict.
-
-    Attributes:
-        name: of its entry in calibration.json.
-        label: for tables and pictures.
-        predict: class probabilities of normalised images.
-        facts: numbers that belong to it: its temperature, or its log marginal likelihood, prior precision and time.
-    """
-
-    name: str
-    label: str
-    predict: Predict
-    facts: Json
-
-
-def check_validation(config: CalibrateConfig, trained: TrainedRun) -> None:
-    """Reject a choice based on validation images where there are none.
+def check_laplace(config: CalibrateConfig, trained: TrainedRun) -> None:
+    """Reject structures that the network does not have, and priors without images to choose them by.
 
     Raises:
-        ExperimentError: says what to do without them.
+        ExperimentError: there are no validation images.
+        UnsupportedParameterError: a parameter has no block of a structure.
+        ValueError: an option is unknown.
     """
     m = config.methods
-    if (m.temperature or (m.laplace and "validation" in m.priors)) and not len(trained.y_validation):
-        raise ExperimentError(
-            "temperature scaling and priors by validation need training images that the network was not trained on, but that of "
-            f"'{config.checkpoint}' was trained on all of them; train with a smaller data.n_train, or set --methods.temperature false and "
-            "--methods.priors [marglik]"
-        )
+    if m.laplace and "validation" in m.priors:
+        require_validation(config, trained)
+    for structure in m.laplace:
+        make_posterior(config, trained, structure).check(trained.data.x_train[: config.data.batch_size])
 
 
-def make_methods(config: CalibrateConfig, trained: TrainedRun) -> Iterator[Method]:
-    """The methods, one after another, so that one posterior is in memory at a time."""
-    yield Method(MAP, "MAP", scaled_predict(trained, 1.0), {})
-    if config.methods.temperature:
-        temperature = fit_temperature(outputs(trained.model, trained.x_validation), trained.y_validation)
-        predict = scaled_predict(trained, temperature)
-        yield Method(TEMPERATURE, "temperature scaling", predict, {"temperature": temperature})
+def laplace_methods(config: CalibrateConfig, trained: TrainedRun) -> Iterator[Method]:
+    """The posteriors, one after another."""
     for structure in config.methods.laplace:
-        yield from laplace_methods(config, trained, structure)
+        yield from methods_of(config, trained, structure)
 
 
-def scaled_predict(trained: TrainedRun, temperature: float) -> Predict:
-    """softmax(f / T)."""
-    return lambda x: (outputs(trained.model, x).double() / temperature).softmax(-1)
-
-
-def laplace_methods(config: CalibrateConfig, trained: TrainedRun, structure: str) -> Iterator[Method]:
+def methods_of(config: CalibrateConfig, trained: TrainedRun, structure: str) -> Iterator[Method]:
     """Fit a posterior, and predict with it under each choice of the prior precision; use them in turn, as the posterior is shared.
 
     Raises:
@@ -95,6 +60,7 @@ def laplace_methods(config: CalibrateConfig, trained: TrainedRun, structure: str
             f"{label} ({prior})",
             laplace_predict(la, config),
             laplace_facts(la, seconds),
+            trained.train_seconds + seconds,
         )
 
 
@@ -102,13 +68,21 @@ def laplace_predict(la: Laplace, config: CalibrateConfig) -> Predict:
     """The posterior predictive, batch by batch; with the same draws at every call, where it draws any."""
     m = config.methods
 
-    def predict(x: Tensor) -> Tensor:
+    def predict(x: Tensor) -> Prediction:
         generator = torch.Generator(x.device).manual_seed(config.seed)
         parts: list[Any] = [
             la(part, pred_type=m.pred_type, link_approx=m.link_approx, n_samples=m.n_samples, generator=generator)
             for part in x.split(config.data.batch_size)
         ]
-        return torch.cat(parts)
+        return Prediction(torch.cat(parts), lambda: samples(x))
+
+    def samples(x: Tensor) -> Tensor:
+        generator = torch.Generator(x.device).manual_seed(config.seed)
+        logits = [
+            la.functional_samples(part, m.pred_type, m.n_samples, generator=generator)
+            for part in x.split(config.data.batch_size)
+        ]
+        return torch.cat(logits, 1).double().softmax(-1)
 
     return predict
 
@@ -152,8 +126,7 @@ def choose_prior(la: Laplace, prior: str, config: CalibrateConfig, trained: Trai
     m = config.methods
     la.temperature = trained.temperature if prior == "training" else 1.0
     if prior == "training":
-        by_name = [trained.prior_precision[name] for name in la.parameter_names]
-        la.prior_precision = torch.stack(by_name) if by_name[0].ndim == 0 else torch.cat(by_name)
+        la.prior_precision = trained.prior_of(la.parameter_names)
         return
     if prior == "marglik":
         la.optimize_prior_precision("marglik", prior_structure=m.prior_structure)
