@@ -64,9 +64,10 @@ class MethodsConfig:
         kfac_approx: of the Kronecker structures: auto, expand or reduce, or a mapping from a pattern of layers to one of them.
         backend: native, asdl or backpack: who runs the model for the curvature; the numbers are the same.
         priors: by what the prior precision of each posterior is chosen, one predictive each: as it was in training, fixed or tuned with the
-            weights (training), by the log marginal likelihood of the trained weights (marglik), or as the one number of a grid with the
-            lowest NLL of the validation images (validation).
-        prior_structure: which parameters share a prior precision, for marglik.
+            weights (training), by the log marginal likelihood of the trained weights (marglik), the same with a multiplier of the
+            covariance at which the NLL of the validation images is lowest (scaled), or as the one number of a grid at which it is
+            lowest (validation).
+        prior_structure: which parameters share a prior precision, for marglik and scaled.
         pred_type: of the linearised network (glm), or of networks with sampled weights (nn).
         link_approx: how class probabilities follow from Gaussian logits.
         n_samples: of weights, logits or passes with dropout, where a prediction or its split of uncertainty draws any.
@@ -81,8 +82,8 @@ class MethodsConfig:
     curvature: OneOf[Curvature] = "ggn"
     kfac_approx: OneOf[KfacApprox] | dict[str, str] = "auto"
     backend: str = "native"
-    priors: list[Literal["training", "marglik", "validation"]] = field(
-        default_factory=lambda: ["training", "validation"]
+    priors: list[Literal["training", "marglik", "scaled", "validation"]] = field(
+        default_factory=lambda: ["training", "scaled"]
     )
     prior_structure: Literal["scalar", "layerwise", "parameter"] = "layerwise"
     pred_type: OneOf[PredType] = "glm"

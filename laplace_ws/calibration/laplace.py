@@ -27,7 +27,7 @@ def check_laplace(config: CalibrateConfig, trained: TrainedRun) -> None:
         ValueError: an option is unknown.
     """
     m = config.methods
-    if m.laplace and "validation" in m.priors:
+    if m.laplace and {"validation", "scaled"} & set(m.priors):
         require_validation(config, trained)
     for structure in m.laplace:
         make_posterior(config, trained, structure).check(trained.data.x_train[: config.data.batch_size])
@@ -91,6 +91,7 @@ def laplace_facts(la: Laplace, fit_seconds: float) -> Json:
     """Log marginal likelihood in nats, the spread of the prior precisions, and the seconds of the fit and the choice."""
     precision = la.prior_precision
     return {
+        "covariance_scale": la.covariance_scale,
         "log_marginal_likelihood": la.log_marginal_likelihood().item(),
         "prior_precision": {
             "geometric_mean": math.exp(precision.log().mean().item()),
@@ -124,19 +125,19 @@ def make_posterior(config: CalibrateConfig, trained: TrainedRun, structure: str)
 def choose_prior(la: Laplace, prior: str, config: CalibrateConfig, trained: TrainedRun) -> None:
     """Set the prior precision, see `MethodsConfig.priors`."""
     m = config.methods
+    la.covariance_scale = 1.0
     la.temperature = trained.temperature if prior == "training" else 1.0
     if prior == "training":
         la.prior_precision = trained.prior_of(la.parameter_names)
         return
-    if prior == "marglik":
+    if prior != "validation":
         la.optimize_prior_precision("marglik", prior_structure=m.prior_structure)
+    if prior == "marglik":
         return
-    la.optimize_prior_precision(
-        "gridsearch",
-        val_loader=TensorLoader(trained.x_validation, trained.y_validation, batch_size=config.data.batch_size),
-        loss="nll",
-        pred_type=m.pred_type,
-        link_approx=m.link_approx,
-        n_samples=m.n_samples,
-        generator=torch.Generator(trained.x_validation.device).manual_seed(config.seed),
-    )
+    validation = TensorLoader(trained.x_validation, trained.y_validation, batch_size=config.data.batch_size)
+    generator = torch.Generator(trained.x_validation.device).manual_seed(config.seed)
+    sampling: dict[str, Any] = {"link_approx": m.link_approx, "n_samples": m.n_samples, "generator": generator}
+    if prior == "scaled":
+        la.optimize_covariance_scale(validation, **sampling)
+        return
+    la.optimize_prior_precision("gridsearch", val_loader=validation, pred_type=m.pred_type, **sampling)

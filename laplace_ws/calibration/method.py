@@ -75,7 +75,7 @@ def require_validation(config: CalibrateConfig, trained: TrainedRun) -> None:
     """
     if not len(trained.y_validation):
         raise ExperimentError(
-            "temperature scaling and priors by validation need training images that the network was not trained on, but that of "
+            "temperature, covariance scales and priors by validation need training images that the network was not trained on, but that of "
             f"'{config.checkpoint}' was trained on all of them; train with a smaller data.n_train, or set --methods.temperature false and "
             "--methods.priors [marglik]"
         )

@@ -98,6 +98,10 @@ def check_config(config: CalibrateConfig) -> None:
         )
     if m.pred_type == "nn" and m.link_approx != "probit":
         raise ValueError(f"methods.link_approx={m.link_approx} is for methods.pred_type=glm; leave it out with nn")
+    if m.pred_type == "nn" and m.laplace and "scaled" in m.priors:
+        raise ValueError(
+            "methods.priors=scaled is for methods.pred_type=glm, whose network chooses the covariance scale; leave it out with nn"
+        )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU; use device=auto or device=cpu")
 

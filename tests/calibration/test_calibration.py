@@ -23,7 +23,7 @@ from laplace_ws.metrics import evaluate_classification, ood_detection, ood_score
 
 N_VALIDATION, N_OOD, N_CORRUPTED = 50, 30, 20
 DATA = CalibrationDataConfig(n_validation=N_VALIDATION, ood="mnist", n_ood=N_OOD, n_corrupted=N_CORRUPTED)
-METHODS = MethodsConfig(laplace=["kron", "last_layer_full"], priors=["training", "marglik", "validation"])
+METHODS = MethodsConfig(laplace=["kron", "last_layer_full"], priors=["training", "marglik", "scaled", "validation"])
 NAMES = ["map", "temperature"] + [
     f"laplace_{structure}_{prior}" for structure in METHODS.laplace for prior in METHODS.priors
 ]
@@ -145,6 +145,15 @@ def test_laplace_scores_are_those_of_its_posterior(name, options, result, config
     expected = evaluate_classification(la(data.x_test), data.y_test, 10, kind="probs")
     assert dict(method.test) == pytest.approx(expected, rel=1e-4)
     assert method.facts["log_marginal_likelihood"] == pytest.approx(la.log_marginal_likelihood().item(), rel=1e-5)
+    scaled = by_name[f"{name}_scaled"]
+    assert la.optimize_covariance_scale([(trained.x_validation, trained.y_validation)]) == pytest.approx(
+        scaled.facts["covariance_scale"], rel=1e-3
+    )
+    assert scaled.facts["prior_precision"] == pytest.approx(method.facts["prior_precision"])
+    expected = evaluate_classification(la(data.x_test), data.y_test, 10, kind="probs")
+    assert dict(scaled.test) == pytest.approx(expected, rel=1e-3)
+    assert method.facts["covariance_scale"] == by_name[f"{name}_validation"].facts["covariance_scale"] == 1.0
+    la.covariance_scale = 1.0
     # the validation's prior predicts the validation images no worse than the marginal likelihood's, but for the grid
     by_validation = by_name[f"{name}_validation"].facts["prior_precision"]
     assert by_validation["smallest"] == pytest.approx(by_validation["largest"])

@@ -24,9 +24,9 @@ def test_files_are_written_beside_the_checkpoint_and_named(folder, capsys):
     printed = capsys.readouterr().out
     assert f"result: {folder / 'calibration.json'}" in printed
     assert f"report: {folder / 'calibration.html'}" in printed
-    assert "last-layer kron (validation)" in printed
+    assert "last-layer kron (scaled)" in printed
     found = json.loads((folder / "calibration.json").read_text())
-    laplace = [f"laplace_last_layer_kron_{prior}" for prior in ("training", "validation")]
+    laplace = [f"laplace_last_layer_kron_{prior}" for prior in ("training", "scaled")]
     assert list(found["methods"]) == ["map", "temperature", *laplace]
     assert found["data"]["n_validation"] == 50
     assert found["config"]["methods"]["laplace"] == ["last_layer_kron"]

@@ -83,7 +83,7 @@ def test_every_rival_is_a_row(result):
         "mc_dropout",
         "swag",
         "laplace_last_layer_full_training",
-        "laplace_last_layer_full_validation",
+        "laplace_last_layer_full_scaled",
     ]
     assert [method.name for method in result.methods] == names
     labels = [method.label for method in result.methods[:4]]
@@ -123,7 +123,7 @@ def test_costs_are_measured_in_trainings_of_the_network(result, network, members
     of_members = own + sum(train_seconds(member) for member in members)
     assert by_name["ensemble"].training_runs == pytest.approx(of_members / own)
     assert by_name["mc_dropout"].training_runs == pytest.approx(train_seconds(dropped) / own)
-    for name in ("swag", "laplace_last_layer_full_validation"):
+    for name in ("swag", "laplace_last_layer_full_scaled"):
         assert by_name[name].training_runs == pytest.approx(1 + by_name[name].facts["fit_seconds"] / own)
         assert by_name[name].facts["fit_seconds"] > 0
     network_seconds = by_name["map"].predict_seconds

@@ -67,7 +67,7 @@ def test_a_figure_that_one_seed_lacks_is_a_dash():
 def test_configuration_of_the_repository_is_read():
     config = Options(calibrate.StudyConfig).read(["--config", "configs/calibrate.yaml"])
     assert config.train.model.name == "lenet"
-    assert config.methods.priors == ["marglik", "validation"]
+    assert config.methods.priors == ["marglik", "scaled", "validation"]
     assert config.data.ood == "mnist"
     assert config.train.marglik.prior_prec_init == pytest.approx(5e-4 * config.train.data.n_train)
 
@@ -129,8 +129,8 @@ def test_the_study_of_the_wide_resnet_at_small_size(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(calibrate, "write_calibration_report", lambda *args: None)  # of other tests, and slow
     calibrate.main()
     methods = json.loads((tmp_path / "trust-wrn.json").read_text())["rows"]["methods"]
-    laplace = ["kron", "diag", "last_layer_kron", "last_layer_full"]
-    rows = ["map", "temperature", "ensemble", "mc_dropout", "swag", *(f"laplace_{name}_validation" for name in laplace)]
+    laplace = [f"laplace_{name}_{prior}" for name in ("kron", "last_layer_kron") for prior in ("scaled", "validation")]
+    rows = ["map", "temperature", "ensemble", "mc_dropout", "swag", *laplace]
     assert list(methods) == rows
     assert methods["ensemble"]["label"] == "deep ensemble of 2"
     for name, row in methods.items():
