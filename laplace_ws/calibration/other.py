@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from laplace_ws.calibration.config import CalibrateConfig
-from laplace_ws.calibration.trained import TrainedRun, checkpoint_path, network_of, read_kept
+from laplace_ws.calibration.trained import TrainedRun, checkpoint_path
 from laplace_ws.experiment.config import ModelConfig, RunConfig, read_config
 from laplace_ws.experiment.folder import CONFIG, ExperimentError, check_whole
+from laplace_ws.experiment.kept import kept_by_training
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +62,8 @@ def load_other(config: CalibrateConfig, trained: TrainedRun, given: str, option:
     run = read_config(path.with_name(CONFIG))
     images, wanted = _images_of(run, config), _images_of(trained.config, config)
     _check_same(images, wanted, "data", f"{option}: '{given}' was trained on other images")
-    kept = read_kept(path)
-    model = network_of(replace(run, device=config.device), trained.data, kept, path)
-    return OtherRun(run, model, kept.train_seconds)
+    kept = kept_by_training(path, replace(run, device=config.device), trained.data)
+    return OtherRun(run, kept.model, kept.train_seconds)
 
 
 def _images_of(run: RunConfig, config: CalibrateConfig) -> dict[str, Any]:

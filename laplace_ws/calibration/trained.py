@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -15,10 +14,9 @@ from laplace_ws.calibration.config import CalibrateConfig
 from laplace_ws.data import ImageData, balanced_indices, load_dataset
 from laplace_ws.experiment.config import RunConfig, read_config
 from laplace_ws.experiment.folder import CONFIG, ExperimentError, Json, Task, check_whole
-from laplace_ws.experiment.run import device_of, load_data, make_model
-from laplace_ws.marglik.checkpoint import load_training
+from laplace_ws.experiment.kept import kept_by_training
+from laplace_ws.experiment.run import device_of, load_data
 from laplace_ws.matrices import by_parameter
-from laplace_ws.posterior import prior_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,38 +80,22 @@ def load_trained(config: CalibrateConfig) -> TrainedRun:
     )
     run = replace(run, device=config.device, data=data_config)
     data = load_data(run)
-    kept = read_kept(path)
-    model = network_of(run, data, kept, path)
+    kept = kept_by_training(path, run, data)
+    shapes = {name: p.shape for name, p in kept.model.named_parameters() if p.requires_grad}
     x_validation, y_validation = _validation_images(run, data, d.n_validation)
     return TrainedRun(
         path=path,
         stored=stored,
         config=run,
-        model=model,
+        model=kept.model,
         epoch=kept.epoch,
         data=data,
         x_validation=x_validation,
         y_validation=y_validation,
-        prior_precision=_prior_precision(run, model, kept.hyper["log_prior_precision"]),
-        temperature=kept.hyper["log_temperature"].exp().item(),
+        prior_precision=by_parameter(kept.prior_precision, shapes),
+        temperature=kept.temperature,
         train_seconds=kept.train_seconds,
     )
-
-
-def network_of(run: RunConfig, data: ImageData, kept: Kept, path: Path) -> nn.Module:
-    """The network of a run with the weights that its training kept, in eval mode.
-
-    Raises:
-        ExperimentError: they do not fit together.
-    """
-    model = make_model(run, data)
-    try:
-        model.load_state_dict(kept.model)
-    except RuntimeError as error:
-        raise ExperimentError(
-            f"the weights in '{path}' do not fit the network of '{path.with_name(CONFIG)}'; give a checkpoint of that run ({error})"
-        ) from error
-    return model.eval()
 
 
 def checkpoint_path(given: str) -> Path:
@@ -130,30 +112,6 @@ def checkpoint_path(given: str) -> Path:
             f"there is no checkpoint at '{path}'; give a run folder of laplace-ws train, or a checkpoint*.pt in it"
         )
     return path
-
-
-class Kept(NamedTuple):
-    """What training kept: the best by marginal likelihood, or the last."""
-
-    epoch: int
-    model: Mapping[str, Tensor]
-    hyper: Mapping[str, Tensor]
-    train_seconds: float
-
-
-def read_kept(path: Path) -> Kept:
-    """What training kept, from a checkpoint; raises `CheckpointError` where it is damaged."""
-    state = load_training(path)
-    progress = state["progress"]
-    kept = progress["best"] or {"epoch": progress["epoch"], "model": state["model"], "hyper": state["hyper"]}
-    return Kept(kept["epoch"], kept["model"], kept["hyper"], progress["train_seconds"])
-
-
-def _prior_precision(run: RunConfig, model: nn.Module, log_delta: Float[Tensor, " G"]) -> dict[str, Tensor]:
-    """The prior precision by parameter, given that of each group."""
-    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    of_all = prior_groups(shapes, run.marglik.prior_structure).spread(log_delta.exp())
-    return by_parameter(of_all, shapes)
 
 
 def _validation_images(run: RunConfig, data: ImageData, n_validation: int | None) -> tuple[Tensor, Tensor]:

@@ -82,12 +82,11 @@ class Network:
         Raises:
             FileNotFoundError: there is no checkpoint.
             CheckpointError: it is damaged.
+            ExperimentError: it is of another network.
         """
-        model = make_model(run, data)
-        kept = kept_by_training(folder / TUNED.checkpoint, run, model)
-        model.load_state_dict(kept.weights)
+        kept = kept_by_training(folder / TUNED.checkpoint, run, data)
         prior = kept.prior_precision, kept.temperature
-        return cls(model.eval(), run, data.x_train, data.y_train, *prior, log_marginal_likelihood)
+        return cls(kept.model, run, data.x_train, data.y_train, *prior, log_marginal_likelihood)
 
     def posterior(self, kind: PosteriorKind, seed: int) -> Laplace:
         """A posterior fitted to the training images, under the prior of the training."""
