@@ -159,7 +159,8 @@ def best_covariance_scale(predictor: Predictor, batches: Batches, score: Score, 
     def score_at(log_scale: float) -> float:
         set_random_state(state, y.device, options.generator)
         scaled = (_prediction(predictor, f, spread * math.exp(log_scale), options) for f, spread in parts)
-        value = score(_joined([_by_term(prediction, 2) for prediction in scaled]), y)
+        prediction = _joined([_by_term(of_batch, 2) for of_batch in scaled])
+        value = score(prediction, y) if _is_finite(prediction) else math.nan
         return value if math.isfinite(value) else math.inf
 
     low, high = (math.log(bound) for bound in SCALE_BOUNDS)

@@ -67,7 +67,7 @@ def test_a_figure_that_one_seed_lacks_is_a_dash():
 def test_configuration_of_the_repository_is_read():
     config = Options(calibrate.StudyConfig).read(["--config", "configs/calibrate.yaml"])
     assert config.train.model.name == "lenet"
-    assert config.methods.priors == ["marglik", "scaled", "validation"]
+    assert config.methods.priors == ["marglik", "validation"]
     assert config.data.ood == "mnist"
     assert config.train.marglik.prior_prec_init == pytest.approx(5e-4 * config.train.data.n_train)
 
