@@ -49,6 +49,8 @@ class NetworkConfig:
         n_train: training images.
         n_epochs: of the training.
         lr: of SGD.
+        chosen_on_validation: priors that are chosen on validation images, for K-FAC-expand: scalar (a grid) and layerwise (by gradient: its
+            time grows with the weights).
     """
 
     name: str
@@ -56,6 +58,7 @@ class NetworkConfig:
     n_train: int = 3000
     n_epochs: int = 60
     lr: float = 0.03
+    chosen_on_validation: list[str] = field(default_factory=lambda: ["scalar"])
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,6 @@ class TrustConfig:
         largest_block: weights of the largest parameter whose exact block is formed.
         largest_full: weights of the largest network whose exact GGN is formed.
         n_block_images: test images over which functional variances are compared.
-        chosen_on_validation: priors that are chosen on validation images, for K-FAC-expand: scalar (a grid) and layerwise (by gradient).
         batch_size: of fits and predictions.
         threads: of torch.
         name: of the file of the results.
@@ -92,7 +94,6 @@ class TrustConfig:
     largest_block: int = 2500
     largest_full: int = 5000
     n_block_images: int = 100
-    chosen_on_validation: list[str] = field(default_factory=lambda: ["scalar"])
     batch_size: int = 100
     threads: int = 1
     name: str = "trust"
@@ -133,6 +134,7 @@ class Trained:
     """A trained network, and the images that score its predictions.
 
     Attributes:
+        config: of the network.
         result: of its training.
         loader: training images.
         validation: images and classes that choose.
@@ -140,6 +142,7 @@ class Trained:
         damaged: the same of damaged images, one pair for each way and strength.
     """
 
+    config: NetworkConfig
     result: MarglikResult
     loader: TensorLoader
     validation: tuple[Tensor, Tensor]
@@ -178,7 +181,7 @@ def train(config: TrustConfig, network: NetworkConfig, seed: int) -> Trained:
     ]
     fit_loader = TensorLoader(data.x_train[kept], data.y_train[kept], batch_size=config.batch_size)
     validation = data.x_train[left_out], data.y_train[left_out]
-    return Trained(result, fit_loader, validation, (data.x_test, data.y_test), damaged)
+    return Trained(network, result, fit_loader, validation, (data.x_test, data.y_test), damaged)
 
 
 def scores(trained: Trained, predict: Predict) -> dict[str, float]:
@@ -236,7 +239,8 @@ def posterior_rows(
     la.fit(trained.loader)
     fit_seconds = time.process_time() - start
     validation = TensorLoader(*trained.validation, batch_size=config.batch_size)
-    priors = ["training", "re-tuned", *(f"validation, {p}" for p in config.chosen_on_validation if name == "expand")]
+    on_validation = trained.config.chosen_on_validation if name == "expand" else []
+    priors = ["training", "re-tuned", *(f"validation, {prior}" for prior in on_validation)]
     for prior in priors:
         choose_prior(la, prior, trained, validation)
         at_scale = posterior_predict(la, config.batch_size)
