@@ -1,4 +1,5 @@
 # make demo: tune a Wide ResNet by its marginal likelihood.  make test: the test suite.  make test-fast: a part of it, under a minute.
+# make test-attacks: kills, damaged files, full disks, threads.
 # make lint, make types: ruff and pyright.  make docs: the pages, in $(DOCS).  make dist: wheel and sources, in $(DIST).
 # make architecture: the picture of the layers.
 # All create the environment that they need; run again, they are quick.
@@ -14,18 +15,21 @@ FAST := tests/test_registration.py tests/test_looked_at_once.py tests/test_archi
 	tests/curvature/test_kron_exactness.py tests/curvature/test_native.py tests/posterior/test_posterior.py tests/posterior/test_newton.py \
 	tests/marglik/test_objective.py tests/marglik/test_checkpoint.py
 
-.PHONY: demo test test-fast test-hard test-device test-matrix lint types format dist docs architecture clean
+.PHONY: demo test test-fast test-attacks test-hard test-device test-matrix lint types format dist docs architecture clean
 
 demo: $(VENV)/.installed
 	$(BIN)/laplace-ws train --config demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --ignore tests/hard
 
 test-fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 $(FAST)
 
-# Kills, damaged files, full disks and threads, ten times as often as `make test` tries them; docs/reliability.md has the result.
+# Kills, damaged files, full disks and threads; `test-hard` tries each ten times as often, and docs/reliability.md has the result.
+test-attacks: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 tests/hard
+
 test-hard: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --hard -n 2 tests/hard
 

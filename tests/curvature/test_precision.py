@@ -106,7 +106,7 @@ def test_large_vectors_and_vocabularies(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "shape", [(65_536, 4), (2, 10_000, 4), (4_096, 3), (5_000, 8), (3, 4), (9_000, 2_500)], ids=str
+    "shape", [(65_536, 4), (2, 10_000, 4), (4_096, 3), (5_000, 8), (3, 4), (5_000, 1_200)], ids=str
 )
 def test_long_sums_keep_their_digits(shape):
     """Rows of very different size, as the gradients of many pixels are."""

@@ -57,7 +57,7 @@ def drawn_from(la, x, n_batches):
 def test_the_best_multiplier_is_that_of_a_loop_over_predictions(case, prior_precision, options):
     la, x, _ = fitted("kron", case, prior_precision=prior_precision)
     la.covariance_scale = 2.0
-    data, passes = list(drawn_from(la, x, 50)), 0
+    data, passes = list(drawn_from(la, x, 20)), 0
 
     class Loader:
         def __iter__(self):

@@ -70,7 +70,7 @@ def test_other_lengths_than_in_the_fit(structure):
     validation = [(x, y), (longer, torch.randint(0, 3, (3, 9)))]
     for loss in ("nll", "ece"):
         la.optimize_prior_precision("gridsearch", val_loader=validation, grid_size=3, loss=loss)
-    la.optimize_prior_precision("gradient", val_loader=validation, n_steps=30)
+    la.optimize_prior_precision("gradient", val_loader=validation, n_steps=5)
 
 
 def test_bridge_needs_covariances():

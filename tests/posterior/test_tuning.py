@@ -106,8 +106,8 @@ def test_a_metric_is_turned_round_where_higher_is_better():
 @pytest.mark.parametrize("prior", ["scalar", "layerwise", "weight"])
 def test_gradient_ends_where_the_validation_likelihood_is_flat(structure, prior):
     """At the end, no step along a coordinate that is inside the limits improves the score."""
-    if prior == "weight" and structure in ("kron", "ekfac"):
-        pytest.skip("no prior precision of each weight")
+    if prior == "weight" and structure != "diag":
+        pytest.skip("the others have none, or the many that they have take long")
     la, x, y = fitted(structure, "cnn", prior_precision=1.0)
     data = validation(x, y)
     before = score_of(la, data, "nll")
