@@ -97,9 +97,11 @@ def _remarks(record: RunRecord) -> list[str]:
 def _curvature_remark(record: RunRecord) -> str | None:
     """Why the table and the curve of the log marginal likelihood may differ."""
     marglik = record.result.config.get("marglik")
-    tuning, final = (
-        (marglik.get(key) for key in ("curvature", "final_curvature")) if isinstance(marglik, dict) else (None, None)
-    )
-    if final in (None, tuning):
+    if not isinstance(marglik, dict):
         return None
-    return f"The table's log marginal likelihoods are taken with {final}, those over the epochs with {tuning}, so they differ."
+    tuning = [marglik.get("curvature"), marglik.get("kfac_approx") or "reduce"]
+    final = [marglik.get("final_curvature") or tuning[0], marglik.get("final_kfac_approx") or tuning[1]]
+    if final == tuning:
+        return None
+    words = [f"{curvature}, kfac_approx={approx}" for curvature, approx in (final, tuning)]
+    return f"The table's log marginal likelihoods are taken with {words[0]}, those over the epochs with {words[1]}, so they differ."

@@ -369,12 +369,20 @@ def test_parameters_that_share_a_prior_are_shown_as_one(tmp_path):
     assert f"All {len(layers) + 1} prior precisions" in text
 
 
-@pytest.mark.parametrize(("final", "shown"), [("ggn", True), ("ggn_mc", False), (None, False)])
-def test_two_curvatures_are_told_apart(tmp_path, final, shown):
+@pytest.mark.parametrize(
+    ("options", "final"),
+    [
+        ({"final_curvature": "ggn"}, "ggn, kfac_approx=reduce"),
+        ({"final_kfac_approx": "auto"}, "ggn_mc, kfac_approx=auto"),
+        ({"final_curvature": "ggn_mc", "kfac_approx": None}, None),
+    ],
+)
+def test_two_curvatures_are_told_apart(tmp_path, options, final):
     summary = make_summary()
-    summary["config"]["marglik"] = {"curvature": "ggn_mc", "final_curvature": final}
+    summary["config"]["marglik"] = {"curvature": "ggn_mc", **options}
     text = text_of(page_of(write_run(tmp_path, summary)))
-    assert ("are taken with ggn, those over the epochs with ggn_mc" in text) is shown
+    said = f"are taken with {final}, those over the epochs with ggn_mc, kfac_approx=reduce"
+    assert said in text if final else "are taken with" not in text
 
 
 def test_a_plot_from_outside_is_on_the_page(tmp_path):
