@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from laplace_ws.kfac import MatrixUse, Use
@@ -38,17 +38,24 @@ def parameters_in_reduce_setting(
     for use, g_use in zip(uses, g, strict=True):
         if isinstance(use, MatrixUse) and use.weight is not None:
             as_weight.setdefault(use.weight, []).append((use, g_use))
-    return frozenset(name for name in names if name not in as_weight or _is_equal_at_positions(as_weight[name]))
+    shared = {
+        name: are_equal for name, own in as_weight.items() if (are_equal := _are_equal_at_positions(own)) is not None
+    }
+    verdicts = torch.stack(list(shared.values())).tolist() if shared else []  # one wait for the device
+    in_setting = {name for name, are_equal in zip(shared, verdicts, strict=True) if are_equal}
+    return frozenset(name for name in names if name not in as_weight or name in in_setting)
 
 
-def _is_equal_at_positions(pairs: Sequence[tuple[MatrixUse, Tensor]]) -> bool:
-    """Whether R·Σ_r‖g_r‖² = ‖Σ_r g_r‖² for each example, as Cauchy and Schwarz have it for equal summands only."""
+def _are_equal_at_positions(pairs: Sequence[tuple[MatrixUse, Tensor]]) -> Bool[Tensor, ""] | None:
+    """Whether R·Σ_r‖g_r‖² = ‖Σ_r g_r‖² for each example, as Cauchy and Schwarz have it for equal summands only; None for a weight in roles
+    that share no Kronecker block.
+    """
     parts = [use.output_gradient_sum(g.double()) for use, g in pairs]
     if len({(part.shape, use.transposed) for part, (use, _) in zip(parts, pairs, strict=True)}) > 1:
-        return False  # in roles that share no Kronecker block
+        return None
     n = total(use.n_positions for use, _ in pairs)
     sums = total(parts).square().sum(-1)  # [*G, K, N]
     squares = total(use.output_gradients(g.double()).square().sum((-1, -2)) for use, g in pairs)
     squares = squares * (n.unsqueeze(-2) if isinstance(n, Tensor) else n)
     difference = max(SMALLEST_DIFFERENCE, *(10 * torch.finfo(g.dtype).eps for _, g in pairs))
-    return bool(squares.sum() > 0 and (squares - sums).sum() <= difference**2 * squares.sum())
+    return (squares.sum() > 0) & ((squares - sums).sum() <= difference**2 * squares.sum())

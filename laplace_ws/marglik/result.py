@@ -37,12 +37,13 @@ class MarglikResult:
     """What `marglik_training` returns. Unpacks as `la, model, margliks, losses = marglik_training(...)`.
 
     Attributes:
-        la: the posterior of the best model, fitted on all the data.
+        la: the posterior of the best model, fitted on all the data; where its factors are by another approximation than those of the
+            tuning, with prior precisions of its own.
         model: the model that was passed, now at its best.
         margliks: log marginal likelihood in nats at each tuning; higher is better.
         losses: the MAP objective of each epoch, in nats per example.
         history: one record per epoch, as `on_epoch` left them.
-        prior_precision: of every parameter by name, at the best; a geometric mean where every weight has its own.
+        prior_precision: under which it was trained, of every parameter by name; a geometric mean where every weight has its own.
         prior_group: which group each parameter shares its prior precision with.
         best_epoch: the epoch whose weights and hyperparameters were kept: the one with the highest log marginal likelihood,
             or the last where the temperature was tuned.
