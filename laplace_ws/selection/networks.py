@@ -148,8 +148,12 @@ class Networks:
         split: Split,
         scratch: Path,
     ) -> None:
-        self.run, self.folder, self.data, self.split, self.scratch = run, folder, data, split, scratch
-        self.log_marginal_likelihood = log_marginal_likelihood
+        self.run: RunConfig = run
+        self.folder: Path = folder
+        self.data: ImageData = data
+        self.split: Split = split
+        self.scratch: Path = scratch
+        self.log_marginal_likelihood: float = log_marginal_likelihood
         self._made: dict[Any, _Made] = {}
         self._asked: set[Any] = set()
 
