@@ -53,7 +53,7 @@ architecture: $(VENV)/.installed-test
 # A cross-section on the simulated second device. All of it: pytest --device simulated, with the files or folders to run; on a GPU: --device cuda.
 test-device: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --device simulated tests/test_second_device.py
-	$(BIN)/python -m pytest --device simulated --every 127 tests/curvature/test_conformance.py tests/posterior tests/marglik/test_training.py \
+	$(BIN)/python -m pytest --device simulated --every 199 tests/curvature/test_conformance.py tests/posterior tests/marglik/test_training.py \
 		tests/marglik/test_checkpoint.py tests/marglik/test_hyper_optimizers.py \
 		-k "not adam and not asdl-conv2d and not closed_form and not finds_the_noise and not go_on and not mackays_updates \
 			and not memory_stays and not other_lengths and not small_parts"
@@ -66,7 +66,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed-docs
+docs: $(VENV)/.installed-test
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html -d $(DOCS)/.doctrees docs $(DOCS)
 
 clean:
@@ -81,11 +81,6 @@ $(VENV)/.installed: setup.cfg pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-test: setup.cfg pyproject.toml | $(BIN)/python
-	@echo "Installing laplace_ws and its test tools into $(VENV) (PyTorch is several GB: a few minutes the first time)"
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	@touch $@ $(VENV)/.installed
-
-$(VENV)/.installed-docs: setup.cfg pyproject.toml | $(BIN)/python
-	@echo "Installing laplace_ws and Sphinx into $(VENV) (PyTorch is several GB: a few minutes the first time)"
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@echo "Installing laplace_ws with its test tools and Sphinx into $(VENV) (PyTorch is several GB: a few minutes the first time)"
+	$(BIN)/python -m pip install --quiet --editable '.[test,docs]'
 	@touch $@ $(VENV)/.installed
