@@ -53,5 +53,5 @@ def test_rows_and_blocks(tmp_path, monkeypatch, capsys):
 
 def test_configuration_of_the_repository_is_read():
     config = Options(trust.TrustConfig).read(["--config", "configs/trust.yaml"])
-    assert [network.model for network in config.networks] == ["small-cnn", "lenet", "wide-resnet"]
+    assert [network.model for network in config.networks] == ["small-cnn", "lenet"]
     assert config.networks[0].chosen_on_validation == ["scalar", "layerwise"]
