@@ -3,7 +3,7 @@
     python experiments/tuning_cost.py --config configs/tuning_cost.yaml
 
 Fits a Kronecker posterior of a Wide ResNet to random images and times what comes after (CPU time, medians): the eigenvalues of all
-factors, once a fit; one evaluation of the log marginal likelihood with its gradient; the optimal layerwise prior precisions by Newton's
+factors, once per fit; one evaluation of the log marginal likelihood with its gradient; the optimal layerwise prior precisions by Newton's
 method, and by 100 steps of Adam. Checks that the gradient vanishes at the optimum. Prints the times and their share of the fit's.
 """
 

@@ -14,7 +14,7 @@ class Contestant:
     """A way to compute the Kronecker factors of a batch.
 
     Attributes:
-        prepare: makes the model ready and returns what computes the curvature of the batch, to be called once a batch.
+        prepare: makes the model ready and returns what computes the curvature of the batch, to be called once per batch.
         module: imported before anything is timed.
         distribution: the installed distribution whose version is reported; "" for our own.
         computes: what it computes, where that is not our quantity, and what a batch includes.
