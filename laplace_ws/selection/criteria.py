@@ -120,6 +120,8 @@ _KINDS = {
     "full": PosteriorKind("full"),
     "reduce_mc": PosteriorKind("kron", "reduce", Curvature.GGN_MC.value),
     "expand_mc": PosteriorKind("kron", "expand", Curvature.GGN_MC.value),
+    "ekfac_mc": PosteriorKind("ekfac", "expand", Curvature.GGN_MC.value),
+    "diag_mc": PosteriorKind("diag", curvature=Curvature.GGN_MC.value),
 }
 
 
