@@ -159,7 +159,8 @@ def test_an_outlier_is_forgotten():
 
 def test_a_last_fit_that_costs_more_than_the_budget_leaves_half_of_it_to_the_tunings():
     run = simulate(PLAIN, lambda epoch: TuningCost(0.1, 3.0))  # a fit to all of it takes 150 seconds of the 100
-    assert 25.0 < sum(run.seconds) <= 50.0
+    assert sum(run.seconds) <= 50.0
+    assert sum(n >= PLAIN.smallest for n in run.batches) > 1  # besides the first
 
 
 def test_rounds_that_are_given_are_kept():
