@@ -34,6 +34,8 @@ class EpochRecord:
         temperature: of the likelihood.
         lr: step size of the weights.
         seconds: wall time.
+        cpu_seconds: CPU time of the process since the record before, without the look at the test set; of the first epoch, preparation
+            included.
     """
 
     run: str
@@ -49,6 +51,7 @@ class EpochRecord:
     temperature: float | None = None
     lr: float | None = None
     seconds: float | None = None
+    cpu_seconds: float | None = None
 
     def __post_init__(self) -> None:
         _check_from_one("epoch", self.epoch)
