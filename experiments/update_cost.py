@@ -33,6 +33,8 @@ from laplace_ws.report.style import TUNED_COLOUR, dashed_style, drawing, legend_
 
 Item = dict[str, Any]
 Row = dict[str, Any]
+COMMON = "fit and decomposition"
+"""The parts that every contestant has."""
 KEYS = ("network", "batch_size", "kfac_approx", "curvature", "contestant")
 
 
@@ -186,7 +188,8 @@ def figures(times: Item, memory: Item) -> Row:
         return {"error": times["error"]}
     parts = times["seconds"]
     whole = [sum(of_round) for of_round in zip(*parts.values(), strict=True)]
-    summaries = {name: summarise(seconds) for name, seconds in {**parts, "update": whole}.items()}
+    common = [sum(of_round) for of_round in zip(parts["fit"], parts["decomposition"], strict=True)]
+    summaries = {name: summarise(s) for name, s in {**parts, COMMON: common, "update": whole}.items()}
     row: Row = {
         "error": None,
         "seconds": {name: asdict(summary) for name, summary in summaries.items()},
@@ -230,7 +233,7 @@ def _line(row: Row) -> list[str]:
 
 
 def picture(config: UpdateCostConfig, found: Sequence[Row]) -> bytes | None:
-    """Seconds of a tuning by batch size: a panel for each approximation and curvature, a line for each network and contestant."""
+    """Seconds of fit and decomposition by batch size: a panel for each case, a line for each network and contestant."""
     timed = [row for row in found if not row["error"]]
     if not timed:
         return None
@@ -243,7 +246,7 @@ def picture(config: UpdateCostConfig, found: Sequence[Row]) -> bytes | None:
                 axes = drawn.axes[i, j]
                 _draw(axes, config, [r for r in timed if (r["kfac_approx"], r["curvature"]) == (approx, curvature)])
                 axes.set_title(f"{approx}, {curvature}")
-            drawn.axes[i, 0].set_ylabel("seconds")
+            drawn.axes[i, 0].set_ylabel("seconds, fit and decomposition")
         for axes in drawn.axes[-1]:
             axes.set_xlabel("images of a batch")
         legend_below(drawn.figure, drawn.axes[-1, 0])
@@ -257,9 +260,10 @@ def _draw(axes: Any, config: UpdateCostConfig, found: Sequence[Row]) -> None:
             peer = dashed_style(names.index(contestant)) if contestant in names else None
             colour, marker = (peer.color, peer.marker) if peer else (TUNED_COLOUR, "o")
             points = [r for r in found if (r["network"], r["contestant"]) == (network.title, contestant)]
-            x, y = [r["batch_size"] for r in points], [r["seconds"]["update"]["median"] for r in points]
+            x, y = [r["batch_size"] for r in points], [r["seconds"][COMMON]["median"] for r in points]
             axes.plot(x, y, color=colour, marker=marker, linestyle=linestyle, label=f"{contestant}, {network.title}")
     axes.set_xscale("log", base=2)
+    axes.set_xticks(config.batch_sizes, [str(n) for n in config.batch_sizes], fontsize=7)
     axes.set_yscale("log")
 
 

@@ -55,7 +55,7 @@ def _cell(values: Sequence[float | None], scale: float, decimals: int) -> str:
 
 def picture(config: StudyConfig, table: Table) -> bytes:
     """Test NLL against the CPU minutes of all that led to a network, means and standard errors: tuned, swept and searched."""
-    with drawing(6.2, 3.8) as drawn:
+    with drawing(7.2, 3.8) as drawn:
         axes = drawn.axes
         for name, marker in zip(TUNED, "os", strict=True):
             _point(axes, table.get(name, ()), color=TUNED_COLOUR, marker=marker, label=f"tuned by {name}")
@@ -66,15 +66,16 @@ def picture(config: StudyConfig, table: Table) -> bytes:
         if fixed:
             best = min(fixed.values(), key=lambda figures: statistics.mean(f.test_nll for f in figures))
             cost = sum(statistics.mean(f.total_seconds for f in figures) for figures in fixed.values())
-            label = f"best of {len(fixed)} by test NLL, cost of all"
-            _point(axes, best, color="#0072B2", marker="D", label=label, seconds=cost)
+            label = f"best of {len(fixed)} by test NLL"
+            _point(axes, best, color="#0072B2", marker="D", markerfacecolor="white", label=f"{label}, its own cost")
+            _point(axes, best, color="#0072B2", marker="D", label=f"{label}, cost of all", seconds=cost)
         for name, figures in table.items():
             if name.startswith("optuna-"):
                 _point(axes, figures, color="#009E73", marker="^", label=f"Optuna, ×{name.removeprefix('optuna-')}")
         axes.set_xlabel("CPU minutes, one thread")
         axes.set_ylabel("test NLL [nats]")
         axes.set_title(config.title)
-        axes.set_xscale("log")
+        axes.set_xlim(left=0)
         drawn.figure.legend(loc="outside right upper")
     return drawn.svg
 

@@ -25,7 +25,7 @@ def test_each_case_is_measured_once_and_reported(tmp_path, monkeypatch, capsys):
     assert set(result["machine"]) >= {"cpu", "threads", "torch"}
     assert asdl["error"] == "not offered: ASDL has K-FAC-expand alone"
     seconds = {name: summary["median"] for name, summary in ours["seconds"].items()}
-    assert set(seconds) == {"fit", "decomposition", "hyper-steps", "update"}
+    assert set(seconds) == {"fit", "decomposition", "hyper-steps", "fit and decomposition", "update"}
     assert ours["decomposition_share"] == pytest.approx(seconds["decomposition"] / seconds["update"])
     assert ours["peak_bytes"] > ours["training_peak_bytes"] / 100
     lines = (tmp_path / "update_cost.jsonl").read_text().splitlines(keepends=True)
@@ -46,8 +46,12 @@ def measured(n: int, times: list[float], decomposition: list[float]) -> dict:
 
 
 def test_figures_are_of_whole_rounds():
-    row = update_cost.figures(measured(3, [1.0, 2.0, 6.0], [3.0, 1.0, 1.0]), {"error": "does not fit: 1 GB"})
+    times = measured(3, [1.0, 2.0, 6.0], [3.0, 1.0, 1.0])
+    row = update_cost.figures(times, {"error": "does not fit: 1 GB"})
     assert row["seconds"]["update"]["median"] == 4.0  # of 4, 3 and 7
+    times["seconds"]["hyper-steps"] = [1.0, 1.0, 1.0]
+    seconds = update_cost.figures(times, {})["seconds"]
+    assert (seconds["update"]["median"], seconds["fit and decomposition"]["median"]) == (5.0, 4.0)
     assert row["in_training_steps"]["median"] == 4.0
     assert row["decomposition_share"] == 0.25
     assert row["memory_error"] == "does not fit: 1 GB"
