@@ -40,7 +40,15 @@ SETTINGS = {
     "baselines": {"fixed_prior_precisions": [0.5, 100]},
     "report": False,
 }
-TIMES = ("seconds", "train_seconds", "curvature_seconds", "total_seconds", "tuning_overhead", "final_fit_overhead")
+TIMES = (
+    "seconds",
+    "cpu_seconds",
+    "train_seconds",
+    "curvature_seconds",
+    "total_seconds",
+    "tuning_overhead",
+    "final_fit_overhead",
+)
 
 
 @pytest.fixture
@@ -96,6 +104,7 @@ def test_metrics_have_one_line_an_epoch_and_network(finished):
     for r in lines:
         assert {"train_nll", "train_accuracy", "test_nll", "test_accuracy", "lr", "seconds"} <= set(r)
         assert all(math.isfinite(r[key]) for key in ("train_nll", "test_nll", "lr", "seconds", "temperature"))
+        assert r["cpu_seconds"] > 0
         assert 0 <= r["test_accuracy"] <= 1
         assert names <= {name.replace("1.", "0.") for name in r["prior_precision"]}
         measured = r["run"] == "tuned" and r["epoch"] >= 2

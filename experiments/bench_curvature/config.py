@@ -133,10 +133,10 @@ def check_config(config: BenchConfig) -> None:
     Raises:
         BenchError: says which value is wrong, and what is possible.
     """
-    _check_names("contestant", config.contestants, CONTESTANTS)
-    _check_names("kfac_approx", config.kfac_approxes, APPROXIMATIONS)
-    _check_names("curvature", config.curvatures, CURVATURES)
-    _check_names("precision", config.updates.precisions, [precision.value for precision in FactorPrecision])
+    check_names("contestant", config.contestants, CONTESTANTS)
+    check_names("kfac_approx", config.kfac_approxes, APPROXIMATIONS)
+    check_names("curvature", config.curvatures, CURVATURES)
+    check_names("precision", config.updates.precisions, [precision.value for precision in FactorPrecision])
     for key, value in _counts(config):
         if value < 1:
             raise BenchError(f"{key}={value} must be at least 1")
@@ -147,7 +147,12 @@ def check_config(config: BenchConfig) -> None:
             raise BenchError(str(error)) from error
 
 
-def _check_names(kind: str, names: list[str], known: Iterable[str]) -> None:
+def check_names(kind: str, names: list[str], known: Iterable[str]) -> None:
+    """Refuse names that are not known, or given twice.
+
+    Raises:
+        BenchError: says which, and the nearest known one.
+    """
     known = list(known)
     for i, name in enumerate(names):
         if name not in known:

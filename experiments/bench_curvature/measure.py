@@ -1,4 +1,4 @@
-"""One measurement each, in the process that calls: of a case, of its memory, of a cost curve, of a factor update."""
+"""One measurement each, in the process that calls: of a case, of its memory, of a cost curve, of a factor update, of a whole tuning."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
-from bench_curvature.config import BenchConfig, NetworkConfig
+from bench_curvature.cases import SMALL, training_and_setting
+from bench_curvature.config import BenchConfig
 from bench_curvature.contestants import CONTESTANTS
 from bench_curvature.meter import peak_bytes, seconds_of
 from bench_curvature.ours import prepare
-from bench_curvature.setting import NotOffered, Setting, TrainingStep, Work, make_batch, make_network
+from bench_curvature.setting import DoesNotFit, NotOffered, Setting, TrainingStep, Work, make_batch, make_network
+from bench_curvature.tuning import measure_tuning, measure_tuning_memory
 
 Item = dict[str, Any]
 """What to measure (`kind` and its options), and after that what was measured; goes through JSON."""
 
 _LONGEST_ERROR = 160
-_SMALL = NetworkConfig(depth=10, width=1, image_size=8, n_classes=3)
 
 
 def measure(config: BenchConfig, item: Item) -> Item:
@@ -33,7 +34,9 @@ def measure(config: BenchConfig, item: Item) -> Item:
 def one_line(error: Exception) -> str:
     """An error as one short line."""
     text = re.sub(" at 0x[0-9a-f]+", "", " ".join(str(error).split()))
-    if isinstance(error, NotOffered):
+    if isinstance(error, DoesNotFit):
+        text = f"does not fit: {text}"
+    elif isinstance(error, NotOffered):
         text = f"not offered: {text}"
     elif isinstance(error, ModuleNotFoundError):
         text = f"not installed: {text}"
@@ -48,7 +51,7 @@ def measure_times(config: BenchConfig, item: Item) -> Item:
     What a process does once, whatever the model, is done before on a small network.
     """
     device, step, make_work = _of_case(config, item)
-    _, small = _training_and_setting(config, _SMALL, device, 2, item["kfac_approx"], item["curvature"])
+    _, small = training_and_setting(config, SMALL, device, 2, item["kfac_approx"], item["curvature"])
     CONTESTANTS[item["contestant"]].prepare(small)()
     step()
     work = _SetUpAtFirst(make_work)
@@ -92,7 +95,7 @@ def measure_curve(config: BenchConfig, item: Item) -> Item:
 def measure_update(config: BenchConfig, item: Item) -> Item:
     """Seconds of training steps and of one K-FAC factor update (`ggn_mc`, native) of the same batch in turns."""
     device = torch.device(config.updates.device)
-    step, setting = _training_and_setting(
+    step, setting = training_and_setting(
         config, config.network, device, item["batch_size"], item["kfac_approx"], "ggn_mc"
     )
     work = prepare(setting, factor_precision=item["precision"])
@@ -106,6 +109,8 @@ _KINDS: dict[str, Callable[[BenchConfig, Item], Item]] = {
     "memory": measure_memory,
     "curve": measure_curve,
     "update": measure_update,
+    "tuning": measure_tuning,
+    "tuning_memory": measure_tuning_memory,
 }
 
 
@@ -126,20 +131,10 @@ def _of_case(config: BenchConfig, item: Item) -> tuple[torch.device, TrainingSte
     contestant = CONTESTANTS[item["contestant"]]
     importlib.import_module(contestant.module)
     device = torch.device(config.device)
-    step, setting = _training_and_setting(
+    step, setting = training_and_setting(
         config, config.network, device, config.network.n_images, item["kfac_approx"], item["curvature"]
     )
     return device, step, lambda: contestant.prepare(setting)
-
-
-def _training_and_setting(
-    config: BenchConfig, network: NetworkConfig, device: torch.device, n_images: int, kfac_approx: str, curvature: str
-) -> tuple[TrainingStep, Setting]:
-    """A training step of a network, and the same for the curvature: libraries leave hooks and tensors on theirs."""
-    sizes = (network.depth, network.width, network.n_classes, config.network.norm, network.image_size)
-    x, y = (t.to(device) for t in make_batch(n_images, network.n_classes, network.image_size, config.seed))
-    trained, model = (make_network(*sizes, config.seed).to(device) for _ in range(2))
-    return TrainingStep(trained, x, y), Setting(model, x, y, kfac_approx, curvature)
 
 
 def _in_turns(step: Work, work: Work, n_repeats: int, device: torch.device) -> Item:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench_curvature.setting import NotOffered, Setting, Work
 from laplace_ws.models import WideResNet
 
 
 def curvlinops(setting: Setting) -> Work:
-    """`KFACLinearOperator`: every call adds the batch to the operator's factors."""
+    """`KFACLinearOperator`: every call adds the batch to the operator's factors, and returns them."""
     from curvlinops import KFACLinearOperator
 
     operator = KFACLinearOperator(
@@ -28,7 +28,12 @@ def curvlinops(setting: Setting) -> Work:
         fisher_type=_own_name(setting, "curvlinops", {"ggn": "type-2", "ggn_mc": "mc", "ef": "empirical"}),
         kfac_approx=setting.kfac_approx,
     )
-    return operator.compute_kronecker_factors
+
+    def add() -> list[Tensor]:
+        operator.compute_kronecker_factors()
+        return [*operator._input_covariances.values(), *operator._gradient_covariances.values()]
+
+    return add
 
 
 def laplace_torch(backend: str) -> Callable[[Setting], Work]:
@@ -59,7 +64,7 @@ def laplace_torch(backend: str) -> Callable[[Setting], Work]:
 
 
 def asdl(setting: Setting) -> Work:
-    """A `FisherMaker` of Kronecker shape that accumulates."""
+    """A `FisherMaker` of Kronecker shape that accumulates; every call returns the factors."""
     from asdl import FISHER_EMP, FISHER_EXACT, FISHER_MC, LOSS_CROSS_ENTROPY, SHAPE_KRON, FisherConfig, get_fisher_maker
 
     if setting.kfac_approx == "reduce":
@@ -69,10 +74,12 @@ def asdl(setting: Setting) -> Work:
     maker = get_fisher_maker(model, FisherConfig(kind, [SHAPE_KRON], LOSS_CROSS_ENTROPY, data_size=1))
     loss = nn.CrossEntropyLoss(reduction="sum")
 
-    def add() -> None:
+    def add() -> list[Tensor]:
         outputs = maker.setup_model_call(model, x)
         maker.setup_loss_call(loss, outputs, y)
         maker.forward_and_backward(accumulate=True)
+        factors = [maker.get_fisher_tensor(module, "kron", side) for module in model.modules() for side in "AB"]
+        return [factor for factor in factors if factor is not None]
 
     return add
 

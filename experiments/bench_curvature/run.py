@@ -46,7 +46,7 @@ def run_bench(config: BenchConfig) -> Json:
     ):
         for items in _processes(config, measured):
             bar.set_description(_title(items[0]))
-            for answer in _answers(config, items, Path(folder)):
+            for answer in answers(config, items, Path(folder)):
                 measured.append(answer)
                 bar.update()
     return {
@@ -116,7 +116,7 @@ def _title(item: Item) -> str:
     return item.get("contestant", item["kind"])
 
 
-def _answers(config: BenchConfig, items: list[Item], folder: Path) -> Iterator[Item]:
+def answers(config: BenchConfig, items: list[Item], folder: Path) -> Iterator[Item]:
     """What a process of its own measured, one answer an item; an error for each item where the process ended early."""
     device = config.updates.device if items[0]["kind"] == "update" else config.device
     if device == "cuda" and not torch.cuda.is_available():

@@ -18,6 +18,10 @@ class NotOffered(Exception):
     """A library has no notion of the case; the message is the reason."""
 
 
+class DoesNotFit(Exception):
+    """There is not enough memory; the message says how much there is."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a contestant is given.

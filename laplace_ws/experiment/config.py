@@ -103,7 +103,8 @@ class MarglikConfig(ScheduleOptions):
         final_kfac_approx: of the last fit, as for `kfac_approx`; where its factors are by another approximation than those of the tuning,
             its prior precisions are chosen anew.
         optimizer: of the weights.
-        lr: its step size at the start; a cosine takes it to zero.
+        lr: its step size at the start.
+        lr_min: its step size at the end, to which a cosine takes it; zero if not given.
         momentum: Nesterov momentum of sgd.
         gradient_accumulation_steps: batches per step of the optimizer.
         max_grad_norm: limit of the norm of the gradient over all weights; none if not given.
@@ -124,6 +125,7 @@ class MarglikConfig(ScheduleOptions):
     final_kfac_approx: OneOf[KfacApprox] | dict[str, str] = _DEFAULTS["final_kfac_approx"]
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = SGD_DEFAULTS["lr"]
+    lr_min: float | None = None
     momentum: float = SGD_DEFAULTS["momentum"]
     gradient_accumulation_steps: int = _DEFAULTS["gradient_accumulation_steps"]
     max_grad_norm: float | None = _DEFAULTS["max_grad_norm"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -28,10 +29,12 @@ TEST_BATCH = 500
 def epoch_logger(
     config: RunConfig, run: str, model: nn.Module, data: ImageData, path: Path
 ) -> Callable[[Record], None]:
-    """Adds the test set's scores to the record of an epoch and appends it to the metrics file."""
+    """Adds CPU time and the test set's scores to the record of an epoch and appends it to the metrics file."""
+    start = time.process_time()
 
     def log(record: Record) -> None:
-        tested: Json = {}
+        nonlocal start
+        tested: Json = {"cpu_seconds": time.process_time() - start}
         if record["epoch"] % config.test_every == 0 or record["epoch"] == config.marglik.n_epochs:
             f = outputs(model, data.x_test)
             tested["test_nll"] = finite_or_none(F.cross_entropy(f.double(), data.y_test).item())
@@ -41,6 +44,7 @@ def epoch_logger(
         record |= complete
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        start = time.process_time()
 
     return log
 

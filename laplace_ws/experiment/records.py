@@ -36,6 +36,8 @@ class EpochRecord:
         lr: step size of the weights.
         seconds: wall time.
         curvature_seconds: the part of it that went into the fit and steps on the hyperparameters.
+        cpu_seconds: CPU time of the process since the record before, without the look at the test set; of the first epoch, preparation
+            included.
     """
 
     run: str
@@ -53,6 +55,7 @@ class EpochRecord:
     lr: float | None = None
     seconds: float | None = None
     curvature_seconds: float | None = None
+    cpu_seconds: float | None = None
 
     def __post_init__(self) -> None:
         _check_from_one("epoch", self.epoch)

@@ -38,6 +38,10 @@ def check_config(config: RunConfig, tasks: Sequence[Task]) -> None:
         raise ValueError(f"marglik.momentum={config.marglik.momentum} must be at least 0 and below 1")
     if not config.marglik.lr > 0:
         raise ValueError(f"marglik.lr={config.marglik.lr} must be positive")
+    if config.marglik.lr_min is not None and not 0 <= config.marglik.lr_min <= config.marglik.lr:
+        raise ValueError(
+            f"marglik.lr_min={config.marglik.lr_min} must be at least 0 and at most marglik.lr={config.marglik.lr}"
+        )
     for task in tasks:
         training_options(config, task)
 
@@ -64,6 +68,8 @@ def training_options(config: RunConfig, task: Task) -> tuple[Schedule, TrainingO
         values |= {"optimizer_cls": torch.optim.SGD, "optimizer_kwargs": {"lr": m.lr, **momentum}}
     else:
         values |= {"optimizer_cls": torch.optim.Adam, "optimizer_kwargs": {"lr": m.lr}}
+    if m.lr_min is not None:
+        values |= {"scheduler_kwargs": {"eta_min": m.lr_min}}
     if task.prior_precision is not None:
         values |= {"n_hypersteps": 0, "prior_prec_init": task.prior_precision, "tune_temperature": False}
     return _from_values(Schedule, values), _from_values(TrainingOptions, values)

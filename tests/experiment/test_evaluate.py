@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 import pytest
 import torch
+from calibration.tiny import tiny_config
 from torch import nn
 
-from laplace_ws.experiment.evaluate import TEST_BATCH, outputs
+from laplace_ws.data import load_dataset
+from laplace_ws.experiment import evaluate
+from laplace_ws.experiment.evaluate import TEST_BATCH, epoch_logger, outputs
 
 
 class FailsInEvalMode(nn.Module):
@@ -32,3 +38,26 @@ def test_modes_return_where_the_network_fails():
     with pytest.raises(RuntimeError, match="no such kernel"):
         outputs(model, torch.zeros(1, 2))
     assert [module.training for module in model.modules()] == [True, True, False, True]
+
+
+def test_the_look_at_the_test_set_is_not_in_the_cpu_time(tmp_path, monkeypatch):
+    def slow_outputs(model, x):
+        work_for(0.4)
+        return torch.zeros(len(x), 10)
+
+    monkeypatch.setattr(evaluate, "outputs", slow_outputs)
+    log = epoch_logger(
+        tiny_config(tmp_path), "tuned", nn.Identity(), load_dataset(n_train=10, n_test=10), tmp_path / "m"
+    )
+    for epoch in (4, 8):  # both with a look
+        work_for(0.1)
+        log({"epoch": epoch})
+    times = [json.loads(line)["cpu_seconds"] for line in (tmp_path / "m").read_text().splitlines()]
+    assert all(0.1 <= seconds < 0.4 for seconds in times)
+
+
+def work_for(seconds: float) -> None:
+    """Use the CPU for some time."""
+    start = time.process_time()
+    while time.process_time() - start < seconds:
+        pass

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import calibrate
 import pytest
-import torch
 import yaml
-from PIL import Image
+from image_folders import image_folder
 
 from laplace_ws.calibration import MethodsConfig
 from laplace_ws.experiment.config import RunConfig, read_config
@@ -100,18 +99,6 @@ def test_further_networks_have_other_seeds_and_the_same_images():
 def test_what_would_fail_after_the_training_fails_before(change, message):
     with pytest.raises(ValueError, match=message):
         calibrate.check_study(replace(calibrate.StudyConfig(), **change))
-
-
-def image_folder(root, n=6, side=32):
-    """Coloured noise, brighter in the second class."""
-    generator = torch.Generator().manual_seed(0)
-    for split in ("train", "test"):
-        for label, name in enumerate(("cat", "dog")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(n):
-                noise = torch.randint(100, (side, side, 3), generator=generator) + 100 * label
-                Image.fromarray(noise.to(torch.uint8).numpy()).save(folder / f"{i}.png")
 
 
 def test_the_study_of_the_wide_resnet_at_small_size(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,15 @@ from pathlib import Path
 from laplace_ws.experiment.config import BaselinesConfig, DataConfig, MarglikConfig, ModelConfig, RunConfig
 from laplace_ws.experiment.run import run_experiment
 
-TIMES = ("seconds", "train_seconds", "curvature_seconds", "total_seconds", "tuning_overhead", "final_fit_overhead")
+TIMES = (
+    "seconds",
+    "cpu_seconds",
+    "train_seconds",
+    "curvature_seconds",
+    "total_seconds",
+    "tuning_overhead",
+    "final_fit_overhead",
+)
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hard.runs"])  # what it starts has torch already
 

@@ -174,6 +174,7 @@ def test_the_command_has_the_defaults_of_the_function():
     assert set(defaults(MarglikConfig)) - set(defaults(Schedule)) - set(defaults(TrainingOptions)) == {
         "optimizer",
         "lr",
+        "lr_min",
         "momentum",
     }
 
@@ -202,6 +203,21 @@ def test_the_options_of_the_command_reach_the_training():
         "momentum": 0.0,
         "nesterov": False,
     }
+
+
+@pytest.mark.parametrize("lr_min", [None, 1e-6])
+def test_the_learning_rate_ends_at_its_minimum(lr_min):
+    config = RunConfig(marglik=MarglikConfig(n_epochs=3, n_epochs_burnin=3, lr=0.1, lr_min=lr_min))
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    schedule, options = training_options(config, Task("tuned"))
+    trainer = prepare(nn.Linear(4, 3), DataLoader(TensorDataset(x, y), 6), "classification", schedule, options)
+    rates = [trainer.optimizer.param_groups[0]["lr"]]
+    for _ in range(3 * 2):
+        trainer.optimizer.step()
+        trainer.scheduler.step()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates[0] == 0.1
+    assert rates[-1] == pytest.approx(lr_min or 0.0, abs=1e-15)
 
 
 @pytest.mark.parametrize(("n_epochs", "burnin"), [(1, 0), (4, 0), (5, 1), (60, 12), (99, 19), (100, 20), (300, 20)])
