@@ -44,10 +44,10 @@ ROWS: dict[str, dict[str, Any]] = {
     **{f"frequency {frequency}": {**OFTEN, "marglik_frequency": frequency} for frequency in (1, 2)},
     **{f"curvature {name}": {**OFTEN, "curvature": name} for name in ("ef", "ggn_mc_rademacher", "ggn")},
     "approximation expand": {**OFTEN, "kfac_approx": "expand"},
-    **{f"optimiser {name}": {**OFTEN, "hyper_optimizer": name} for name in ("newton", "mackay")},
+    **{f"optimiser {name}": {**OFTEN, "hyper_optimizer": name} for name in ("adam", "mackay")},
     **{f"budget {share:g}": {"curvature_budget": share} for share in (0.02, 0.05, 0.1, 0.2)},
 }
-"""By name, what a row changes of `train.marglik`. Where its name does not say so, the curvature is ggn_mc by reduce, the optimiser adam,
+"""By name, what a row changes of `train.marglik`. Where its name does not say so, the curvature is ggn_mc by reduce, the optimiser newton,
 the share 0.25 and the frequency 5; so the row "share 0.25" stands for each of these."""
 
 DIGITS = {

@@ -87,7 +87,8 @@ class MarglikConfig(ScheduleOptions):
     """Training, and the tuning in it; see `laplace_ws.marglik.marglik_training`.
 
     Attributes:
-        hyper_optimizer: adam, newton (to the optimum within max_log_step) or mackay; tune_temperature needs adam.
+        hyper_optimizer: newton (to the optimum within max_log_step), adam or mackay; if not given, newton, or adam with tune_temperature,
+            which needs it.
         lr_hyp: step size of adam on their logarithms.
         prior_structure: which parameters share a prior precision; weight is for diag and full.
         prior_prec_init: start of the prior precisions; 0.01 times the number of images if not given. With layerwise, the
@@ -110,7 +111,7 @@ class MarglikConfig(ScheduleOptions):
         max_grad_norm: limit of the norm of the gradient over all weights; none if not given.
     """
 
-    hyper_optimizer: OneOf[HyperOptimizer] = _DEFAULTS["hyper_optimizer"]
+    hyper_optimizer: OneOf[HyperOptimizer] | None = _DEFAULTS["hyper_optimizer"]
     lr_hyp: float = _DEFAULTS["lr_hyp"]
     prior_structure: OneOf[PriorStructure] = _DEFAULTS["prior_structure"]
     prior_prec_init: float | None = _DEFAULTS["prior_prec_init"]

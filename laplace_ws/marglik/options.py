@@ -41,7 +41,7 @@ class TrainingOptions:
     optimizer_kwargs: Mapping[str, Any] | None = None
     scheduler_cls: type[Any] | None = torch.optim.lr_scheduler.CosineAnnealingLR
     scheduler_kwargs: Mapping[str, Any] | None = None
-    hyper_optimizer: str = "adam"
+    hyper_optimizer: str | None = None
     lr_hyp: float = 0.1
     prior_structure: str = "layerwise"
     prior_prec_init: float | None = None
@@ -134,7 +134,7 @@ class TrainingOptions:
             temperature=self.temperature_init,
             tune_sigma=la.likelihood.has_noise and not self.fix_sigma_noise,
             tune_temperature=self.tune_temperature,
-            hyper_optimizer=self.hyper_optimizer,
+            hyper_optimizer=self.hyper_optimizer or ("adam" if self.tune_temperature else "newton"),
             lr=self.lr_hyp,
             device=device,
         )

@@ -51,7 +51,7 @@ def marglik_training(
     n_epochs_burnin: int | None = Schedule.n_epochs_burnin,
     marglik_frequency: int | None = Schedule.marglik_frequency,
     n_hypersteps: int = Schedule.n_hypersteps,
-    hyper_optimizer: str = TrainingOptions.hyper_optimizer,
+    hyper_optimizer: str | None = TrainingOptions.hyper_optimizer,
     lr_hyp: float = TrainingOptions.lr_hyp,
     max_log_step: float = Schedule.max_log_step,
     fit_fraction: float | None = Schedule.fit_fraction,
@@ -116,9 +116,9 @@ def marglik_training(
             not given, the burn-in is a fifth of the epochs and at most 20, and frequency and fraction are left to the budget; for
             "lowrank", which needs the same data in each pass, only the frequency is. `n_hypersteps=0` trains at fixed hyperparameters.
             With `curvature_budget=None` there is a tuning every 5 epochs, on all the data.
-        hyper_optimizer: how the log marginal likelihood is maximised: "adam"; "newton", which goes to the optimum of prior
-            precisions and noise within `max_log_step`, whatever `n_hypersteps` above 0; or "mackay", `n_hypersteps`
-            updates δ ← γ/‖θ‖², σ² ← SSE/(n − γ). `tune_temperature` needs "adam".
+        hyper_optimizer: how the log marginal likelihood is maximised: "newton", which goes to the optimum of prior
+            precisions and noise within `max_log_step`, whatever `n_hypersteps` above 0; "adam"; or "mackay", `n_hypersteps`
+            updates δ ← γ/‖θ‖², σ² ← SSE/(n − γ). Where not given, it is Newton's method, and Adam with `tune_temperature`, which needs it.
         lr_hyp: step size of Adam on the logarithms; unused by the others.
         prior_structure: "scalar", "layerwise" (a bias shares its layer's; the scales and biases of
             normalisations and Fixup share one, which starts at 1), "parameter" (one per tensor), or

@@ -47,7 +47,8 @@ def long_run(path, loader=None, **options):
     for layer in (model[0], model[3]):
         layer.reset_parameters()
     torch.manual_seed(7)
-    options = QUICK | {"optimizer_kwargs": SGD, "fit_fraction": 0.5, "checkpoint_path": path} | options
+    adam = {"hyper_optimizer": "adam"}  # which has a state of its own
+    options = QUICK | adam | {"optimizer_kwargs": SGD, "fit_fraction": 0.5, "checkpoint_path": path} | options
     return marglik_training(model, blobs() if loader is None else loader, **options)
 
 

@@ -13,7 +13,13 @@ from torch import nn
 from laplace_ws.experiment.config import DataConfig, MarglikConfig, RunConfig
 from laplace_ws.experiment.run import load_data, make_model
 from laplace_ws.experiment.training import check_training
-from laplace_ws.marglik import CheckpointError, Hyperparameters, PriorCollapseWarning, marglik_training
+from laplace_ws.marglik import (
+    CheckpointError,
+    Hyperparameters,
+    PriorCollapseWarning,
+    TemperatureWarning,
+    marglik_training,
+)
 from laplace_ws.posterior import Laplace, prior_groups
 from laplace_ws.posterior.evidence import BOUNDS
 
@@ -186,7 +192,13 @@ def test_another_optimizer_is_another_run(tmp_path, other):
         run(tmp_path / "c.pt", other, resume=True)
 
 
-def test_adam_remains_the_default(tmp_path):
-    named, default = run(tmp_path / "a.pt", "adam"), marglik_training.__kwdefaults__["hyper_optimizer"]
-    assert default == MarglikConfig().hyper_optimizer == "adam"
-    assert named.margliks != run(tmp_path / "b.pt", "newton").margliks
+def test_newton_is_the_default_and_adam_where_the_temperature_is_tuned(tmp_path):
+    default = marglik_training.__kwdefaults__["hyper_optimizer"]
+    assert default is MarglikConfig().hyper_optimizer is None
+    newton = run(tmp_path / "a.pt", "newton")
+    assert run(tmp_path / "b.pt", default).margliks == newton.margliks
+    assert run(tmp_path / "c.pt", "adam").margliks != newton.margliks
+    with pytest.warns(TemperatureWarning):
+        adam = run(tmp_path / "d.pt", default, tune_temperature=True)
+    with pytest.warns(TemperatureWarning):
+        assert adam.margliks == run(tmp_path / "e.pt", "adam", tune_temperature=True).margliks

@@ -194,7 +194,7 @@ def test_without_hypersteps_the_prior_stays_and_nothing_is_measured_on_the_way()
 def test_tuning_does_not_change_the_order_of_batches():
     """With steps too small to matter, tuned and plain training see the same batches, so the same losses."""
     runs = [
-        marglik_training(mlp(), blobs(), **QUICK | {"n_hypersteps": k}, lr_hyp=1e-12, optimizer_kwargs=SGD)
+        marglik_training(mlp(), blobs(), **QUICK | {"n_hypersteps": k}, max_log_step=1e-12, optimizer_kwargs=SGD)
         for k in (0, 1)
     ]
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-5)
