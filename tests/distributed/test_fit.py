@@ -45,6 +45,7 @@ CASES = [
     ("ekfac", "ggn_mc", {}),
     ("diag", "ggn_mc", {}),
     ("full", "ef", {}),
+    ("lowrank", "ggn", {"rank": 5}),
     ("kron", "ggn", {"subset_of_weights": "last_layer"}),
 ]
 
