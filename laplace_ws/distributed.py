@@ -7,8 +7,9 @@ together lies within `together`.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_ANNOUNCED = "_announced_to_other_processes"
 BUCKET_BYTES = 2**26
 """Memory in which tensors are put side by side, to be sent at once."""
 
@@ -76,6 +78,22 @@ class Processes(ABC):
             what: is being done, for messages.
         """
         yield
+
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Raise `ValueError` in all processes where one of them differs from the first, with its number and what differs.
+
+        Args:
+            facts: plain values by name.
+        """
+        of_each = self.gather(dict(facts))
+        for rank, other in enumerate(of_each):
+            for name, value in of_each[0].items():
+                if other.get(name) != value:
+                    raise ValueError(
+                        f"process {rank} has another {name} than process 0: {other.get(name)!r} in place of {value!r}; start all processes "
+                        "alike."
+                    )
 
 
 class Alone(Processes):
@@ -138,7 +156,9 @@ class Group(Processes):
         except ProcessError:  # the others have raised, too
             raise
         except Exception as error:
-            self.gather(_Failure(self.rank, what, f"{type(error).__name__}: {_first_line(error)}"))
+            if not getattr(error, _ANNOUNCED, False):
+                setattr(error, _ANNOUNCED, True)  # so that a context around this one does not do it again
+                self.gather(_Failure(self.rank, what, f"{type(error).__name__}: {_first_line(error)}"))
             raise
         else:
             self.gather(None)
@@ -186,6 +206,31 @@ def processes() -> Processes:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return Group()
     return ALONE
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that `torchrun` has started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def group_of_torchrun(device: torch.device) -> Iterator[Processes]:
+    """Join the processes that `torchrun` has started, if it has, and part from them at the end.
+
+    Args:
+        device: where each computes; of a machine's GPUs, each process takes the one with its local number.
+    """
+    n = int(os.environ.get("WORLD_SIZE", "1"))
+    if n == 1 or dist.is_initialized():
+        yield processes()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield processes()
+    finally:
+        dist.destroy_process_group()
 
 
 def _first_line(error: Exception) -> str:

@@ -60,6 +60,12 @@ class Shard:
         n_own = max(0, -(-(self.n_real - self.processes.rank) // self.processes.size))
         return max(0, min(n, n_own - n_before))
 
+    def n_examples(self, loader: object, n_seen: int) -> int:
+        """Number of examples N of the whole data set, with those that a loader leaves out by `drop_last`; all processes have seen `n_seen`."""
+        drops = getattr(getattr(loader, "batch_sampler", None), "drop_last", False)
+        n_real = self.n_real if drops else None
+        return n_seen if n_real is None else n_real
+
     def interleaved(self, rows: Sequence[Tensor]) -> Tensor:
         """The rows of a batch of all processes together, from those of each."""
         places = [torch.arange(len(part)) * self.processes.size + rank for rank, part in enumerate(rows)]

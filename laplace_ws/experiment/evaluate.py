@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from laplace_ws.curvature.backend import evaluation_mode
 from laplace_ws.curvature.inputs import call_model
 from laplace_ws.data import ImageData
+from laplace_ws.distributed import processes
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.folder import Json
 from laplace_ws.experiment.records import EpochRecord, ModelResult
@@ -39,8 +40,9 @@ def epoch_logger(
         complete = asdict(EpochRecord(run=run, **record, **tested))
         record.clear()
         record |= complete
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if processes().is_first:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     return log
 

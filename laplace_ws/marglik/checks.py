@@ -83,7 +83,7 @@ def check_data(
         raise one_pass_error(loader)
     watch.warn(repeats=not draws_with_replacement(loader), stacklevel=4)
     if n_data is None:
-        n_data = n_seen if batches.shard is not None else n_examples(loader, n_seen)
+        n_data = n_examples(loader, n_seen) if batches.shard is None else batches.shard.n_examples(loader, n_seen)
     return DataFacts(n_data, n_batches, x_first, row.ndim)
 
 
