@@ -168,6 +168,7 @@ def train(config: TrustConfig, network: NetworkConfig, seed: int) -> Trained:
         model,
         loader,
         n_epochs=network.n_epochs,
+        curvature_budget=None,
         optimizer_kwargs={"lr": network.lr, "momentum": 0.9, "nesterov": True},
         progress_bar=False,
     )

@@ -32,6 +32,7 @@ SETTINGS = {
         "n_epochs": 4,
         "n_epochs_burnin": 2,
         "marglik_frequency": 1,
+        "fit_fraction": 1.0,
         "n_hypersteps": 3,
         "lr": 0.01,
         "prior_prec_init": 0.5,
@@ -39,7 +40,7 @@ SETTINGS = {
     "baselines": {"fixed_prior_precisions": [0.5, 100]},
     "report": False,
 }
-TIMES = ("seconds", "train_seconds", "curvature_seconds", "total_seconds")
+TIMES = ("seconds", "train_seconds", "curvature_seconds", "total_seconds", "tuning_overhead", "final_fit_overhead")
 
 
 @pytest.fixture
@@ -98,6 +99,7 @@ def test_metrics_have_one_line_an_epoch_and_network(finished):
         assert 0 <= r["test_accuracy"] <= 1
         assert names <= {name.replace("1.", "0.") for name in r["prior_precision"]}
         measured = r["run"] == "tuned" and r["epoch"] >= 2
+        assert (r["fit_batches"], r["curvature_seconds"] > 0) == (3 * measured, measured)
         assert (r["log_marginal_likelihood"] is not None) == measured
 
 
@@ -112,6 +114,10 @@ def test_summary_has_the_agreed_fields(finished):
         for key in ("log_marginal_likelihood", "test_nll", "test_accuracy", "test_ece", "train_seconds"):
             assert math.isfinite(model[key]), key
         assert 0 < model["curvature_seconds"] < model["train_seconds"]
+        gradient_seconds = model["train_seconds"] - model["curvature_seconds"]
+        overhead = model["tuning_overhead"] + model["final_fit_overhead"]
+        assert overhead == pytest.approx(model["curvature_seconds"] / gradient_seconds)
+        assert model["over_budget"] is None  # nothing was left to it
         assert sum(model["reliability"]["count"]) == 40
         assert model["collapsed"] == []
     assert list(summary["fixed"]["100"]["prior_precision"].values()) == pytest.approx([100.0] * 4)
@@ -123,6 +129,21 @@ def test_networks_start_alike_and_see_the_same_batches(finished):
     tuned, same = ([r for r in lines if r["run"] == run and r["epoch"] <= 2] for run in ("tuned", "fixed-0.5"))
     assert [r["test_nll"] for r in tuned] == [r["test_nll"] for r in same]  # until the first tuning ends epoch 2
     assert lines[2]["test_nll"] != lines[6]["test_nll"]
+
+
+def test_a_run_within_a_budget_says_what_it_chose_and_what_it_cost(tmp_path):
+    """The default: neither frequency nor share of the batches is given."""
+    marglik = {k: v for k, v in SETTINGS["marglik"].items() if k not in ("marglik_frequency", "fit_fraction")}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS | {"marglik": marglik, "out": str(tmp_path), "report": True}))
+    assert main(["train", "--config", str(path)]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["fit_batches"] > 0 for r in lines if r["run"] == "tuned"] == [False, True, True, True]  # it never starves
+    assert {r["fit_batches"] for r in lines if r["run"] != "tuned"} == {0}
+    record = load_run(tmp_path / "tiny")
+    assert record.tuned.over_budget > 0  # hundredths of a second of gradient steps do not pay for three tunings
+    assert {model.over_budget for model in record.fixed} == {None}
+    assert "more than the budget of 10 %" in (tmp_path / "tiny" / "report.html").read_text()
 
 
 def test_side_by_side_equals_in_order(finished, tmp_path):

@@ -54,6 +54,7 @@ def test_a_training_splits_each_batch_once_and_is_checked_once(calls, structure)
         n_epochs=4,
         n_epochs_burnin=0,
         marglik_frequency=1,
+        fit_fraction=1.0,
         n_hypersteps=2,
     )
     visits = 4 * (1 + 4 + 4 + 1)

@@ -29,11 +29,13 @@ class EpochRecord:
         test_nll, test_accuracy: after the epoch.
         loss: objective of the training, regulariser included.
         log_marginal_likelihood: of the fit in this epoch.
+        fit_batches: that this fit saw; 0 where there was none.
         prior_precision: by parameter.
         sigma_noise: of a regression.
         temperature: of the likelihood.
         lr: step size of the weights.
         seconds: wall time.
+        curvature_seconds: the part of it that went into the fit and steps on the hyperparameters.
     """
 
     run: str
@@ -44,11 +46,13 @@ class EpochRecord:
     test_accuracy: float | None = None
     loss: float | None = None
     log_marginal_likelihood: float | None = None
+    fit_batches: int | None = None
     prior_precision: Mapping[str, float] = field(default_factory=dict)
     sigma_noise: float | None = None
     temperature: float | None = None
     lr: float | None = None
     seconds: float | None = None
+    curvature_seconds: float | None = None
 
     def __post_init__(self) -> None:
         _check_from_one("epoch", self.epoch)
@@ -64,6 +68,9 @@ class ModelResult:
         test_accuracy, test_ece: fractions.
         train_seconds: wall time of training, curvature included.
         curvature_seconds: the part of it that went into fits and steps on the hyperparameters.
+        tuning_overhead: seconds of the tunings by second of gradient steps.
+        final_fit_overhead: seconds of the last fit by second of gradient steps.
+        over_budget: by how much the two together pass marglik.curvature_budget; 0 within it, None where nothing was left to it.
         best_epoch: whose weights were kept.
         prior_precision: by parameter.
         prior_group: the group with which a parameter shares it, by parameter.
@@ -78,6 +85,9 @@ class ModelResult:
     test_ece: float | None = None
     train_seconds: float | None = None
     curvature_seconds: float | None = None
+    tuning_overhead: float | None = None
+    final_fit_overhead: float | None = None
+    over_budget: float | None = None
     best_epoch: int | None = None
     prior_precision: Mapping[str, float] = field(default_factory=dict)
     prior_group: Mapping[str, str] = field(default_factory=dict)

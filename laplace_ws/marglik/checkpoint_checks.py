@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from laplace_ws import saved
 from laplace_ws.files import FileFormatError
+from laplace_ws.marglik.budget import TuningCost
 
 _OF_WEIGHTS = {
     *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),
@@ -43,6 +45,10 @@ def check_fields(state: Mapping[str, Any]) -> None:
         raise FileFormatError(f"the saved state is damaged: it is of epoch {epoch} and has records of {len(history)}.")
     for name in ("train_seconds", "curvature_seconds"):
         saved.number(progress, name, of=of)
+    # Checkpoints from before there were budgets have none.
+    if "tuning_cost" in progress and (cost := saved.entry(progress, "tuning_cost", Mapping, None, of=of)) is not None:
+        for field in fields(TuningCost):
+            saved.number(cost, field.name, of=" of 'tuning_cost'")
     _check_hyper(state["hyper"])
     if (best := saved.entry(progress, "best", Mapping, None, of=of)) is not None:
         saved.whole_number(best, "epoch", 1, " of 'best'")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from laplace_ws.marglik.budget import Budget
 from laplace_ws.values import real_number, whole_number
 
 _LONGEST_DEFAULT_BURNIN = 20
+_FREQUENCY, _FRACTION = 5, 1.0
+"""Epochs between two tunings and share of the batches, where neither they nor a budget are given."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -42,18 +46,22 @@ class ScheduleOptions:
     Attributes:
         n_epochs: epochs of gradient steps.
         n_epochs_burnin: epochs before the first tuning; where not given, a fifth of `n_epochs` and at most 20.
-        marglik_frequency: epochs between two tunings; after the last epoch there always is one.
+        marglik_frequency: epochs between two tunings; after the last epoch there always is one. Chosen within curvature_budget where not
+            given, 5 without one.
         n_hypersteps: steps on the hyperparameters at each tuning, 0 to train at fixed ones; Newton's method takes as many as it needs.
-        fit_fraction: share of the batches that the fit before a tuning sees.
+        fit_fraction: share of the batches that the fit before a tuning sees. Chosen within curvature_budget where not given, 1 without one.
         max_log_step: largest change of the logarithm of any hyperparameter at one tuning.
+        curvature_budget: most seconds of fits and steps on the hyperparameters by second of gradient steps, in (0, 1]; of no effect where
+            marglik_frequency and fit_fraction are both given.
     """
 
     n_epochs: int = 100
     n_epochs_burnin: int | None = None
-    marglik_frequency: int = 5
+    marglik_frequency: int | None = None
     n_hypersteps: int = 50
-    fit_fraction: float = 1.0
+    fit_fraction: float | None = None
     max_log_step: float = 1.0
+    curvature_budget: float | None = 0.1
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,17 @@ class Schedule(ScheduleOptions):
     def __post_init__(self) -> None:
         for name, least in (("n_epochs", 1), ("n_epochs_burnin", 0), ("marglik_frequency", 1), ("n_hypersteps", 0)):
             value = getattr(self, name)
-            if value is None and name == "n_epochs_burnin":
+            if value is None and name in ("n_epochs_burnin", "marglik_frequency"):
                 continue
             if whole_number(name, value) < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
-        if not 0 < real_number("fit_fraction", self.fit_fraction, finite=False) <= 1:
-            raise ValueError(f"fit_fraction={self.fit_fraction} must lie in (0, 1]")
+        for name, without in (
+            ("curvature_budget", f"tune every {_FREQUENCY} epochs on all the data"),
+            ("fit_fraction", "leave it to curvature_budget"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 < real_number(name, value, finite=False) <= 1:
+                raise ValueError(f"{name}={value} must lie in (0, 1]; give None to {without}")
         if not real_number("max_log_step", self.max_log_step, finite=False) > 0:
             raise ValueError(f"max_log_step={self.max_log_step} must be positive")
         if self.n_hypersteps and self.burnin > self.n_epochs:
@@ -88,15 +101,51 @@ class Schedule(ScheduleOptions):
             return self.n_epochs_burnin
         return min(_LONGEST_DEFAULT_BURNIN, self.n_epochs // 5)
 
+    @property
+    def budget_in_effect(self) -> float | None:
+        """The budget where something is left to it, otherwise None."""
+        is_left = self.n_hypersteps > 0 and (self.marglik_frequency is None or self.fit_fraction is None)
+        return self.curvature_budget if is_left else None
+
     def settings(self) -> dict[str, Any]:
-        """All entries by name, the burn-in as it is in effect."""
-        return {**asdict(self), "n_epochs_burnin": self.burnin}
+        """All entries by name, as they are in effect."""
+        in_effect: dict[str, Any] = {"n_epochs_burnin": self.burnin, "curvature_budget": self.budget_in_effect}
+        if self.budget_in_effect is None:
+            in_effect |= {"marglik_frequency": self._frequency, "fit_fraction": self._fraction}
+        return {**asdict(self), **in_effect}
 
     def is_round(self, epoch: int) -> bool:
-        """Whether a tuning is due after `epoch`; after the last epoch it always is."""
+        """Whether `epoch` is one of every `marglik_frequency` after the burn-in, every five by default, or the last."""
         past = epoch - self.burnin
-        return epoch == self.n_epochs or (past >= 0 and past % self.marglik_frequency == 0)
+        return epoch == self.n_epochs or (past >= 0 and past % self._frequency == 0)
 
     def tunes(self, epoch: int) -> bool:
-        """Whether the hyperparameters are tuned after `epoch`."""
+        """Whether the hyperparameters are tuned after `epoch`, where this is not left to a budget."""
         return self.n_hypersteps > 0 and self.is_round(epoch)
+
+    def fit_batches(self, n_batches: int) -> int:
+        """How many of the batches a fit sees, where this is not left to a budget."""
+        return math.ceil(self._fraction * n_batches)
+
+    def budget(self, n_batches: int) -> Budget | None:
+        """What decides on tunings where something is left to it, otherwise None; `n_batches` is the number of an epoch."""
+        share = self.budget_in_effect
+        if share is None:
+            return None
+        rounds = frozenset(epoch for epoch in range(1, self.n_epochs + 1) if self.is_round(epoch))
+        return Budget(
+            share=share,
+            first_epoch=max(1, self.burnin),
+            n_epochs=self.n_epochs,
+            n_batches=n_batches,
+            fit_batches=None if self.fit_fraction is None else self.fit_batches(n_batches),
+            rounds=None if self.marglik_frequency is None else rounds,
+        )
+
+    @property
+    def _frequency(self) -> int:
+        return _FREQUENCY if self.marglik_frequency is None else self.marglik_frequency
+
+    @property
+    def _fraction(self) -> float:
+        return _FRACTION if self.fit_fraction is None else self.fit_fraction

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from laplace_ws.files import FileFormatError
 from laplace_ws.kfac.uses import at_least_float32
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.marglik.accuracy import n_correct
+from laplace_ws.marglik.budget import Budget, Spent, TuningCost
 from laplace_ws.marglik.checkpoint import (
     SAFE_TO_CHANGE,
     check_settings,
@@ -40,11 +41,11 @@ from laplace_ws.marglik.checks import DataFacts, one_pass_error
 from laplace_ws.marglik.hyperparameters import Hyperparameters, TemperatureWarning
 from laplace_ws.marglik.objective import PriorGradient
 from laplace_ws.marglik.optimizers import rescale_lr
-from laplace_ws.marglik.passes import same_order_after
 from laplace_ws.marglik.plain import plain_record
 from laplace_ws.marglik.result import MarglikResult, Progress, Record
 from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 from laplace_ws.marglik.steps import GradientSteps, StepOptions
+from laplace_ws.marglik.tuning import Tuner, Tuning
 from laplace_ws.posterior import Laplace
 from laplace_ws.posterior.evidence import optimal_prior_and_noise
 from laplace_ws.randomness import random_state, set_random_state
@@ -58,8 +59,9 @@ class Trainer:
     """A training run that is ready to start: `run` trains. Made by `prepare`, which checks that all of this fits together.
 
     The hyperparameters of `la` are kept equal to `hyper`. What `run` leaves is the state with the highest log marginal
-    likelihood, or the last one where the temperature is tuned: values at different τ are not comparable. With `fit_fraction`
-    below 1 each is an estimate from its own subset of batches.
+    likelihood. It is the last one where values do not compare: at different temperatures, and from fits to different numbers of batches,
+    of which the smaller see fewer directions of the weight space, subtract less for them, and so give higher values. With a fixed
+    `fit_fraction` below 1 each value is an estimate from its own subset of batches.
 
     Attributes:
         la: the posterior whose marginal likelihood tunes the hyperparameters.
@@ -77,6 +79,7 @@ class Trainer:
         checkpoint_path: where a checkpoint is kept.
         on_epoch: called after each epoch with its record.
         progress_bar: whether to show one.
+        clock: tells the time in seconds, by which a budget is kept.
     """
 
     la: Laplace
@@ -94,6 +97,7 @@ class Trainer:
     checkpoint_path: Path | None = None
     on_epoch: Callable[[Record], None] | None = None
     progress_bar: bool = True
+    clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
         self.model: torch.nn.Module = self.la.model
@@ -105,15 +109,28 @@ class Trainer:
         self.device: torch.device = self.parameters[0].device
         lr = max(float(g.get("initial_lr", g["lr"])) for g in self.optimizer.param_groups)
         self.stiffness: float = self.n_data / lr if lr > 0 else math.inf
-        self.keeps_last: bool = "temperature" in self.hyper.tuned_names
-        self.subset_generator: torch.Generator = torch.Generator().manual_seed(self.la.generator.initial_seed())
+        self.budget: Budget | None = self.schedule.budget(self.facts.n_batches)
+        self.keeps_last: bool = "temperature" in self.hyper.tuned_names or (
+            self.budget is not None and self.budget.varies
+        )
+        subset_generator = torch.Generator().manual_seed(self.la.generator.initial_seed())
         shuffler = getattr(self.loader, "generator", None)
-        self.generators: list[torch.Generator] = [self.la.generator, self.subset_generator]
+        self.generators: list[torch.Generator] = [self.la.generator, subset_generator]
         self.generators += [shuffler] if isinstance(shuffler, torch.Generator) else []
         self.progress: Progress = Progress()
         self.before_epoch: dict[str, Any] | None = None
         self.saved_epoch: int = 0
         self.steps: GradientSteps = GradientSteps(self.optimizer, self.scheduler, self.step_options)
+        self.tuner: Tuner = Tuner(
+            la=self.la,
+            hyper=self.hyper,
+            batches=self.batches,
+            facts=self.facts,
+            n_hypersteps=self.schedule.n_hypersteps,
+            max_log_step=self.schedule.max_log_step,
+            stiffness=self.stiffness,
+            generator=subset_generator,
+        )
         self.hyper.assign_to(self.la)
 
     def run(self) -> MarglikResult:
@@ -142,9 +159,9 @@ class Trainer:
                 stack.enter_context(left_as_found(self.model, self.device))
                 set_random_state(self.rng, self.device)
             self._train()
-            start = time.perf_counter()
+            start = self.clock()
             self._fit_final()
-            return self._result(time.perf_counter() - start)
+            return self._result(self.clock() - start)
 
     def _fit_final(self) -> None:
         """Fit the posterior that is returned; choose its hyperparameters anew where they were tuned by another approximation."""
@@ -192,7 +209,7 @@ class Trainer:
         with alone_with(self.model):
             self.model.load_state_dict(state)
 
-    def _result(self, refit_seconds: float) -> MarglikResult:
+    def _result(self, final_fit_seconds: float) -> MarglikResult:
         progress = self.progress
         return MarglikResult(
             la=self.final_la,
@@ -204,13 +221,15 @@ class Trainer:
             prior_group=self.hyper.groups.by_parameter([name for name, _ in self.named_parameters]),
             best_epoch=progress.best["epoch"] if progress.best else progress.epoch,
             collapsed=self.hyper.collapsed(self.stiffness) if self.schedule.n_hypersteps else [],
-            train_seconds=progress.train_seconds + refit_seconds,
-            curvature_seconds=progress.curvature_seconds + refit_seconds,
+            train_seconds=progress.train_seconds + final_fit_seconds,
+            curvature_seconds=progress.curvature_seconds + final_fit_seconds,
+            final_fit_seconds=final_fit_seconds,
+            curvature_budget=self.schedule.budget_in_effect,
             changes=progress.changes,
         )
 
     def _epoch(self, epoch: int) -> Record:
-        start = time.perf_counter()
+        start = self.clock()
         lr = self.optimizer.param_groups[0]["lr"]
         if self.checkpoint_path is not None and self.progress.epoch:
             self.before_epoch = self._whole_epoch()
@@ -219,13 +238,14 @@ class Trainer:
             good = snapshot(self.model), snapshot(self.hyper)
         try:
             nll, accuracy = self._descend(epoch)
-            log_marglik, curvature_seconds = self._tune(epoch)
+            tuning = self._tune(epoch, self.clock() - start)
         except TrainingDiverged:
             self._load(good[0])
             self.hyper.load_state_dict(good[1])
             self.hyper.assign_to(self.la)
             raise
-        seconds = time.perf_counter() - start
+        seconds = self.clock() - start
+        curvature_seconds = tuning.seconds if tuning else 0.0
         self.progress.epoch = epoch
         self.progress.train_seconds += seconds
         self.progress.curvature_seconds += curvature_seconds
@@ -234,18 +254,20 @@ class Trainer:
             "loss": self.progress.losses[-1],
             "train_nll": nll,
             "train_accuracy": accuracy,
-            "log_marginal_likelihood": log_marglik,
+            "log_marginal_likelihood": tuning.log_marglik if tuning else None,
+            "fit_batches": tuning.n_batches if tuning else 0,
             "prior_precision": self.hyper.by_parameter(self.named_parameters),
             "sigma_noise": self.hyper.sigma_noise().item() if self.likelihood.has_noise else None,
             "temperature": self.hyper.temperature().item(),
             "lr": lr,
             "seconds": seconds,
+            "curvature_seconds": curvature_seconds,
         }
         if self.on_epoch is not None:
             self.on_epoch(record)
         record = plain_record(record)
         self.progress.history.append(record)
-        if self.checkpoint_path is not None and self.schedule.is_round(epoch):
+        if self.checkpoint_path is not None and (tuning or self.schedule.is_round(epoch)):
             save_checkpoint(self.checkpoint_path, self.state_dict())
             self.saved_epoch = epoch
         return record
@@ -291,43 +313,49 @@ class Trainer:
         self.progress.losses.append(nll_sum / n_seen / temperature + penalty)
         return nll_sum / n_seen, correct / labelled if labelled and math.isfinite(correct) else None
 
-    def _tune(self, epoch: int) -> tuple[float | None, float]:
-        """Fit, tune and measure where a tuning is due; returns the log marginal likelihood and the seconds it took."""
-        if not self.schedule.tunes(epoch):
-            return None, 0.0
-        start = time.perf_counter()
+    def _tune(self, epoch: int, gradient_seconds: float) -> Tuning | None:
+        """Fit, tune and measure where a tuning is due.
+
+        Args:
+            epoch: whose gradient steps have been taken.
+            gradient_seconds: that they took.
+        """
+        n_batches = self._batches_due(epoch, gradient_seconds)
+        if n_batches == 0:
+            return None
         try:
-            log_marglik = self._fit_and_ascend()
+            tuning = self.tuner.tune(n_batches, self.clock)
         except (InvalidBatchError, FloatingPointError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
             raise TrainingDiverged(f"no tuning was possible ({error})", epoch, self.checkpoint_on_disk()) from error
-        self._check_finite("the log marginal likelihood", log_marglik, epoch)
-        self.progress.margliks.append(log_marglik)
+        self._check_finite("the log marginal likelihood", tuning.log_marglik, epoch)
+        self.progress.tuning_cost = asdict(tuning.cost.averaged(self._known_cost()))
+        self.progress.margliks.append(tuning.log_marglik)
         best = self.progress.best
-        if best is None or self.keeps_last or log_marglik > best["log_marginal_likelihood"]:
+        if best is None or self.keeps_last or tuning.log_marglik > best["log_marginal_likelihood"]:
             self.progress.best = {
                 "epoch": epoch,
-                "log_marginal_likelihood": log_marglik,
+                "log_marginal_likelihood": tuning.log_marglik,
                 "model": snapshot(self.model),
                 "hyper": snapshot(self.hyper),
             }
-        return log_marglik, time.perf_counter() - start
+        return tuning
 
-    def _fit_and_ascend(self) -> float:
-        """Tune at the current weights; returns the log marginal likelihood after it."""
-        with same_order_after(self.loader):
-            self.la.fit(self._some_batches(), n_data=self.n_data, recheck=False)
-        self.hyper.ascend(
-            self.la, self.schedule.n_hypersteps, max_log_step=self.schedule.max_log_step, stiffness=self.stiffness
+    def _batches_due(self, epoch: int, gradient_seconds: float) -> int:
+        """Number of batches of the fit that is due after an epoch's gradient steps, 0 where none is."""
+        if self.budget is None:
+            return self.schedule.fit_batches(self.facts.n_batches) if self.schedule.tunes(epoch) else 0
+        done = self.progress
+        spent = Spent(
+            gradient_seconds=done.train_seconds - done.curvature_seconds + gradient_seconds,
+            tuning_seconds=done.curvature_seconds,
+            n_tunings=len(done.margliks),
+            cost=self._known_cost(),
         )
-        return self.la.log_marginal_likelihood().item()
+        return self.budget.batches_after(epoch, spent)
 
-    def _some_batches(self) -> Batches:
-        """All batches, or a fresh random choice of them."""
-        n_chosen = math.ceil(self.schedule.fit_fraction * self.facts.n_batches)
-        if n_chosen == self.facts.n_batches:
-            return self.batches
-        order = torch.randperm(self.facts.n_batches, generator=self.subset_generator)
-        return replace(self.batches, chosen=frozenset(order[:n_chosen].tolist()))
+    def _known_cost(self) -> TuningCost | None:
+        cost = self.progress.tuning_cost
+        return None if cost is None else TuningCost(**cost)
 
     def _check_finite(self, what: str, value: float, epoch: int) -> None:
         if not math.isfinite(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,13 @@ def marglik_training(
     scheduler_kwargs: Mapping[str, Any] | None = TrainingOptions.scheduler_kwargs,
     n_epochs: int = Schedule.n_epochs,
     n_epochs_burnin: int | None = Schedule.n_epochs_burnin,
-    marglik_frequency: int = Schedule.marglik_frequency,
+    marglik_frequency: int | None = Schedule.marglik_frequency,
     n_hypersteps: int = Schedule.n_hypersteps,
     hyper_optimizer: str = TrainingOptions.hyper_optimizer,
     lr_hyp: float = TrainingOptions.lr_hyp,
     max_log_step: float = Schedule.max_log_step,
-    fit_fraction: float = Schedule.fit_fraction,
+    fit_fraction: float | None = Schedule.fit_fraction,
+    curvature_budget: float | None = Schedule.curvature_budget,
     prior_structure: str = TrainingOptions.prior_structure,
     prior_prec_init: float | None = TrainingOptions.prior_prec_init,
     sigma_noise_init: float | None = TrainingOptions.sigma_noise_init,
@@ -74,12 +76,20 @@ def marglik_training(
     """Train a model and tune its prior precisions (and noise, and temperature) on the training data alone.
 
     Gradient steps minimise the negative log joint per example, N⁻¹(L/τ + ½ Σ_p δ_p‖θ_p‖²), scaled by τσ² so that a
-    learning rate means the same throughout. After `n_epochs_burnin` epochs, every `marglik_frequency` epochs and
-    after the last one, the Laplace approximation is fitted at the current weights and the logarithms of the
-    hyperparameters take `n_hypersteps` steps up its log marginal likelihood, by default of Adam. The weights and hyperparameters
-    with the highest log marginal likelihood are kept, and the posterior is fitted there on all the data. With
-    `fit_fraction` below 1 that is the highest among estimates from different subsets of the batches, so the
-    choice is partly a matter of chance. With `tune_temperature` the last weights and hyperparameters are kept instead: values at
+    learning rate means the same throughout. After `n_epochs_burnin` epochs, every now and then and after the last one, the Laplace
+    approximation is fitted at the current weights and the logarithms of the hyperparameters take `n_hypersteps` steps up its log
+    marginal likelihood, by default of Adam.
+
+    How often that is, and how many of the batches each of these fits sees, is chosen as the run goes on, such that the wall time of
+    tunings stays within `curvature_budget` times that of the gradient steps; `budget.Budget` says how. Where the run is too short to pay
+    for a few tunings and the last fit, they are done all the same, and `MarglikResult.over_budget` says by how much the budget was
+    passed. As measured times decide, two runs differ; to repeat a run exactly, give `marglik_frequency` and `fit_fraction`, with which
+    nothing is measured. "fit_batches" and "curvature_seconds" in the records of the epochs say what was chosen and what it took.
+
+    The posterior is fitted on all the data at the last weights and hyperparameters where a budget chose the number of batches: a fit to
+    fewer of them gives a higher log marginal likelihood, as its curvature has fewer directions, so the highest would only be the one of the
+    fewest. With `fit_fraction` given, those with the highest log marginal likelihood are kept; below 1 it is the highest among estimates
+    from different subsets, so the choice is partly a matter of chance. With `tune_temperature` the last are kept: values at
     different τ are not comparable, and the highest is usually the one at the largest τ.
 
     The model is trained in place. The mode of its modules, its `.grad` and torch's global random state are left as
@@ -102,8 +112,10 @@ def marglik_training(
         optimizer_cls, optimizer_kwargs: for the weights; SGD with lr 0.03 and Nesterov momentum 0.9 where not given.
             It must have no weight decay, as the prior takes its place, and need no closure, which rules out LBFGS.
         scheduler_cls, scheduler_kwargs: stepped with the optimiser; a cosine to zero where not given.
-        n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction: see `Schedule`. Where not
-            given, the burn-in is a fifth of the epochs and at most 20. `n_hypersteps=0` trains at fixed hyperparameters.
+        n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction, curvature_budget: see `Schedule`. Where
+            not given, the burn-in is a fifth of the epochs and at most 20, and frequency and fraction are left to the budget; for
+            "lowrank", which needs the same data in each pass, only the frequency is. `n_hypersteps=0` trains at fixed hyperparameters.
+            With `curvature_budget=None` there is a tuning every 5 epochs, on all the data.
         hyper_optimizer: how the log marginal likelihood is maximised: "adam"; "newton", which goes to the optimum of prior
             precisions and noise within `max_log_step`, whatever `n_hypersteps` above 0; or "mackay", `n_hypersteps`
             updates δ ← γ/‖θ‖², σ² ← SSE/(n − γ). `tune_temperature` needs "adam".
@@ -125,9 +137,9 @@ def marglik_training(
             by default there is none.
         grad_scaler: scales losses against underflow under `torch.autocast` in float16; a step whose gradients overflow is left out.
             It is used and changed, and its state is kept in the checkpoint.
-        checkpoint_path: where to keep a checkpoint, written after every tuning.
+        checkpoint_path: where to keep a checkpoint, written after every tuning, and every `marglik_frequency` (or 5) epochs.
         resume: continue from `checkpoint_path` if it exists; its settings must be the same. The result is that of an
-            uninterrupted run.
+            uninterrupted run; under a budget it goes on with the times that were measured, and may differ as two runs may.
         n_data: N, the number of examples that an epoch stands for. Where not given: for a loader with `drop_last`, the length of
             its sampler or data set, if it has one; else the number of examples that one pass over the loader gives.
         dict_key_x, dict_key_y: for batches that are mappings, the entry that gives the number of examples and the device, and the
@@ -150,7 +162,15 @@ def marglik_training(
     """
     if flag("resume", resume) and checkpoint_path is None:
         raise ValueError("resume=True needs checkpoint_path, the file to go on from.")
-    schedule = Schedule(n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, fit_fraction, max_log_step)
+    schedule = Schedule(
+        n_epochs=n_epochs,
+        n_epochs_burnin=n_epochs_burnin,
+        marglik_frequency=marglik_frequency,
+        n_hypersteps=n_hypersteps,
+        fit_fraction=fit_fraction,
+        max_log_step=max_log_step,
+        curvature_budget=curvature_budget,
+    )
     options = TrainingOptions(
         hessian_structure=hessian_structure,
         curvature=curvature,
@@ -238,6 +258,8 @@ def prepare(
             facts = check_data(model, train_loader, likelihood, keys, n_data)
         generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
         la, final_la = options.posteriors(model, likelihood, generator, keys, facts.output_ndim)
+        if la.structure.needs_same_data and schedule.fit_fraction is None:
+            schedule = replace(schedule, fit_fraction=1.0)
         hyper = options.hyperparameters(la, facts.n_data, device)
         optimizer = make_optimizer(options.optimizer_cls, options.optimizer_kwargs, named_parameters)
         n_steps = schedule.n_epochs * options.steps.n_steps(facts.n_batches)

@@ -101,6 +101,7 @@ class Structure(ABC):
         prior_per_weight: whether each weight may have a prior precision of its own.
         covers_single_weights: whether it can cover only some weights of a parameter, as a subnetwork does.
         reads_data_again: whether a fit passes over the data more than once.
+        needs_same_data: whether these passes must give the same data.
     """
 
     name: ClassVar[str]
@@ -108,6 +109,7 @@ class Structure(ABC):
     prior_per_weight: ClassVar[bool] = True
     covers_single_weights: ClassVar[bool] = False
     reads_data_again: ClassVar[bool] = False
+    needs_same_data: ClassVar[bool] = False
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:

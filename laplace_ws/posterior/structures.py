@@ -178,6 +178,7 @@ class LowRankStructure(Structure):
     name = "lowrank"
     matrix = LowRank
     reads_data_again = True
+    needs_same_data = True
     rank: int = 20
 
     def __post_init__(self) -> None:

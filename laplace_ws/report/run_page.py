@@ -79,6 +79,30 @@ def _changes(record: RunRecord) -> list[str]:
 
 
 def _remarks(record: RunRecord) -> list[str]:
+    overhead = _overhead(record)
+    return [*([overhead] if overhead else []), *_comparisons(record)]
+
+
+def _overhead(record: RunRecord) -> str | None:
+    """What the tuning cost, against the gradient steps."""
+    tuned, marglik = record.tuned, record.result.config.get("marglik")
+    if tuned.tuning_overhead is None or tuned.final_fit_overhead is None:
+        return None
+    said = (
+        f"Tuning took {100 * tuned.tuning_overhead:.1f} % of the time of the gradient steps, the last fit, on all the data, "
+        f"{100 * tuned.final_fit_overhead:.1f} %"
+    )
+    share = marglik.get("curvature_budget") if isinstance(marglik, dict) else None
+    if share is None or tuned.over_budget is None:
+        return f"{said}."
+    limit = f"the budget of {100 * share:g} %"
+    return f"{said}: " + (
+        f"{100 * tuned.over_budget:.1f} % more than {limit}." if tuned.over_budget else f"within {limit}."
+    )
+
+
+def _comparisons(record: RunRecord) -> list[str]:
+    """What to know of the table where it compares networks."""
     if not record.fixed:
         return []
     shared = record.tuned.prior_precision.get(ELEMENTWISE)

@@ -16,7 +16,9 @@ def tiny_config(out: Path, **data) -> RunConfig:
         test_every=4,
         data=DataConfig(**{"n_train": 60, "n_test": 40, "batch_size": 20} | data),
         model=ModelConfig(name="mlp", hidden=[5]),
-        marglik=MarglikConfig(n_epochs=4, n_epochs_burnin=2, marglik_frequency=1, n_hypersteps=3, prior_prec_init=0.5),
+        marglik=MarglikConfig(
+            n_epochs=4, n_epochs_burnin=2, marglik_frequency=1, fit_fraction=1.0, n_hypersteps=3, prior_prec_init=0.5
+        ),
         report=False,
     )
 

@@ -108,6 +108,7 @@ def test_training_under_autocast_is_training_without_its_cache(kwargs):
                 n_epochs=6,
                 n_epochs_burnin=1,
                 marglik_frequency=1,
+                fit_fraction=1.0,
                 n_hypersteps=3,
                 optimizer_kwargs={"lr": 0.3},
                 progress_bar=False,

@@ -11,7 +11,7 @@ from pathlib import Path
 from laplace_ws.experiment.config import BaselinesConfig, DataConfig, MarglikConfig, ModelConfig, RunConfig
 from laplace_ws.experiment.run import run_experiment
 
-TIMES = ("seconds", "train_seconds", "curvature_seconds", "total_seconds")
+TIMES = ("seconds", "train_seconds", "curvature_seconds", "total_seconds", "tuning_overhead", "final_fit_overhead")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hard.runs"])  # what it starts has torch already
 
@@ -28,6 +28,7 @@ def run_config(out: Path, workers: int = 1, n_epochs: int = 30) -> RunConfig:
             n_epochs=n_epochs,
             n_epochs_burnin=2,
             marglik_frequency=2,
+            fit_fraction=1.0,
             n_hypersteps=3,
             prior_prec_init=0.5,
             curvature="ggn_mc",

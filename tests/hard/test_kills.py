@@ -75,7 +75,8 @@ def begun(tmp_path: Path, *, workers: int) -> subprocess.Popen[str]:
     settings = {
         "name": "run", "out": config.out, "workers": workers, "report": False,
         "data": vars(config.data), "model": {"name": "mlp", "hidden": [5]},
-        "marglik": {"n_epochs": m.n_epochs, "n_epochs_burnin": m.n_epochs_burnin, "marglik_frequency": m.marglik_frequency},
+        "marglik": {"n_epochs": m.n_epochs, "n_epochs_burnin": m.n_epochs_burnin, "marglik_frequency": m.marglik_frequency,
+                    "fit_fraction": m.fit_fraction},
         "baselines": {"fixed_prior_precisions": [0.5, 100.0]},
     }  # fmt: skip
     path = tmp_path / "run.yaml"
@@ -192,7 +193,8 @@ def test_a_run_that_diverged_goes_on_at_a_lower_learning_rate(tmp_path, capsys, 
     settings = {
         "name": "run", "out": str(tmp_path), "report": True, "data": {"n_train": 60, "n_test": 40, "batch_size": 20},
         "model": {"name": "mlp", "hidden": [5]},
-        "marglik": {"n_epochs": 12, "n_epochs_burnin": 2, "marglik_frequency": 2, "n_hypersteps": 3, "lr": 0.01, "prior_prec_init": 0.5},
+        "marglik": {"n_epochs": 12, "n_epochs_burnin": 2, "marglik_frequency": 2, "fit_fraction": 1.0, "n_hypersteps": 3,
+                    "lr": 0.01, "prior_prec_init": 0.5},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(settings))
     with monkeypatch.context() as context:

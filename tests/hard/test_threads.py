@@ -286,7 +286,13 @@ def test_threads_that_would_wait_for_each_other_are_told_so():
 
 
 def train(model: nn.Module, loader=None, **options):
-    options = {"n_epochs": 4, "n_epochs_burnin": 1, "marglik_frequency": 1, "n_hypersteps": 2} | options
+    options = {
+        "n_epochs": 4,
+        "n_epochs_burnin": 1,
+        "marglik_frequency": 1,
+        "fit_fraction": 1.0,
+        "n_hypersteps": 2,
+    } | options
     result = marglik_training(model, loader or batches(), progress_bar=False, **options)
     return result.losses, result.margliks, {name: value.tolist() for name, value in model.state_dict().items()}
 

@@ -9,7 +9,10 @@ from torch import nn
 
 from laplace_ws.data import TensorLoader
 
-QUICK = {"n_epochs": 6, "n_epochs_burnin": 2, "marglik_frequency": 2, "n_hypersteps": 5, "progress_bar": False}
+QUICK = {
+    "n_epochs": 6, "n_epochs_burnin": 2, "marglik_frequency": 2, "fit_fraction": 1.0, "n_hypersteps": 5, "progress_bar": False,
+}  # fmt: skip
+"""With frequency and fraction given, so that nothing depends on measured times."""
 SGD = {"lr": 0.02, "momentum": 0.9}
 
 

@@ -47,7 +47,7 @@ def long_run(path, loader=None, **options):
     for layer in (model[0], model[3]):
         layer.reset_parameters()
     torch.manual_seed(7)
-    options = {"optimizer_kwargs": SGD, "fit_fraction": 0.5, "checkpoint_path": path} | QUICK | options
+    options = QUICK | {"optimizer_kwargs": SGD, "fit_fraction": 0.5, "checkpoint_path": path} | options
     return marglik_training(model, blobs() if loader is None else loader, **options)
 
 
@@ -65,7 +65,7 @@ class Renamed(NativeBackend):
 
 
 def without_times(history):
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
+    return [{k: v for k, v in record.items() if not k.endswith("seconds")} for record in history]
 
 
 @pytest.mark.parametrize("stop", [3, 5])
@@ -123,6 +123,8 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
         ({"backend": Renamed()}, r"\(backend was 'native' and is 'renamed'\)"),
         ({"final_curvature": "ggn"}, r"\(final_curvature was 'ggn_mc' and is 'ggn'\)"),
         ({"mc_samples": 2}, r"\(mc_samples was 1 and is 2\)"),
+        ({"fit_fraction": None}, r"\(fit_fraction was 0\.5 and is None, curvature_budget was None and is 0\.1\)"),
+        ({"fit_fraction": None, "curvature_budget": None}, r"\(fit_fraction was 0\.5 and is 1\.0\)"),
         ({"lr_hyp": 0.2}, r"\(lr_hyp was 0\.1 and is 0\.2\)"),
         ({"prior_prec_init": 2.0}, r"\(starts\.prior_precision was 0\.6 and is 2\.0\)"),
     ],
@@ -151,6 +153,15 @@ def test_what_is_spelt_otherwise_but_equal_is_no_other_setting(settings_checkpoi
         "scheduler_kwargs": {"T_max": 24},
     }
     assert len(long_run(settings_checkpoint, resume=True, **equal).losses) == 6
+
+
+def test_a_checkpoint_from_before_there_were_budgets_is_gone_on_with(settings_checkpoint, tmp_path):
+    state = load_checkpoint(settings_checkpoint)
+    del state["settings"]["curvature_budget"], state["progress"]["tuning_cost"]
+    save_checkpoint(tmp_path / "c.pt", state)
+    assert long_run(tmp_path / "c.pt", resume=True).losses == long_run(settings_checkpoint, resume=True).losses
+    with pytest.raises(CheckpointError, match=r"curvature_budget was None and is 0\.1"):
+        long_run(tmp_path / "c.pt", resume=True, marglik_frequency=None)
 
 
 def test_many_differences_are_counted():
@@ -283,6 +294,8 @@ DAMAGES = [
     ("progress/losses", [1, "a"], "'losses' of 'progress' are not all numbers"),
     ("progress/history", [1, 2], "'history' of 'progress' is not one dictionary per epoch"),
     ("progress/train_seconds", NAN, "'train_seconds' of 'progress' is nan"),
+    ("progress/tuning_cost", [], "'tuning_cost' of 'progress' is a list"),
+    ("progress/tuning_cost/batch_seconds", NAN, "'batch_seconds' of 'tuning_cost' is nan"),
     ("progress/best/epoch", "a", "'epoch' of 'best' is a str"),
     ("progress/best/model", MISSING, "'model' of 'best' is missing"),
     ("progress/best/model/3.weight", torch.zeros(3, 7).double(), r"torch.float64 \[3, 7\] in place of torch.float64 \[3, 8\]"),

@@ -161,7 +161,7 @@ def run(path, hyper_optimizer: str, *, until: int | None = None, regression: boo
 
     torch.manual_seed(7)
     task = (mlp(1, 1), noisy_sine(), "regression") if regression else (mlp(), blobs(), "classification")
-    options = {"optimizer_kwargs": SGD, "fit_fraction": 0.5, "checkpoint_path": path} | QUICK | options
+    options = QUICK | {"optimizer_kwargs": SGD, "fit_fraction": 0.5, "checkpoint_path": path} | options
     return marglik_training(*task, on_epoch=on_epoch, hyper_optimizer=hyper_optimizer, **options)
 
 

@@ -31,7 +31,7 @@ from laplace_ws.experiment.training import training_options
 from laplace_ws.marglik import Schedule, Trainer, TrainingOptions, marglik_training, prepare
 from laplace_ws.marglik.optimizers import SGD_DEFAULTS
 
-SHORT = Schedule(n_epochs=6, n_epochs_burnin=2, marglik_frequency=2, n_hypersteps=5)
+SHORT = Schedule(n_epochs=6, n_epochs_burnin=2, marglik_frequency=2, n_hypersteps=5, fit_fraction=1.0)
 PLAIN = TrainingOptions(optimizer_cls=Never, optimizer_kwargs=SGD)
 
 
@@ -180,7 +180,10 @@ def test_the_command_has_the_defaults_of_the_function():
 
 def test_the_defaults_are_those_that_the_documents_name():
     schedule = Schedule()
-    assert (schedule.n_epochs, schedule.burnin, schedule.marglik_frequency, schedule.n_hypersteps) == (100, 20, 5, 50)
+    assert (schedule.n_epochs, schedule.burnin, schedule.curvature_budget, schedule.n_hypersteps) == (100, 20, 0.1, 50)
+    assert schedule.marglik_frequency is schedule.fit_fraction is None
+    without = Schedule(curvature_budget=None).settings()
+    assert (without["marglik_frequency"], without["fit_fraction"]) == (5, 1.0)
 
 
 def test_the_options_of_the_command_reach_the_training():
@@ -210,7 +213,8 @@ def test_the_default_burnin_leaves_epochs_to_tune_in(n_epochs, burnin):
 
 
 def test_a_short_training_needs_no_burnin_to_be_given():
-    result = marglik_training(mlp(), blobs(), n_epochs=4, n_hypersteps=1, optimizer_kwargs=SGD, progress_bar=False)
+    options = {"n_hypersteps": 1, "optimizer_kwargs": SGD, "curvature_budget": None, "progress_bar": False}
+    result = marglik_training(mlp(), blobs(), n_epochs=4, **options)
     assert len(result.margliks) == 1
     with pytest.raises(ValueError, match="n_epochs_burnin=20 leaves none of n_epochs=4"):
         marglik_training(mlp(), blobs(), n_epochs=4, n_epochs_burnin=20)

@@ -45,6 +45,7 @@ def test_tuning_finds_the_noise_and_a_better_marginal_likelihood():
         "regression",
         n_epochs_burnin=30,
         marglik_frequency=10,
+        fit_fraction=1.0,
         n_hypersteps=20,
         **options,
     )
@@ -217,7 +218,7 @@ def test_a_part_of_the_batches_is_scaled_up(monkeypatch):
 
     def run(fraction):
         return marglik_training(
-            mlp(), blobs(n=64), **QUICK, optimizer_kwargs=SGD, fit_fraction=fraction, curvature="ggn"
+            mlp(), blobs(n=64), **QUICK | {"fit_fraction": fraction}, optimizer_kwargs=SGD, curvature="ggn"
         )
 
     fit = KronLaplace.fit
@@ -324,7 +325,7 @@ def test_structures_of_several_passes_are_tuned(structure):
     x, y = blobs().dataset.tensors
     loader = TensorLoader(x, y, batch_size=16)
     options = {"hessian_structure": structure, "curvature": "ggn", "fit_fraction": 0.5, "optimizer_kwargs": SGD}
-    result = marglik_training(mlp(), loader, **options, **QUICK)
+    result = marglik_training(mlp(), loader, **QUICK | options)
     assert result.la.hessian_structure == structure
     assert result.margliks[-1] > result.margliks[0]
     assert len(result.margliks) == 3

@@ -208,6 +208,23 @@ def test_regression_without_fixed_models(tmp_path):
     assert len(pictures_of(page)) == 2 + 2
 
 
+@pytest.mark.parametrize(
+    ("costs", "budget", "says"),
+    [
+        ({"over_budget": 0.0}, 0.1, "the last fit, on all the data, 3.1 %: within the budget of 10 %."),
+        ({"over_budget": 0.014}, 0.1, "the last fit, on all the data, 3.1 %: 1.4 % more than the budget of 10 %."),
+        ({}, 0.1, "the last fit, on all the data, 3.1 %."),
+        ({}, None, "the last fit, on all the data, 3.1 %."),
+    ],
+)
+def test_the_cost_of_tuning_is_on_the_page(tmp_path, costs, budget, says):
+    summary = make_summary(fixed=())
+    summary["tuned"] |= {"tuning_overhead": 0.0829, "final_fit_overhead": 0.0312} | costs
+    summary["config"]["marglik"] = {"curvature_budget": budget}
+    text = text_of(page_of(write_run(tmp_path, summary)))
+    assert f"Tuning took 8.3 % of the time of the gradient steps, {says}" in text
+
+
 def test_bare_minimum(tmp_path):
     summary = make_summary(fixed=()) | {"tuned": {}, "config": {}}
     del summary["fixed"], summary["total_seconds"]

@@ -19,7 +19,14 @@ SETTINGS = {
     "name": "tiny",
     "data": {"n_train": 60, "n_test": 40, "batch_size": 20},
     "model": {"name": "mlp"},
-    "marglik": {"n_epochs": 3, "n_epochs_burnin": 1, "marglik_frequency": 1, "n_hypersteps": 3, "lr": 0.01},
+    "marglik": {
+        "n_epochs": 3,
+        "n_epochs_burnin": 1,
+        "marglik_frequency": 1,
+        "fit_fraction": 1.0,
+        "n_hypersteps": 3,
+        "lr": 0.01,
+    },
     "candidates": [
         {"name": "wide", "model": {"hidden": [6]}},
         {"name": "linear", "model": {"hidden": []}},

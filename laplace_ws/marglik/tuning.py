@@ -1,0 +1,83 @@
+"""One tuning: a fit at the current weights, and the ascent of the hyperparameters on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from laplace_ws.curvature.batches import Batches
+from laplace_ws.marglik.budget import TuningCost
+from laplace_ws.marglik.checks import DataFacts
+from laplace_ws.marglik.hyperparameters import Hyperparameters
+from laplace_ws.marglik.passes import same_order_after
+from laplace_ws.posterior import Laplace
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a tuning gave.
+
+    Attributes:
+        log_marglik: log marginal likelihood after it, in nats; of a fit to a part of the batches an estimate for all the data.
+        n_batches: that its fit saw.
+        fit_seconds: wall time of the fit.
+        seconds: of all of it.
+    """
+
+    log_marglik: float
+    n_batches: int
+    fit_seconds: float
+    seconds: float
+
+    @property
+    def cost(self) -> TuningCost:
+        """What it says of the cost of others."""
+        return TuningCost(self.seconds - self.fit_seconds, self.fit_seconds / self.n_batches)
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """Tunes the hyperparameters of a posterior at the current weights of its model.
+
+    Attributes:
+        la: the posterior, whose hyperparameters are kept equal to `hyper`.
+        hyper: the hyperparameters.
+        batches: the training data.
+        facts: of them.
+        n_hypersteps: steps on the hyperparameters.
+        max_log_step: largest change of the logarithm of any of them.
+        stiffness: upper limit of prior precisions, see `Hyperparameters.ascend`.
+        generator: of the choice of batches.
+    """
+
+    la: Laplace
+    hyper: Hyperparameters
+    batches: Batches
+    facts: DataFacts
+    n_hypersteps: int
+    max_log_step: float
+    stiffness: float
+    generator: torch.Generator
+
+    def tune(self, n_batches: int, clock: Callable[[], float]) -> Tuning:
+        """Fit to a number of batches and go up the log marginal likelihood.
+
+        Args:
+            n_batches: all of them, or a fresh random choice.
+            clock: tells the time in seconds.
+        """
+        start = clock()
+        with same_order_after(self.batches.loader):
+            self.la.fit(self._some_batches(n_batches), n_data=self.facts.n_data, recheck=False)
+        fitted = clock()
+        self.hyper.ascend(self.la, self.n_hypersteps, max_log_step=self.max_log_step, stiffness=self.stiffness)
+        log_marglik = self.la.log_marginal_likelihood().item()
+        return Tuning(log_marglik, n_batches, fitted - start, clock() - start)
+
+    def _some_batches(self, n_chosen: int) -> Batches:
+        if n_chosen == self.facts.n_batches:
+            return self.batches
+        order = torch.randperm(self.facts.n_batches, generator=self.generator)
+        return replace(self.batches, chosen=frozenset(order[:n_chosen].tolist()))
