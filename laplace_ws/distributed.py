@@ -91,8 +91,7 @@ class Processes(ABC):
             for name, value in of_each[0].items():
                 if other.get(name) != value:
                     raise ValueError(
-                        f"process {rank} has another {name} than process 0: {other.get(name)!r} in place of {value!r}; start all processes "
-                        "alike."
+                        f"{name} is {other.get(name)!r} in process {rank} and {value!r} in process 0; start all processes alike."
                     )
 
 

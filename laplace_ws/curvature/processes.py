@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from laplace_ws.distributed import Processes, processes
@@ -39,6 +40,11 @@ def check_not_wrapped(model: nn.Module) -> None:
             f"{where} is run by {wrapper}, but curvature is computed in one process, on one device; {mend}, and all of the data to one "
             "process."
         )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network within a `DistributedDataParallel`; any other model as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @dataclass(frozen=True)

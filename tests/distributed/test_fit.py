@@ -2,25 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from distributed_case import N, make_data, make_net, raised
 from groups import run_on
-from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from laplace_ws import Laplace
-
-N = 23
-
-
-def make_net():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4))
-    return net.double()
-
-
-def make_data() -> TensorDataset:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(N, 1, 6, 6, dtype=torch.float64, generator=generator)
-    return TensorDataset(x, torch.randint(0, 4, (N,), generator=generator))
 
 
 def shared_loader(data: TensorDataset, batch_size: int, **options) -> DataLoader:
@@ -97,8 +84,6 @@ def test_choices_on_validation_data():
 
 def refused(kind: str, rank: int):
     """What a process raises where one of them is given something bad."""
-    import torch.distributed as dist
-
     data, net = make_data(), make_net()
     if dist.get_rank() == rank:
         x, y = data.tensors
@@ -109,11 +94,7 @@ def refused(kind: str, rank: int):
             y = y + 9
         data = TensorDataset(x, y)
     la = Laplace(net, "classification", curvature="ggn_mc")
-    try:
-        la.fit(shared_loader(data, 6))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "fitted"
+    return raised(lambda: la.fit(shared_loader(data, 6)))
 
 
 @pytest.mark.parametrize("kind", ["nan", "labels"])
@@ -126,17 +107,10 @@ def test_a_process_that_fails_ends_the_fit_of_all(kind):
 
 def fitted_to_few():
     x, y = make_data().tensors
-    return refused_with(TensorDataset(x[:2], y[:2]))
-
-
-def refused_with(data):
-    try:
-        Laplace(make_net(), "classification").fit(shared_loader(data, 2))
-    except Exception as error:
-        return str(error)
+    return raised(lambda: Laplace(make_net(), "classification").fit(shared_loader(TensorDataset(x[:2], y[:2]), 2)))
 
 
 def test_a_process_without_an_example():
     found = run_on(3, fitted_to_few)
-    assert found[2] == "process 2 of 3 has no example; give each at least one, or start fewer processes."
+    assert found[2] == "InvalidBatchError: process 2 of 3 has no example; give each at least one, or start fewer processes."
     assert all("process 2 failed" in found[rank] for rank in (0, 1))
