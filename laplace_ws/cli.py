@@ -59,10 +59,14 @@ def select(config: SelectConfig, *, resume: bool, overwrite: bool) -> int:
 def calibrate(config: CalibrateConfig, *, overwrite: bool) -> int:
     """Run `laplace-ws calibrate`; returns the exit status."""
     from laplace_ws.calibration import as_text, output_folder, run_calibration, write_result
+    from laplace_ws.distributed import is_first_process
     from laplace_ws.experiment.lock import sole_writer
     from laplace_ws.report.calibration_page import write_calibration_report
 
     folder = output_folder(config, overwrite=overwrite)
+    if not is_first_process():
+        run_calibration(config)
+        return OK
     with sole_writer(folder):
         result = run_calibration(config)
         print(as_text(result.methods))

@@ -79,7 +79,6 @@ class Processes(ABC):
         """
         yield
 
-
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Raise `ValueError` in all processes where one of them differs from the first, with its number and what differs.
 

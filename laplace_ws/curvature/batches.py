@@ -129,7 +129,9 @@ class Batches:
         y = None
         if self.shard is not None:
             y = batch.get(self.keys.y) if isinstance(batch, Mapping) else batch[-1] if batch else None
-        if self.shard is None or not isinstance(y, Tensor) or not y.ndim:  # the latter for `split_batch`, which says what is wrong
+        if (
+            self.shard is None or not isinstance(y, Tensor) or not y.ndim
+        ):  # the latter for `split_batch`, which says what is wrong
             return (0, 0) if self.shard is None else (1, 1)
         return len(y), self.shard.n_kept(n_before, len(y))
 

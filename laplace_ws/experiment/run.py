@@ -62,7 +62,9 @@ def run_experiment(config: RunConfig, *, resume: bool = False, overwrite: bool =
             check_name(config.name)
             check_config(config, tasks)
             if group.size > 1 and config.workers > 1:
-                raise ValueError(f"workers={config.workers} is for one process, but there are {group.size}; set workers=1")
+                raise ValueError(
+                    f"workers={config.workers} is for one process, but there are {group.size}; set workers=1"
+                )
             data = load_data(config)
             check_training(config, make_model(config, data), data)
             make_writable(folder, "--out or --name")
@@ -73,7 +75,9 @@ def run_experiment(config: RunConfig, *, resume: bool = False, overwrite: bool =
                 work = group.gather(_prepared(config, tasks, resume, overwrite) if group.is_first else folder)[0]
             if (work / SUMMARY).exists():
                 return folder, read_run(work)
-            with explained(UnsupportedParameterError, InvalidBatchError, CheckpointError, BrokenProcessPool, ProcessError):
+            with explained(
+                UnsupportedParameterError, InvalidBatchError, CheckpointError, BrokenProcessPool, ProcessError
+            ):
                 outcomes = train_all(config, tasks, work, data, resume)
             models = [model for model, _ in outcomes]
             result = RunResult(
@@ -113,9 +117,14 @@ def explained(*errors: type[Exception]) -> Iterator[None]:
 
 def device_of(config: RunConfig) -> torch.device:
     """Where to train."""
-    if config.device == "auto":
+    return chosen_device(config.device)
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device that the option of a command names; "auto" is a GPU where there is one."""
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+    return torch.device(name)
 
 
 def load_data(config: RunConfig) -> ImageData:

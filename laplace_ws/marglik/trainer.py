@@ -292,7 +292,9 @@ class Trainer:
             sampler.set_epoch(epoch)
         if self.processes.size > 1:
             seed = self.processes.gather(int(torch.randint(2**62, ())))[0]
-            if not self.processes.is_first:  # the first goes on as it is, so that its state is all that a checkpoint needs
+            if (
+                not self.processes.is_first
+            ):  # the first goes on as it is, so that its state is all that a checkpoint needs
                 torch.manual_seed(seed + self.processes.rank)
 
     def _descend(self, epoch: int) -> tuple[float, float | None]:

@@ -94,9 +94,7 @@ class KronBlock(Block):
         B_dtype, A_dtype = self.decomposition_dtypes
         return _eigen(self.B, B_dtype, self.B), _eigen(self.A, A_dtype, self.B)
 
-    def accept(
-        self, of_B: tuple[Tensor, Tensor | None], of_A: tuple[Tensor, Tensor | None], *, vectors: bool
-    ) -> None:
+    def accept(self, of_B: tuple[Tensor, Tensor | None], of_A: tuple[Tensor, Tensor | None], *, vectors: bool) -> None:
         """Take the eigenvalues, and with `vectors` the eigenvectors, as computed elsewhere, in place of computing them."""
         self.__dict__["factor_eigenvalues"] = of_B[0], of_A[0]
         if vectors:

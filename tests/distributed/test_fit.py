@@ -67,7 +67,9 @@ def chosen(is_shared: bool, batch_size: int) -> list[torch.Tensor]:
     found = []
     for method in ("marglik", "gridsearch", "gradient"):
         data_options = {} if method == "marglik" else {"val_loader": validation}
-        la.optimize_prior_precision(method, prior_structure="scalar" if method == "gridsearch" else "layerwise", **data_options)
+        la.optimize_prior_precision(
+            method, prior_structure="scalar" if method == "gridsearch" else "layerwise", **data_options
+        )
         found.append(la.prior_precision.clone())
     return [*found, torch.tensor(la.optimize_covariance_scale(validation))]
 
@@ -112,5 +114,8 @@ def fitted_to_few():
 
 def test_a_process_without_an_example():
     found = run_on(3, fitted_to_few)
-    assert found[2] == "InvalidBatchError: process 2 of 3 has no example; give each at least one, or start fewer processes."
+    assert (
+        found[2]
+        == "InvalidBatchError: process 2 of 3 has no example; give each at least one, or start fewer processes."
+    )
     assert all("process 2 failed" in found[rank] for rank in (0, 1))

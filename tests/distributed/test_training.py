@@ -42,7 +42,9 @@ def check_equal(of_processes, alone):
         if isinstance(found, Exception):
             raise found
         for name, value in alone.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 CASES = {
@@ -165,7 +167,9 @@ def test_a_process_that_dies_ends_the_training():
 def with_batch_norm():
     data = make_data()
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(48, 4)).double()
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(48, 4)
+    ).double()
     loader = DataLoader(data, batch_size=6, sampler=DistributedSampler(data))
     result = marglik_training(net, loader, **OPTIONS)
     state = torch.cat([t.double().flatten() for t in net.state_dict().values()])
