@@ -17,7 +17,7 @@ from laplace_ws.calibration.rows import check_rows, make_methods
 from laplace_ws.calibration.score import ScoredImages, load_scored_images, score
 from laplace_ws.calibration.trained import TrainedRun, checkpoint_path, load_trained
 from laplace_ws.data.corruptions import PARAMETERS
-from laplace_ws.distributed import Processes, ProcessError, group_of_torchrun
+from laplace_ws.distributed import ProcessError, Processes, group_of_torchrun
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.experiment.environment import environment_record
 from laplace_ws.experiment.folder import check_free, check_page, make_writable, write_whole
@@ -37,14 +37,17 @@ def run_calibration(config: CalibrateConfig) -> CalibrationResult:
     """
     start = time.perf_counter()
     user_errors = (ValueError, OSError, CheckpointError, UnsupportedParameterError, InvalidBatchError, ProcessError)
-    with explained(*user_errors), group_of_torchrun(chosen_device(config.device)) as group:
-        with group.together("the calibration"):
-            check_config(config)
-            trained = load_trained(config)
-            check_rows(config, trained)
-            images = load_scored_images(config, trained)
-            with torch_settings(config.threads, config.seed):
-                methods = [_scored(method, images, config, group, start) for method in make_methods(config, trained)]
+    with (
+        explained(*user_errors),
+        group_of_torchrun(chosen_device(config.device)) as group,
+        group.together("the calibration"),
+    ):
+        check_config(config)
+        trained = load_trained(config)
+        check_rows(config, trained)
+        images = load_scored_images(config, trained)
+        with torch_settings(config.threads, config.seed):
+            methods = [_scored(method, images, config, group, start) for method in make_methods(config, trained)]
     return CalibrationResult(
         config=asdict(config),
         environment=environment_record(threads=config.threads, device=trained.data.x_test.device),

@@ -125,7 +125,7 @@ class Batches:
                 return
 
     def _sizes(self, batch: Any, n_before: int) -> tuple[int, int]:
-        """How many examples a batch of a shard holds, and how many of them are none that another process reads; 0 where all data are read."""
+        """How many examples a batch of a shard holds, and how many of them no other process reads."""
         y = None
         if self.shard is not None:
             y = batch.get(self.keys.y) if isinstance(batch, Mapping) else batch[-1] if batch else None

@@ -67,7 +67,7 @@ class Shard:
         return max(0, min(n, n_own - n_before))
 
     def n_examples(self, loader: object, n_seen: int) -> int:
-        """Number of examples N of the whole data set, with those that a loader leaves out by `drop_last`; all processes have seen `n_seen`."""
+        """Number of examples N of all processes, with those that a loader leaves out by `drop_last`; `n_seen` were read."""
         drops = getattr(getattr(loader, "batch_sampler", None), "drop_last", False)
         n_real = self.n_real if drops else None
         return n_seen if n_real is None else n_real

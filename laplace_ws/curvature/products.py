@@ -121,7 +121,7 @@ class CurvatureProducts:
             )
         if batches.processes.size > 1 and Curvature(curvature).is_random:
             raise InvalidBatchError(
-                f"the random columns of {Curvature(curvature).value!r} are drawn anew in each pass, which several processes cannot do alike; "
+                f"the random columns of {Curvature(curvature).value!r} are not drawn alike by several processes; "
                 'choose curvature="ggn".'
             )
         self.model = model

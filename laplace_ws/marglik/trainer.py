@@ -20,7 +20,7 @@ from tqdm import tqdm
 from laplace_ws.curvature.backend import trainable_parameters
 from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.inputs import call_model
-from laplace_ws.distributed import Processes, ProcessError
+from laplace_ws.distributed import ProcessError, Processes
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.files import FileFormatError
 from laplace_ws.kfac.uses import at_least_float32

@@ -32,7 +32,8 @@ def decompose(kron: Kron, processes: Processes, *, vectors: bool) -> None:
             of_rank = [parts for parts, owner in zip(results, owners, strict=True) if owner == rank]
             processes.broadcast_([part for parts in of_rank for part in parts if part is not None], rank)
     for block, (b, Q_B, a, Q_A) in zip(blocks, results, strict=True):
-        assert b is not None and a is not None
+        assert b is not None
+        assert a is not None
         block.accept((b, Q_B), (a, Q_A), vectors=vectors)
 
 

@@ -138,7 +138,7 @@ class Structure(ABC):
             before: the curvature of other data that this one will be added to, if any.
         """
 
-    def prepare(self, H: CurvatureMatrix, processes: Processes) -> None:
+    def prepare(self, H: CurvatureMatrix, processes: Processes) -> None:  # noqa: B027 - most structures need nothing
         """Compute, together with the other processes of a fit, what the evidence will need."""
 
     @abstractmethod

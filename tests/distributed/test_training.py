@@ -144,7 +144,8 @@ def diverges():
 
 def test_a_training_that_diverges_ends_in_all():
     for found in run_on(2, diverges):
-        assert found.startswith("TrainingDiverged") and " became " in found
+        assert found.startswith("TrainingDiverged")
+        assert " became " in found
 
 
 def dies():
