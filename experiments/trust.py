@@ -39,6 +39,16 @@ Predict = Callable[[Tensor], Tensor]
 SMALL_CNN = "small-cnn"
 
 
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "reduce": {"hessian_structure": "kron", "kfac_approx": "reduce"},
+    "expand": {"hessian_structure": "kron", "kfac_approx": "expand"},
+    "ekfac": {"hessian_structure": "ekfac", "kfac_approx": "expand"},
+    "diag": {"hessian_structure": "diag"},
+    "full": {"hessian_structure": "full"},
+    "last layer": {"hessian_structure": "kron", "subset_of_weights": "last_layer"},
+}
+
+
 @dataclass(frozen=True)
 class NetworkConfig:
     """One network, trained once per seed.
@@ -51,6 +61,8 @@ class NetworkConfig:
         lr: of SGD.
         chosen_on_validation: priors that are chosen on validation images, for K-FAC-expand: scalar (a grid) and layerwise (by gradient: its
             time grows with the weights).
+        structures: the posteriors; full where it fits.
+        n_corrupted: test images to be damaged in each way and strength; as for the other networks if not given.
     """
 
     name: str
@@ -59,6 +71,8 @@ class NetworkConfig:
     n_epochs: int = 60
     lr: float = 0.03
     chosen_on_validation: list[str] = field(default_factory=lambda: ["scalar"])
+    structures: list[str] = field(default_factory=lambda: list(STRUCTURES))
+    n_corrupted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,16 +112,6 @@ class TrustConfig:
     threads: int = 1
     name: str = "trust"
     out: str = "runs"
-
-
-STRUCTURES: dict[str, dict[str, Any]] = {
-    "reduce": {"hessian_structure": "kron", "kfac_approx": "reduce"},
-    "expand": {"hessian_structure": "kron", "kfac_approx": "expand"},
-    "ekfac": {"hessian_structure": "ekfac", "kfac_approx": "expand"},
-    "diag": {"hessian_structure": "diag"},
-    "full": {"hessian_structure": "full"},
-    "last layer": {"hessian_structure": "kron", "subset_of_weights": "last_layer"},
-}
 
 
 def small_cnn(image_size: int, n_classes: int) -> nn.Module:
@@ -173,7 +177,7 @@ def train(config: TrustConfig, network: NetworkConfig, seed: int) -> Trained:
         progress_bar=False,
     )
     model.eval()
-    chosen = balanced_indices(data.y_test, config.n_corrupted, seed=seed)
+    chosen = balanced_indices(data.y_test, network.n_corrupted or config.n_corrupted, seed=seed)
     pixels, labels = data.to_pixels(data.x_test[chosen]), data.y_test[chosen]
     damaged = [
         (data.from_pixels(corrupt(pixels, corruption, strength, seed=seed)), labels)
@@ -225,10 +229,10 @@ def rows(config: TrustConfig, trained: Trained) -> Iterator[tuple[str, dict[str,
         scores(trained, lambda x: (outputs(model, x) / temperature).softmax(-1)) | {"scale": temperature},
     )
     n_weights = sum(p.numel() for p in model.parameters())
-    for name, options in STRUCTURES.items():
+    for name in trained.config.structures:
         if name == "full" and n_weights > config.largest_full:
             continue
-        yield from posterior_rows(config, trained, name, options)
+        yield from posterior_rows(config, trained, name, STRUCTURES[name])
 
 
 def posterior_rows(

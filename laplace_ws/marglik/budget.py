@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 SMALLEST_SHARE = 0.1
 """Share of the batches below which a tuning waits for more to accrue, as fewer say little of the data."""
-FEWEST_TUNINGS = 8
+FEWEST_TUNINGS = 5
 """Tunings that a run gets in any case, since each moves a prior precision only so far from its start."""
 FINAL_FIT_SHARE = 0.5
 """Largest share of what a run may spend that is put aside for its last fit, so that a costly one does not starve the tunings."""
@@ -29,12 +29,13 @@ class TuningCost:
         """Predicted wall time of a tuning on a number of batches."""
         return self.fixed_seconds + n_batches * self.batch_seconds
 
-    def averaged(self, before: TuningCost | None) -> TuningCost:
-        """The mean with what was known before, so that each measurement counts half: a drift is learned, an outlier forgotten."""
+    def learned_after(self, before: TuningCost | None) -> TuningCost:
+        """What is known once this is measured too: a lower cost counts at once, a higher one half, as a disturbance only adds time."""
         if before is None:
             return self
         return TuningCost(
-            (self.fixed_seconds + before.fixed_seconds) / 2, (self.batch_seconds + before.batch_seconds) / 2
+            min(self.fixed_seconds, (self.fixed_seconds + before.fixed_seconds) / 2),
+            min(self.batch_seconds, (self.batch_seconds + before.batch_seconds) / 2),
         )
 
 

@@ -366,7 +366,7 @@ class Trainer:
         except (InvalidBatchError, FloatingPointError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
             raise TrainingDiverged(f"no tuning was possible ({error})", epoch, self.checkpoint_on_disk()) from error
         self._check_finite("the log marginal likelihood", tuning.log_marglik, epoch)
-        self.progress.tuning_cost = asdict(tuning.cost.averaged(self._known_cost()))
+        self.progress.tuning_cost = asdict(tuning.cost.learned_after(self._known_cost()))
         self.progress.margliks.append(tuning.log_marglik)
         best = self.progress.best
         if best is None or self.keeps_last or tuning.log_marglik > best["log_marginal_likelihood"]:

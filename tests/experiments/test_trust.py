@@ -53,5 +53,6 @@ def test_rows_and_blocks(tmp_path, monkeypatch, capsys):
 
 def test_configuration_of_the_repository_is_read():
     config = Options(trust.TrustConfig).read(["--config", "configs/trust.yaml"])
-    assert [network.model for network in config.networks] == ["small-cnn", "lenet"]
+    assert [network.model for network in config.networks] == ["small-cnn", "lenet", "wide-resnet"]
     assert config.networks[0].chosen_on_validation == ["scalar", "layerwise"]
+    assert set(config.networks[2].structures) < set(trust.STRUCTURES)

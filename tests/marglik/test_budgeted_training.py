@@ -76,8 +76,9 @@ def test_the_result_says_what_tuning_and_the_last_fit_cost():
     assert result.curvature_seconds == spent + 8.0
     assert result.tuning_overhead == spent / 320
     assert result.final_fit_overhead == 8 / 320
-    assert 0.4 < result.tuning_overhead + result.final_fit_overhead <= 0.5
-    assert (result.curvature_budget, result.over_budget) == (0.5, 0.0)
+    both = result.tuning_overhead + result.final_fit_overhead
+    assert 0.4 < both <= 0.5 + 7 / 320  # up to the error of one prediction, see below
+    assert (result.curvature_budget, result.over_budget) == (0.5, max(0.0, both - 0.5))
 
 
 def test_a_run_too_short_for_its_budget_says_by_how_much_it_passes_it():
