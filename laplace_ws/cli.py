@@ -31,11 +31,14 @@ OK, FAILED, USAGE = 0, 1, 2
 
 def train(config: RunConfig, *, resume: bool, overwrite: bool) -> int:
     """Run `laplace-ws train`; returns the exit status."""
+    from laplace_ws.distributed import is_first_process
     from laplace_ws.experiment.folder import summary_table
     from laplace_ws.experiment.run import run_experiment
     from laplace_ws.report import write_report
 
     folder, result = run_experiment(config, resume=resume, overwrite=overwrite)
+    if not is_first_process():
+        return OK
     print(summary_table(result))
     print(f"report: {write_report(folder)}" if config.report else f"summary: {folder / 'summary.json'}")
     return OK
@@ -56,10 +59,14 @@ def select(config: SelectConfig, *, resume: bool, overwrite: bool) -> int:
 def calibrate(config: CalibrateConfig, *, overwrite: bool) -> int:
     """Run `laplace-ws calibrate`; returns the exit status."""
     from laplace_ws.calibration import as_text, output_folder, run_calibration, write_result
+    from laplace_ws.distributed import is_first_process
     from laplace_ws.experiment.lock import sole_writer
     from laplace_ws.report.calibration_page import write_calibration_report
 
     folder = output_folder(config, overwrite=overwrite)
+    if not is_first_process():
+        run_calibration(config)
+        return OK
     with sole_writer(folder):
         result = run_calibration(config)
         print(as_text(result.methods))

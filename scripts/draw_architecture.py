@@ -34,7 +34,17 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"matrices": 1, "metrics": 3, "models": 0, "data": 4},
     {"saved": 0, "options": 1, "records": 2, "tables": 3, "interrupts": 4},
     {"option_errors": 1},
-    {"_version": 0, "errors": 1, "files": 2, "randomness": 3, "registry": 4, "threads": 5, "values": 6, "hashes": 7},
+    {
+        "_version": 0,
+        "errors": 1,
+        "files": 2,
+        "randomness": 3,
+        "registry": 4,
+        "threads": 5,
+        "values": 6,
+        "hashes": 7,
+        "distributed": 8,
+    },
 )
 """The parts of the package, each with its column in the picture. A part may import what stands below it, not beside or above it."""
 N_BOTTOM = 2

@@ -14,6 +14,7 @@ from laplace_ws.calibration.config import CalibrateConfig
 from laplace_ws.calibration.method import Method, Predict, Prediction, require_validation
 from laplace_ws.calibration.trained import TrainedRun
 from laplace_ws.data import TensorLoader
+from laplace_ws.distributed import processes
 from laplace_ws.experiment.folder import Json
 from laplace_ws.posterior import STRUCTURES, Laplace
 
@@ -48,7 +49,7 @@ def methods_of(config: CalibrateConfig, trained: TrainedRun, structure: str) -> 
     data = trained.data
     la = make_posterior(config, trained, structure)
     start = time.perf_counter()
-    la.fit(TensorLoader(data.x_train, data.y_train, batch_size=config.data.batch_size))
+    la.fit(own_batches(data.x_train, data.y_train, config))
     fit_seconds = time.perf_counter() - start
     for prior in config.methods.priors:
         start = time.perf_counter()
@@ -62,6 +63,12 @@ def methods_of(config: CalibrateConfig, trained: TrainedRun, structure: str) -> 
             laplace_facts(la, seconds),
             trained.train_seconds + seconds,
         )
+
+
+def own_batches(x: Tensor, y: Tensor, config: CalibrateConfig) -> TensorLoader:
+    """Batches of images and classes; of each, the share of this process."""
+    group = processes()
+    return TensorLoader(x, y, batch_size=config.data.batch_size, num_replicas=group.size, rank=group.rank)
 
 
 def laplace_predict(la: Laplace, config: CalibrateConfig) -> Predict:
@@ -134,7 +141,7 @@ def choose_prior(la: Laplace, prior: str, config: CalibrateConfig, trained: Trai
         la.optimize_prior_precision("marglik", prior_structure=m.prior_structure)
     if prior == "marglik":
         return
-    validation = TensorLoader(trained.x_validation, trained.y_validation, batch_size=config.data.batch_size)
+    validation = own_batches(trained.x_validation, trained.y_validation, config)
     generator = torch.Generator(trained.x_validation.device).manual_seed(config.seed)
     sampling: dict[str, Any] = {"link_approx": m.link_approx, "n_samples": m.n_samples, "generator": generator}
     if prior == "scaled":

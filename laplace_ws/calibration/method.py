@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from laplace_ws.calibration.config import CalibrateConfig
 from laplace_ws.calibration.trained import TrainedRun
+from laplace_ws.distributed import Processes
 from laplace_ws.experiment.evaluate import outputs
 from laplace_ws.experiment.folder import ExperimentError, Json
 
@@ -65,6 +66,30 @@ def mean_of(samples: Float[Tensor, "S N K"]) -> Prediction:
 def mean_over(models: Sequence[nn.Module]) -> Predict:
     """The mean over the probabilities of several networks."""
     return lambda x: mean_of(torch.stack([probabilities(model, x) for model in models]))
+
+
+def divided(predict: Predict, group: Processes) -> Predict:
+    """Predictions of which each process makes its share, every process then having all of them."""
+
+    def predict_all(x: Tensor) -> Prediction:
+        if group.size == 1 or len(x) < group.size:
+            return predict(x)
+        own = predict(x[group.rank :: group.size])
+        samples = own.samples
+        return Prediction(
+            interleaved(group, own.probs), None if samples is None else lambda: interleaved(group, samples(), axis=1)
+        )
+
+    return predict_all
+
+
+def interleaved(group: Processes, own: Tensor, axis: int = 0) -> Tensor:
+    """The rows of all processes, of which each has every `group.size`-th one."""
+    of_each = group.gather(own.cpu())
+    out = own.new_empty(*own.shape[:axis], sum(part.shape[axis] for part in of_each), *own.shape[axis + 1 :])
+    for rank, part in enumerate(of_each):
+        out.movedim(axis, 0)[rank :: group.size] = part.to(out).movedim(axis, 0)
+    return out
 
 
 def require_validation(config: CalibrateConfig, trained: TrainedRun) -> None:

@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 
 from laplace_ws.calibration.config import CalibrateConfig
-from laplace_ws.calibration.method import Method
+from laplace_ws.calibration.method import Method, divided
 from laplace_ws.calibration.result import CalibrationResult, MethodResult
 from laplace_ws.calibration.rows import check_rows, make_methods
 from laplace_ws.calibration.score import ScoredImages, load_scored_images, score
 from laplace_ws.calibration.trained import TrainedRun, checkpoint_path, load_trained
 from laplace_ws.data.corruptions import PARAMETERS
+from laplace_ws.distributed import ProcessError, Processes, group_of_torchrun
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.experiment.environment import environment_record
 from laplace_ws.experiment.folder import check_free, check_page, make_writable, write_whole
-from laplace_ws.experiment.run import explained, torch_settings
+from laplace_ws.experiment.run import chosen_device, explained, torch_settings
 from laplace_ws.marglik.checkpoint import CheckpointError
 
 RESULT, PAGE = "calibration.json", "calibration.html"
@@ -35,13 +36,18 @@ def run_calibration(config: CalibrateConfig) -> CalibrationResult:
         ExperimentError: something does not allow the run; says what to do.
     """
     start = time.perf_counter()
-    with explained(ValueError, OSError, CheckpointError, UnsupportedParameterError, InvalidBatchError):
+    user_errors = (ValueError, OSError, CheckpointError, UnsupportedParameterError, InvalidBatchError, ProcessError)
+    with (
+        explained(*user_errors),
+        group_of_torchrun(chosen_device(config.device)) as group,
+        group.together("the calibration"),
+    ):
         check_config(config)
         trained = load_trained(config)
         check_rows(config, trained)
         images = load_scored_images(config, trained)
         with torch_settings(config.threads, config.seed):
-            methods = [_scored(method, images, config, start) for method in make_methods(config, trained)]
+            methods = [_scored(method, images, config, group, start) for method in make_methods(config, trained)]
     return CalibrationResult(
         config=asdict(config),
         environment=environment_record(threads=config.threads, device=trained.data.x_test.device),
@@ -56,10 +62,13 @@ def run_calibration(config: CalibrateConfig) -> CalibrationResult:
     )
 
 
-def _scored(method: Method, images: ScoredImages, config: CalibrateConfig, start: float) -> MethodResult:
+def _scored(
+    method: Method, images: ScoredImages, config: CalibrateConfig, group: Processes, start: float
+) -> MethodResult:
     """The scores of a method; reports on stderr when it is done, as all of them together take minutes."""
-    result = score(method, images, config)
-    print(f"{time.perf_counter() - start:6.0f} s  {method.label}", file=sys.stderr, flush=True)
+    result = score(replace(method, predict=divided(method.predict, group)), images, config)
+    if group.is_first:
+        print(f"{time.perf_counter() - start:6.0f} s  {method.label}", file=sys.stderr, flush=True)
     return result
 
 

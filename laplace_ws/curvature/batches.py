@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, check_devices, split_batch
-from laplace_ws.curvature.processes import check_not_shared
+from laplace_ws.curvature.processes import Shard, shard_of
+from laplace_ws.distributed import ALONE, Processes
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.values import shown
 
@@ -58,6 +59,9 @@ class Batches:
         progress: title of a bar that is shown on a terminal; None for none.
         on_first: called with the inputs of the first batch of each pass, before they are yielded.
         on_each: called with the inputs and targets of every batch, before they are yielded.
+        shard: the share of the data that the loader gives, where several processes divide them; examples that a sampler repeats, so
+            that all have the same number, are left out.
+        on_empty: called in place of a batch of which nothing is left then.
     """
 
     loader: Data
@@ -67,6 +71,8 @@ class Batches:
     progress: str | None = None
     on_first: Callable[[ModelInputs], None] | None = None
     on_each: Callable[[ModelInputs, Tensor], None] | None = None
+    shard: Shard | None = None
+    on_empty: Callable[[], None] | None = None
 
     @classmethod
     def of(
@@ -75,13 +81,20 @@ class Batches:
         """The batches of a user's data for a model; `Batches` as they are.
 
         Raises:
-            InvalidBatchError: the data are the share of one of several processes.
+            InvalidBatchError: they cannot be iterated over, or are a share of the data that is not that of this process.
         """
         if isinstance(data, Batches):
             return data
-        check_not_shared(data)
         check_iterable(data)
-        return cls(data, next(model.parameters()).device, keys, progress=progress)
+        shard = shard_of(data)
+        if shard is not None and not shard.processes.is_first:
+            progress = None
+        return cls(data, next(model.parameters()).device, keys, progress=progress, shard=shard)
+
+    @property
+    def processes(self) -> Processes:
+        """Those among which the data are divided."""
+        return ALONE if self.shard is None else self.shard.processes
 
     def __iter__(self) -> Iterator[tuple[ModelInputs, Tensor]]:
         """Raises `InvalidBatchError` for a batch of an unknown form or on another device."""
@@ -89,9 +102,18 @@ class Batches:
         bar = tqdm(self.loader, desc=self.progress, unit="batch", disable=hidden)
         last = None if self.chosen is None else max(self.chosen)
         on_next = self.on_first
+        n_before = 0
         for number, batch in enumerate(bar):
-            if self.chosen is None or number in self.chosen:
+            n_given, n_kept = self._sizes(batch, n_before)
+            n_before += n_given
+            is_chosen = self.chosen is None or number in self.chosen
+            if is_chosen and self.shard is not None and not n_kept:
+                if self.on_empty is not None:
+                    self.on_empty()
+            elif is_chosen:
                 x, y = split_batch(batch, number, self.keys)
+                if n_kept < n_given:
+                    x, y = x[:n_kept], y[:n_kept]
                 check_devices(self.device, x, y)
                 if on_next is not None:
                     on_next(x)
@@ -101,6 +123,17 @@ class Batches:
                 yield x, y
             if number == last:
                 return
+
+    def _sizes(self, batch: Any, n_before: int) -> tuple[int, int]:
+        """How many examples a batch of a shard holds, and how many of them no other process reads."""
+        y = None
+        if self.shard is not None:
+            y = batch.get(self.keys.y) if isinstance(batch, Mapping) else batch[-1] if batch else None
+        if (
+            self.shard is None or not isinstance(y, Tensor) or not y.ndim
+        ):  # the latter for `split_batch`, which says what is wrong
+            return (0, 0) if self.shard is None else (1, 1)
+        return len(y), self.shard.n_kept(n_before, len(y))
 
     @property
     def is_one_pass(self) -> bool:

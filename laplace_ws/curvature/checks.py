@@ -117,6 +117,10 @@ class LinearisationCheck:
         """Parameters that all checked examples showed to be in the reduce setting, see `parameters_in_reduce_setting`."""
         return self._in_reduce_setting or frozenset()
 
+    @in_reduce_setting.setter
+    def in_reduce_setting(self, names: frozenset[str]) -> None:
+        self._in_reduce_setting = names
+
     def n_parts(self, n_examples: int, device: torch.device) -> int:
         """Into how many parts to split a batch, so that a column of each takes little memory, as measured by the last check."""
         little = max(memory_for_columns(device), SMALL_COLUMN_BYTES)

@@ -25,6 +25,11 @@ class Curvature(Choice):
     GGN_MC_RADEMACHER = "ggn_mc_rademacher"
     EF = "ef"
 
+    @property
+    def is_random(self) -> bool:
+        """Whether its columns are drawn."""
+        return self in (Curvature.GGN_MC, Curvature.GGN_MC_RADEMACHER)
+
 
 def loss_columns(
     likelihood: Likelihood,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import accumulate, islice, pairwise
 from typing import Any
 
@@ -25,9 +26,10 @@ from laplace_ws.curvature.columns import Curvature, loss_columns
 from laplace_ws.curvature.finite import check_finite, check_finite_curvature, check_finite_gradients
 from laplace_ws.curvature.inputs import BatchKeys, ModelInputs, as_inputs, check_devices, own_copy
 from laplace_ws.curvature.models import check_visible
+from laplace_ws.curvature.processes import Shard
 from laplace_ws.curvature.totals import DataTotals
 from laplace_ws.curvature.watch import warn_of_final_operation
-from laplace_ws.errors import UnsupportedParameterError
+from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import (
     Accumulator,
     FactorPrecision,
@@ -36,6 +38,7 @@ from laplace_ws.kfac import (
     approximation_by_parameter,
     example_gradients,
 )
+from laplace_ws.kfac.factors import total
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.matrices import CurvatureMatrix, Kron
 from laplace_ws.values import generator_or_none, whole_number
@@ -97,6 +100,7 @@ class CurvatureSum:
         )
         self.totals: DataTotals = DataTotals()
         self._check = check or LinearisationCheck(backend, model)
+        self._shard: Shard | None = None
 
     def add_all(self, data: Data) -> None:
         """Add all batches, of one of the forms that `inputs.split_batch` knows.
@@ -105,9 +109,19 @@ class CurvatureSum:
             InvalidBatchError: no batch, or one that does not fit the model or the likelihood.
             UnsupportedParameterError: a parameter cannot be covered.
         """
-        for x, y in Batches.of(data, self.model):
-            self.add(x, y)
-        self.totals.check_not_empty(self.likelihood)
+        batches = Batches.of(data, self.model)
+        self._shard = batches.shard
+        processes = batches.processes
+        with processes.together("a pass over the data"):
+            for x, y in replace(batches, on_empty=self._add_nothing):
+                self.add(x, y)
+            if processes.size > 1 and not self.totals.n_examples:
+                raise InvalidBatchError(
+                    f"process {processes.rank} of {processes.size} has no example; give each at least one, or start fewer processes."
+                )
+            self.totals = total(processes.gather(self.totals))
+            self.totals.check_not_empty(self.likelihood)
+            self.accumulator.sum_over(processes)
 
     @property
     def final_operation(self) -> str | None:
@@ -130,6 +144,9 @@ class CurvatureSum:
             if not self.totals.n_examples:
                 self.backend.forget()
                 self._check.start(x, self.parameters)
+                if self._shard is not None:  # processes that see other examples must come to one decision
+                    found = self._shard.processes.gather(self._check.in_reduce_setting)
+                    self._check.in_reduce_setting = frozenset.intersection(*found)
             for part in self._parts(x, y):
                 self._add_checked(x[part], y[part])
 
@@ -177,15 +194,42 @@ class CurvatureSum:
         self.accumulator.start_batch(linearisation.uses, self._check.in_reduce_setting)
         linearisation.forget_uses()
         in_memory = columns_in_memory(self.accumulator.column_bytes(len(f)), f.device)
-        columns = loss_columns(
-            self.likelihood, self.curvature, f, y, mc_samples=self.mc_samples, generator=self.generator
-        )
+        columns = self._columns(f, y)
         chunk = list(islice(columns, min(linearisation.columns_at_once, in_memory)))
         while chunk:
             next_chunk = list(islice(columns, min(linearisation.columns_at_once, in_memory)))
             linearisation.stream(torch.stack(chunk), self.accumulator.add, is_last=not next_chunk)
             chunk = next_chunk
         self.accumulator.end_batch()
+
+    def _columns(self, f: Tensor, y: Tensor) -> Iterator[Tensor]:
+        """The columns of a batch. Random ones of several processes are those that one process draws for the batch of all."""
+        options: dict[str, Any] = {"mc_samples": self.mc_samples, "generator": self.generator}
+        if self._shard is None or not self.curvature.is_random:
+            yield from loss_columns(self.likelihood, self.curvature, f, y, **options)
+            return
+        f_all, y_all = self._of_all(f, y)
+        own = self._shard.own(len(f_all))
+        for column in loss_columns(self.likelihood, self.curvature, f_all, y_all, **options):
+            yield column[own]
+
+    def _of_all(self, f: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of the batch of all processes; None from one that has no example left."""
+        assert self._shard is not None
+        of_each = self._shard.processes.gather(None if f is None or y is None else (f.cpu(), y.cpu()))
+        like = next(pair for pair in of_each if pair is not None)
+        pairs = [tuple(t[:0] for t in like) if pair is None else pair for pair in of_each]
+        outputs, targets = (self._shard.interleaved(rows) for rows in zip(*pairs, strict=True))
+        device = next(iter(self.parameters.values())).device
+        return outputs.to(device), targets.to(device)
+
+    def _add_nothing(self) -> None:
+        """Take part in a batch of which no example is left for this process."""
+        if self.curvature.is_random:
+            f, y = self._of_all(None, None)
+            options: dict[str, Any] = {"mc_samples": self.mc_samples, "generator": self.generator}
+            for _ in loss_columns(self.likelihood, self.curvature, f, y, **options):
+                pass  # draw what the others draw
 
 
 def jacobians(
@@ -270,7 +314,7 @@ def kron_factors(
         approximations = approximation_by_parameter(kfac_approx, list(parameters))
         return KronAccumulator(parameters, approximations, factor_precision)
 
-    total = CurvatureSum(
+    sums = CurvatureSum(
         model,
         make_likelihood(likelihood),
         make_accumulator,
@@ -279,6 +323,6 @@ def kron_factors(
         mc_samples=mc_samples,
         generator=generator,
     )
-    total.add_all(Batches.of(data, model, BatchKeys(dict_key_x, dict_key_y)))
-    warn_of_final_operation(model, total.likelihood, total.final_operation)
-    return total.result()  # type: ignore[return-value]
+    sums.add_all(Batches.of(data, model, BatchKeys(dict_key_x, dict_key_y)))
+    warn_of_final_operation(model, sums.likelihood, sums.final_operation)
+    return sums.result()  # type: ignore[return-value]

@@ -1,14 +1,19 @@
-"""Refuses models and data that are spread over several processes or devices: sums over the data are those of one process."""
+"""Which share of the data a process reads, and models that are spread over several processes or devices, which are refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
 
-from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
+from laplace_ws.distributed import Processes, processes
+from laplace_ws.errors import DataWarning, InvalidBatchError, UnsupportedParameterError
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "DeepSpeedEngine")
 """Classes, by name as some are slow to import, whose forward pass is not that of one model in one process."""
@@ -37,21 +42,90 @@ def check_not_wrapped(model: nn.Module) -> None:
         )
 
 
-def check_not_shared(loader: object) -> None:
-    """Raise `InvalidBatchError` for a loader that gives one process's share of the data, or if there are several processes."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network within a `DistributedDataParallel`; any other model as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The share of a data set that one of several processes reads: of each batch of all of them together, every size-th example.
+
+    Attributes:
+        processes: all of them.
+        n_real: number of examples of the whole data set; samplers repeat some where it cannot be divided evenly. None where they do not.
+    """
+
+    processes: Processes
+    n_real: int | None = None
+
+    def n_kept(self, n_before: int, n: int) -> int:
+        """How many of the next n examples, after `n_before`, are none that another process reads already."""
+        if self.n_real is None:
+            return n
+        n_own = max(0, -(-(self.n_real - self.processes.rank) // self.processes.size))
+        return max(0, min(n, n_own - n_before))
+
+    def n_examples(self, loader: object, n_seen: int) -> int:
+        """Number of examples N of all processes, with those that a loader leaves out by `drop_last`; `n_seen` were read."""
+        drops = getattr(getattr(loader, "batch_sampler", None), "drop_last", False)
+        n_real = self.n_real if drops else None
+        return n_seen if n_real is None else n_real
+
+    def interleaved(self, rows: Sequence[Tensor]) -> Tensor:
+        """The rows of a batch of all processes together, from those of each."""
+        places = [torch.arange(len(part)) * self.processes.size + rank for rank, part in enumerate(rows)]
+        return torch.cat(list(rows))[torch.cat(places).argsort()]
+
+    def own(self, n: int) -> slice:
+        """Where the rows of this process lie among n of all."""
+        return slice(self.processes.rank, n, self.processes.size)
+
+
+def shard_of(loader: object) -> Shard | None:
+    """The share of the data that a loader gives; None for all of it.
+
+    Raises:
+        InvalidBatchError: it is divided among another number of processes than there are, or in a way that is not known.
+
+    Warns:
+        DataWarning: the processes do not divide the data, or the loader divides it among processes that do not exist.
+    """
+    group = processes()
     for source in _sources(loader):
         n = max((n for name in _N_SHARES if isinstance(n := getattr(source, name, None), int)), default=1)
-        if n > 1:
-            raise InvalidBatchError(
-                f"the loader gives one of {n} processes its share of the data ({type(source).__name__}), but sums over the data, such as "
-                "N and the curvature, are those of one process; give a loader of all of the data, in one process."
+        if n <= 1:
+            continue
+        name = type(source).__name__
+        if group.size == 1:
+            warnings.warn(
+                f"the loader gives one of {n} processes its share of the data ({name}), but torch.distributed is not initialised: N, sums "
+                "and scores are those of the share alone.",
+                DataWarning,
+                stacklevel=3,
             )
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            return None
+        rank = getattr(source, "rank", None)
+        if n != group.size or rank != group.rank:
+            raise InvalidBatchError(
+                f"the {name} divides the data among {n} processes, for number {rank}, but this is process {group.rank} of {group.size}; "
+                "make it without num_replicas and rank, after torch.distributed.init_process_group()."
+            )
+        if isinstance(source, DistributedSampler):
+            return Shard(group, source.total_size if source.drop_last else len(source.dataset))  # type: ignore[arg-type]
+        if getattr(source, "is_interleaved", False):
+            return Shard(group)
         raise InvalidBatchError(
-            f"torch.distributed runs {distributed.get_world_size()} processes, but sums over the data, such as N and the curvature, are "
-            "those of one; go on in one process, with all of the data, after torch.distributed.destroy_process_group()."
+            f"it is not known which examples the {name} gives to which process; use torch's DistributedSampler."
         )
+    if group.size > 1:
+        warnings.warn(
+            f"torch.distributed runs {group.size} processes, but no DistributedSampler divides the data among them: each process counts "
+            "all that its own loader gives, and nothing is summed.",
+            DataWarning,
+            stacklevel=3,
+        )
+    return None
 
 
 def _sources(loader: object) -> Iterator[object]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 import torch
 from jaxtyping import Float
@@ -57,6 +59,16 @@ class PassTotals(DataTotals):
         """Whether the other pass saw them in the same order, as far as the outputs can show."""
         return abs(self.order - other.order) <= self._rounding * max(self.order_size, other.order_size)
 
+    def __add__(self, other: PassTotals) -> PassTotals:  # type: ignore[override]
+        """The totals of two shares of the data."""
+        return replace(
+            super().__add__(other),
+            nll_size=self.nll_size + other.nll_size,
+            order=self.order + other.order,
+            order_size=self.order_size + other.order_size,
+            eps=max(self.eps, other.eps),
+        )
+
     @property
     def _rounding(self) -> float:
         """Relative difference that another split of the same examples into batches may make: far below that of other examples."""
@@ -107,6 +119,11 @@ class CurvatureProducts:
                 f"the data are read once for every product, but a {type(batches.loader).__name__} is used up after the first; give a "
                 "DataLoader or a list of batches."
             )
+        if batches.processes.size > 1 and Curvature(curvature).is_random:
+            raise InvalidBatchError(
+                f"the random columns of {Curvature(curvature).value!r} are not drawn alike by several processes; "
+                'choose curvature="ggn".'
+            )
         self.model = model
         self.likelihood: Likelihood = make_likelihood(likelihood)
         self.batches = batches
@@ -144,17 +161,21 @@ class CurvatureProducts:
         self._generator.set_state(self._first_draw)
         total = torch.zeros(vectors.shape, dtype=torch.float64, device=self.device)
         totals = PassTotals()
-        for x, y in self.batches:
-            with evaluation_mode(self.model, self.parameters), differentiable_twice(self.model):
-                if self.totals is None and not totals.n_examples:
-                    check_forward(self.model, probe(x))
-                f = call_model(self.model, own_copy(x))
-                eps = precision(f, self.parameters.values())
-                self.likelihood.check(f, y)
-                totals.add_precise(self.likelihood, f.detach(), y, eps)
-                with torch.autocast(x.device.type, enabled=False):
-                    total += self._product_of_batch(f, y, vectors, eps)
-        self._check_totals(totals)
+        processes = self.batches.processes
+        with processes.together("a product with the curvature"):
+            for x, y in self.batches:
+                with evaluation_mode(self.model, self.parameters), differentiable_twice(self.model):
+                    if self.totals is None and not totals.n_examples:
+                        check_forward(self.model, probe(x))
+                    f = call_model(self.model, own_copy(x))
+                    eps = precision(f, self.parameters.values())
+                    self.likelihood.check(f, y)
+                    totals.add_precise(self.likelihood, f.detach(), y, eps)
+                    with torch.autocast(x.device.type, enabled=False):
+                        total += self._product_of_batch(f, y, vectors, eps)
+            totals = reduce(add, processes.gather(totals))
+            self._check_totals(totals)
+            processes.sum_([total])
         self.n_products += 1
         return total.to(vectors.dtype)
 
@@ -229,7 +250,7 @@ class CurvatureProducts:
         if self.totals is None:
             self.totals = totals
             return
-        first, is_random = self.totals, self.curvature in (Curvature.GGN_MC, Curvature.GGN_MC_RADEMACHER)
+        first, is_random = self.totals, self.curvature.is_random
         if not totals.has_same_examples(first):
             raise InvalidBatchError(
                 f"the data differ from pass to pass: {first.n_examples} examples with a negative log likelihood of {first.nll_sum:.8g} "

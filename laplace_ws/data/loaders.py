@@ -31,6 +31,8 @@ class TensorLoader:
         drop_last: Whether to leave out a smaller last batch.
         augment: Called as `augment(x_batch, generator)` on every batch, for instance `random_crop_flip`.
         seed: Seed of the loader's generator, which lives on the CPU, so that the order is the same on every device.
+        num_replicas: Number of processes that share each batch, as torch's `DistributedSampler` names it.
+        rank: Number of this one, which gets every `num_replicas`-th example of a batch.
 
     Attributes:
         dataset: The pairs as a map-style data set, with `len()`.
@@ -49,6 +51,8 @@ class TensorLoader:
         drop_last: bool = False,
         augment: Augment | None = None,
         seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
     ) -> None:
         for name, value in (("x", x), ("y", y)):
             if tensor(name, value, "with one row per example").ndim == 0:
@@ -70,11 +74,18 @@ class TensorLoader:
         self.shuffle: bool = flag("shuffle", shuffle)
         self.drop_last: bool = flag("drop_last", drop_last)
         self.augment = augment
+        self.num_replicas: int = whole_number("num_replicas", num_replicas, least=1)
+        self.rank: int = whole_number("rank", rank, least=0)
+        if self.rank >= self.num_replicas:
+            raise ValueError(f"rank={rank} must be below num_replicas={num_replicas}")
         self._generator = torch.Generator().manual_seed(whole_number("seed", seed))
+
+    is_interleaved = True
+    """Whether each process gets every `num_replicas`-th example of a batch, and none twice."""
 
     @property
     def n_data(self) -> int:
-        """Number of examples N, including those that `drop_last` leaves out of an epoch."""
+        """Number of examples N of all processes, including those that `drop_last` leaves out of an epoch."""
         return len(self.dataset)
 
     def __len__(self) -> int:
@@ -107,7 +118,9 @@ class TensorLoader:
             part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
             index = part if order is None else order[part]
             x_batch, y_batch = x[index], y[index]
-            yield (x_batch if self.augment is None else self._augmented(x_batch, generator)), y_batch
+            if self.augment is not None:  # the whole batch, so that its random numbers are those of one process
+                x_batch = self._augmented(x_batch, generator)
+            yield x_batch[self.rank :: self.num_replicas], y_batch[self.rank :: self.num_replicas]
 
     def _augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
         assert self.augment is not None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from laplace_ws.curvature.backend import evaluation_mode
 from laplace_ws.curvature.inputs import call_model
 from laplace_ws.data import ImageData
+from laplace_ws.distributed import processes
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.folder import Json
 from laplace_ws.experiment.records import EpochRecord, ModelResult
@@ -42,8 +43,10 @@ def epoch_logger(
         complete = asdict(EpochRecord(run=run, **record, **tested))
         record.clear()
         record |= complete
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if processes().is_first:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "
+")
         start = time.process_time()
 
     return log

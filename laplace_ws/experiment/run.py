@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from laplace_ws.data import ImageData, load_dataset
+from laplace_ws.distributed import ProcessError, group_of_torchrun
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.experiment.config import ModelConfig, RunConfig
 from laplace_ws.experiment.environment import environment_record
@@ -56,36 +57,53 @@ def run_experiment(config: RunConfig, *, resume: bool = False, overwrite: bool =
     start = time.perf_counter()
     folder = config.folder
     tasks = tasks_of(config.baselines.fixed_prior_precisions)
-    with explained(ValueError, OSError, CheckpointError):
-        check_name(config.name)
-        check_config(config, tasks)
-        data = load_data(config)
-        check_training(config, make_model(config, data), data)
-        make_writable(folder, "--out or --name")
-    with sole_writer(folder):
-        with explained(OSError, CheckpointError):
-            if (folder / PARTIAL / SUMMARY).exists():
-                put_in_place(folder / PARTIAL, folder)
-            work = prepare_folder(folder, config, tasks, resume, overwrite)
-        if (work / SUMMARY).exists():
-            return folder, read_run(work)
-        with explained(UnsupportedParameterError, InvalidBatchError, CheckpointError, BrokenProcessPool):
-            outcomes = train_all(config, tasks, work, data, resume)
-        models = [model for model, _ in outcomes]
-        result = RunResult(
-            name=config.name,
-            config=asdict(config),
-            environment=environment_record(threads=config.threads, device=device_of(config)),
-            data=DataFacts(name=data.name, n_train=len(data.y_train), n_test=len(data.y_test)),
-            total_seconds=time.perf_counter() - start,
-            tuned=models[0],
-            fixed={task.run.removeprefix(FIXED): model for task, model in zip(tasks[1:], models[1:], strict=True)},
-        )
-        write_metrics(work, [history for _, history in outcomes])
-        write_whole(work / SUMMARY, json.dumps(asdict(result), indent=2) + "\n")
-        if work != folder:
-            put_in_place(work, folder)
+    with group_of_torchrun(device_of(config)) as group:
+        with explained(ValueError, OSError, CheckpointError):
+            check_name(config.name)
+            check_config(config, tasks)
+            if group.size > 1 and config.workers > 1:
+                raise ValueError(
+                    f"workers={config.workers} is for one process, but there are {group.size}; set workers=1"
+                )
+            data = load_data(config)
+            check_training(config, make_model(config, data), data)
+            make_writable(folder, "--out or --name")
+        with ExitStack() as stack:
+            with explained(OSError, CheckpointError, ProcessError), group.together("the preparation of the run folder"):
+                if group.is_first:
+                    stack.enter_context(sole_writer(folder))
+                work = group.gather(_prepared(config, tasks, resume, overwrite) if group.is_first else folder)[0]
+            if (work / SUMMARY).exists():
+                return folder, read_run(work)
+            with explained(
+                UnsupportedParameterError, InvalidBatchError, CheckpointError, BrokenProcessPool, ProcessError
+            ):
+                outcomes = train_all(config, tasks, work, data, resume)
+            models = [model for model, _ in outcomes]
+            result = RunResult(
+                name=config.name,
+                config=asdict(config),
+                environment=environment_record(threads=config.threads, device=device_of(config)),
+                data=DataFacts(name=data.name, n_train=len(data.y_train), n_test=len(data.y_test)),
+                total_seconds=time.perf_counter() - start,
+                tuned=models[0],
+                fixed={task.run.removeprefix(FIXED): model for task, model in zip(tasks[1:], models[1:], strict=True)},
+            )
+            with group.together("the writing of the results"):
+                if group.is_first:
+                    write_metrics(work, [history for _, history in outcomes])
+                    write_whole(work / SUMMARY, json.dumps(asdict(result), indent=2) + "\n")
+                    if work != folder:
+                        put_in_place(work, folder)
     return folder, result
+
+
+def _prepared(config: RunConfig, tasks: Sequence[Task], resume: bool, overwrite: bool) -> Path:
+    """The folder to work in, with what an interrupted replacement of a run has left put in order."""
+    folder = config.folder
+    if (folder / PARTIAL / SUMMARY).exists():
+        put_in_place(folder / PARTIAL, folder)
+    return prepare_folder(folder, config, tasks, resume, overwrite)
 
 
 @contextmanager
@@ -99,9 +117,14 @@ def explained(*errors: type[Exception]) -> Iterator[None]:
 
 def device_of(config: RunConfig) -> torch.device:
     """Where to train."""
-    if config.device == "auto":
+    return chosen_device(config.device)
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device that the option of a command names; "auto" is a GPU where there is one."""
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+    return torch.device(name)
 
 
 def load_data(config: RunConfig) -> ImageData:

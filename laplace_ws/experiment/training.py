@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from laplace_ws.data import ImageData, TensorLoader, random_crop_flip
+from laplace_ws.distributed import processes
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.folder import Task
 from laplace_ws.marglik import Schedule, TrainingOptions, prepare
@@ -81,7 +82,7 @@ def _from_values(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def train_loader(config: RunConfig, data: ImageData) -> TensorLoader:
-    """The training batches, in an order that the run's seed sets."""
+    """The training batches, in an order that the run's seed sets; of each batch, the share of this process."""
     return TensorLoader(
         data.x_train,
         data.y_train,
@@ -89,4 +90,6 @@ def train_loader(config: RunConfig, data: ImageData) -> TensorLoader:
         shuffle=True,
         augment=random_crop_flip if config.data.augment else None,
         seed=config.seed,
+        num_replicas=(group := processes()).size,
+        rank=group.rank,
     )

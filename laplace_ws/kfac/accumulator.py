@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from laplace_ws.distributed import Processes
 from laplace_ws.kfac import factors
 from laplace_ws.kfac.uses import MatrixUse, Use, at_least_float32
 from laplace_ws.matrices import CurvatureMatrix, Dense, Diag
@@ -73,6 +74,10 @@ class Accumulator(ABC):
     @abstractmethod
     def result(self) -> CurvatureMatrix:
         """The curvature summed over all batches so far."""
+
+    def sum_over(self, processes: Processes) -> None:
+        """Add up the sums of several processes, each over batches of its own; no batch may follow."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be summed over processes; give all data to one.")
 
 
 class OutputGradients:
@@ -138,6 +143,10 @@ class DiagAccumulator(WeightAccumulator):
     def _add_sum(self, name: str, pieces: Tensor) -> None:
         self._diagonals[name] += pieces.square().sum((0, 1))
 
+    def sum_over(self, processes: Processes) -> None:
+        """See `Accumulator.sum_over`."""
+        processes.sum_(list(self._diagonals.values()))
+
     def result(self) -> Diag:
         """See `Accumulator.result`."""
         return Diag(self.shapes, torch.cat([self._diagonals[name] for name in self.shapes]))
@@ -163,6 +172,10 @@ class DenseAccumulator(WeightAccumulator):
         if len(self._gradients) == len(self.shapes):
             rows = torch.cat([self._gradients.pop(name) for name in self.shapes], dim=2)
             self._matrix = factors.add_gram(self._matrix, rows.flatten(0, 1))
+
+    def sum_over(self, processes: Processes) -> None:
+        """See `Accumulator.sum_over`."""
+        processes.sum_([], symmetric=[self._matrix])
 
     def result(self) -> Dense:
         """See `Accumulator.result`."""

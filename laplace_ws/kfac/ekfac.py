@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws.distributed import Processes
 from laplace_ws.kfac.accumulator import Accumulator, OutputGradients
 from laplace_ws.kfac.embedding_use import EmbeddingUse
 from laplace_ws.kfac.uses import MatrixUse, Use
@@ -59,6 +60,10 @@ class EkfacAccumulator(Accumulator):
 
     def _add_sum(self, name: str, pieces: Tensor) -> None:
         self._values[name] += pieces.square().sum((0, 1))
+
+    def sum_over(self, processes: Processes) -> None:
+        """See `Accumulator.sum_over`."""
+        processes.sum_(list(self._values.values()))
 
     def result(self) -> Ekfac:
         """See `Accumulator.result`."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from laplace_ws.distributed import Processes
 from laplace_ws.errors import CurvatureWarning, UnsupportedParameterError
 from laplace_ws.kfac import factors
 from laplace_ws.kfac.accumulator import Accumulator, OutputGradients
@@ -118,6 +119,17 @@ class KronAccumulator(Accumulator):
                 stacklevel=2,
             )
 
+    def sum_over(self, processes: Processes) -> None:
+        """See `Accumulator.sum_over`."""
+        numbers = processes.gather({name: sums.n_inputs for name, sums in self._sums.items()})
+        plain: list[Tensor] = []
+        symmetric: list[Tensor] = []
+        for name, sums in self._sums.items():
+            sums.n_inputs = factors.total(of_process[name] for of_process in numbers)
+            for factor, is_diagonal in sums.factors():
+                (plain if is_diagonal else symmetric).append(factor)
+        processes.sum_(plain, symmetric)
+
     def result(self) -> Kron:
         """See `Accumulator.result`."""
         return Kron({name: sums.block() for name, sums in self._sums.items()})
@@ -136,7 +148,7 @@ class _FactorSums:
         self._shape = parameter.shape
         self._A: Tensor | None = None
         self._patch_grams: dict[Plan, PatchGram] = {}
-        self._n_inputs: float | Tensor = 0
+        self.n_inputs: float | Tensor = 0
         size: tuple[int, ...] = (parameter.numel(),) * (1 if role.diagonal_B else 2)
         if role.kind == "matrix":
             n_outputs = parameter.shape[-1 if role.transposed else 0] // role.groups
@@ -154,9 +166,9 @@ class _FactorSums:
         if role.approx is KfacApprox.REDUCE:
             a = factors.mean_over_positions([use.input_sum() for use in matrix_uses], n_positions)
             self._A = factors.add_gram(self._A, a)
-            self._n_inputs = self._n_inputs + n_examples
+            self.n_inputs = self.n_inputs + n_examples
             return
-        self._n_inputs = self._n_inputs + _number_of_inputs(n_positions, n_examples)
+        self.n_inputs = self.n_inputs + _number_of_inputs(n_positions, n_examples)
         for use in matrix_uses:
             plan = use.plan if isinstance(use, ConvUse) else None
             if plan is None:
@@ -166,6 +178,12 @@ class _FactorSums:
                 self._patch_grams.setdefault(plan, PatchGram(plan)).add(at_least_float32(use.x))
         if len(self._patch_grams) > MOST_SIZES:
             self._put_together()
+
+    def factors(self) -> list[tuple[Tensor, bool]]:
+        """The sums of the factors, and whether each is a diagonal."""
+        self._put_together()
+        of_B = [(self._B, self.role.diagonal_B)]
+        return of_B if self._A is None else [*of_B, (self._A, self.role.diagonal_A)]
 
     def _put_together(self) -> None:
         """Assemble the input factor from the products of pixels."""
@@ -194,12 +212,12 @@ class _FactorSums:
             return KronBlock(self._shape, self._B.clone(), diagonal_B=self.role.diagonal_B, approx=approx)
         self._put_together()
         assert self._A is not None
-        A = self._A / at_least_one(self._n_inputs)
+        A = self._A / at_least_one(self.n_inputs)
         return KronBlock(
             self._shape,
             self._B.clone(),
             A,
-            self._n_inputs,
+            self.n_inputs,
             transposed=self.role.transposed,
             diagonal_A=self.role.diagonal_A,
             approx=approx,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,14 +57,23 @@ def check_data(
     x_first: ModelInputs = torch.empty(0)
     row = torch.empty(0)
     watch = DataWatch(likelihood)
-    for x, y in Batches.of(loader, model, keys):
-        watch(x, y)
-        if n_batches == 0:
-            x_first, row = x, first_output(model, x, y, likelihood)
-        if y.shape[1:] == row.shape[1 : y.ndim]:
-            likelihood.check(row.expand(len(y), *row.shape[1:]), y)
-        n_seen += len(x)
-        n_batches += 1
+    batches = Batches.of(loader, model, keys)
+    with batches.processes.together("the first pass over the data"):
+        n_empty = 0
+
+        def count_empty() -> None:
+            nonlocal n_empty
+            n_empty += 1
+
+        for x, y in replace(batches, on_empty=count_empty):
+            watch(x, y)
+            if n_batches == 0:
+                x_first, row = x, first_output(model, x, y, likelihood)
+            if y.shape[1:] == row.shape[1 : y.ndim]:
+                likelihood.check(row.expand(len(y), *row.shape[1:]), y)
+            n_seen += len(x)
+            n_batches += 1
+        n_seen, n_batches = _of_all(batches, n_seen, n_batches, n_batches + n_empty)
     if n_batches == 0:
         raise InvalidBatchError(
             "the loader gives no batch: is the data set empty, or smaller than a batch with drop_last?"
@@ -73,7 +82,31 @@ def check_data(
     if isinstance(loader, Iterator) and sum(1 for _ in loader) == 0:
         raise one_pass_error(loader)
     watch.warn(repeats=not draws_with_replacement(loader), stacklevel=4)
-    return DataFacts(n_examples(loader, n_seen) if n_data is None else n_data, n_batches, x_first, row.ndim)
+    if n_data is None:
+        n_data = n_examples(loader, n_seen) if batches.shard is None else batches.shard.n_examples(loader, n_seen)
+    return DataFacts(n_data, n_batches, x_first, row.ndim)
+
+
+def _of_all(batches: Batches, n_seen: int, n_own: int, n_batches: int) -> tuple[int, int]:
+    """Examples that all processes have seen, and batches, of which each has as many.
+
+    Raises:
+        InvalidBatchError: a process has no example, or another number of batches.
+    """
+    if batches.shard is None:
+        return n_seen, n_batches
+    processes = batches.processes
+    if not n_own:
+        raise InvalidBatchError(
+            f"process {processes.rank} of {processes.size} has no example; give each at least one, or start fewer processes."
+        )
+    numbers = processes.gather((n_seen, n_batches))
+    for rank, (_, n) in enumerate(numbers):
+        if n != numbers[0][1]:
+            raise InvalidBatchError(
+                f"process {rank} has {n} batches and process 0 has {numbers[0][1]}; give all processes the same data and batch size."
+            )
+    return sum(n for n, _ in numbers), n_batches
 
 
 def one_pass_error(loader: Iterable[Any]) -> InvalidBatchError:

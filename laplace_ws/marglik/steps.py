@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_ws.distributed import ALONE, Processes
 from laplace_ws.marglik.objective import PriorGradient
 from laplace_ws.values import real_number, shown, whole_number
 
@@ -64,13 +65,23 @@ class GradientSteps:
         optimizer: of the weights.
         scheduler: of its learning rate, stepped with it.
         options: how gradients become steps.
+        processes: those whose gradients make up one step; each has examples of its own.
+        n_usual: examples that all processes together have in a batch as a rule, by which losses are scaled until their number is known.
 
     Raises:
         ValueError: the gradients of float16 parameters cannot be unscaled.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, options: StepOptions) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        options: StepOptions,
+        processes: Processes = ALONE,
+        n_usual: int = 1,
+    ) -> None:
         self._optimizer, self._scheduler = optimizer, scheduler
+        self._processes, self._n_usual = processes, n_usual
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._n_batches = int(options.gradient_accumulation_steps)
         self._max_norm = options.max_grad_norm
@@ -101,10 +112,19 @@ class GradientSteps:
             prior: the gradient of the prior, once for each step.
         """
         if not self._pending:
-            self._n_first, self._n_examples = n_examples, 0
+            self._n_first, self._n_examples = (n_examples if self._processes.size == 1 else self._n_usual), 0
         loss = loss_sum * (scale / self._n_first)  # per example of the group only once their number is known
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         self._n_examples += n_examples
+        self._pending += 1
+        if self._pending == self._n_batches:
+            self._step(prior)
+
+    def add_nothing(self, prior: PriorGradient) -> None:
+        """Take part in a batch of which this process has no example."""
+        if not self._pending:
+            self.before_batch()
+            self._n_first, self._n_examples = self._n_usual, 0
         self._pending += 1
         if self._pending == self._n_batches:
             self._step(prior)
@@ -114,8 +134,21 @@ class GradientSteps:
         if self._pending:
             self._step(prior)
 
+    def _sum_over_processes(self) -> None:
+        """Replace the gradients and the number of examples by their sums over all processes."""
+        if self._processes.size == 1:
+            return
+        for p in self._parameters:
+            if p.grad is None:  # no example here, or none that uses it
+                p.grad = torch.zeros_like(p)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        n_examples = gradients[0].new_tensor([self._n_examples], dtype=torch.float64)
+        self._processes.sum_([*gradients, n_examples])
+        self._n_examples = int(n_examples.item())
+
     def _step(self, prior: PriorGradient) -> None:
         self._pending = 0
+        self._sum_over_processes()
         if self.scaler is not None:
             self.scaler.unscale_(self._optimizer)
         if self._n_examples != self._n_first:

@@ -9,16 +9,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
 from laplace_ws.curvature.backend import trainable_parameters
 from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.inputs import call_model
+from laplace_ws.distributed import ProcessError, Processes
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.files import FileFormatError
 from laplace_ws.kfac.uses import at_least_float32
@@ -120,7 +122,11 @@ class Trainer:
         self.progress: Progress = Progress()
         self.before_epoch: dict[str, Any] | None = None
         self.saved_epoch: int = 0
-        self.steps: GradientSteps = GradientSteps(self.optimizer, self.scheduler, self.step_options)
+        self.processes: Processes = self.batches.processes
+        n_usual = max(1, round(self.n_data / self.facts.n_batches))
+        self.steps: GradientSteps = GradientSteps(
+            self.optimizer, self.scheduler, self.step_options, self.processes, n_usual
+        )
         self.tuner: Tuner = Tuner(
             la=self.la,
             hyper=self.hyper,
@@ -158,10 +164,11 @@ class Trainer:
             with alone_with_random_state():  # not in the midst of another thread's `prepare`
                 stack.enter_context(left_as_found(self.model, self.device))
                 set_random_state(self.rng, self.device)
-            self._train()
-            start = self.clock()
-            self._fit_final()
-            return self._result(self.clock() - start)
+            with self.processes.together("the training"):
+                self._train()
+                start = self.clock()
+                self._fit_final()
+                return self._result(self.clock() - start)
 
     def _fit_final(self) -> None:
         """Fit the posterior that is returned; choose its hyperparameters anew where they were tuned by another approximation."""
@@ -179,7 +186,7 @@ class Trainer:
             initial=self.progress.epoch,
             desc="marglik training",
             unit="epoch",
-            disable=not (self.progress_bar and sys.stderr.isatty()),
+            disable=not (self.progress_bar and self.processes.is_first and sys.stderr.isatty()),
         )
         with bar, self._kept_if_cut_off():
             while self.progress.epoch < self.schedule.n_epochs:
@@ -196,14 +203,19 @@ class Trainer:
         """Write the last whole epoch into the checkpoint where the training is interrupted, or diverges."""
         try:
             yield
-        except (KeyboardInterrupt, TrainingDiverged) as error:
+        except (KeyboardInterrupt, TrainingDiverged, ProcessError) as error:
             diverged = isinstance(error, TrainingDiverged)
             state, path = self.before_epoch, self.checkpoint_path
             if path is not None and state is not None and (diverged or state["progress"]["epoch"] > self.saved_epoch):
-                save_checkpoint(path, {**state, "diverged": diverged})
+                self._save({**state, "diverged": diverged})
             if isinstance(error, TrainingDiverged):
                 error.checkpoint_path = self.checkpoint_on_disk()
             raise
+
+    def _save(self, state: dict[str, Any]) -> None:
+        """Write the checkpoint, which is the same in all processes, in the first of them."""
+        if self.checkpoint_path is not None and self.processes.is_first:
+            save_checkpoint(self.checkpoint_path, state)
 
     def _load(self, state: dict[str, Any]) -> None:
         with alone_with(self.model):
@@ -237,6 +249,7 @@ class Trainer:
         else:
             good = snapshot(self.model), snapshot(self.hyper)
         try:
+            self._begin_epoch(epoch)
             nll, accuracy = self._descend(epoch)
             tuning = self._tune(epoch, self.clock() - start)
         except TrainingDiverged:
@@ -268,9 +281,21 @@ class Trainer:
         record = plain_record(record)
         self.progress.history.append(record)
         if self.checkpoint_path is not None and (tuning or self.schedule.is_round(epoch)):
-            save_checkpoint(self.checkpoint_path, self.state_dict())
+            self._save(self.state_dict())
             self.saved_epoch = epoch
         return record
+
+    def _begin_epoch(self, epoch: int) -> None:
+        """Let a sampler that orders the data by the epoch know it, and have each process draw random numbers of its own."""
+        sampler = getattr(self.loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(epoch)
+        if self.processes.size > 1:
+            seed = self.processes.gather(int(torch.randint(2**62, ())))[0]
+            if (
+                not self.processes.is_first
+            ):  # the first goes on as it is, so that its state is all that a checkpoint needs
+                torch.manual_seed(seed + self.processes.rank)
 
     def _descend(self, epoch: int) -> tuple[float, float | None]:
         """Gradient steps over one epoch; returns the mean NLL in nats and the accuracy, both taken while the weights change.
@@ -289,7 +314,8 @@ class Trainer:
         self.steps.start_epoch()
         with alone_with_modules(modules):
             self.model.train()
-        for step, (x, y) in enumerate(self.batches):
+        batches = replace(self.batches, on_empty=lambda: self.steps.add_nothing(prior))
+        for step, (x, y) in enumerate(batches):
             with alone_with_modules(modules):
                 self.steps.before_batch()
                 f = at_least_float32(call_model(self.model, x))
@@ -307,11 +333,23 @@ class Trainer:
             raise one_pass_error(self.loader)
         with alone_with_modules(modules):
             self.steps.end_epoch(prior)
+        if self.processes.size > 1:
+            n_seen = sum(self.processes.gather(n_seen))
+            self.processes.sum_([totals])
+            self._average_statistics()
         nll_sum, correct, labelled = totals.tolist()
         self._check_finite("the training loss", nll_sum, epoch)
         self._check_finite("the regulariser", penalty := prior.penalty_mean(), epoch)
         self.progress.losses.append(nll_sum / n_seen / temperature + penalty)
         return nll_sum / n_seen, correct / labelled if labelled and math.isfinite(correct) else None
+
+    def _average_statistics(self) -> None:
+        """Take the means, over the processes, of what their modules have seen of the data, such as the running means of BatchNorm."""
+        with alone_with(self.model), torch.no_grad():
+            buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+            self.processes.sum_(buffers)
+            for buffer in buffers:
+                buffer.div_(self.processes.size)
 
     def _tune(self, epoch: int, gradient_seconds: float) -> Tuning | None:
         """Fit, tune and measure where a tuning is due.
@@ -351,7 +389,7 @@ class Trainer:
             n_tunings=len(done.margliks),
             cost=self._known_cost(),
         )
-        return self.budget.batches_after(epoch, spent)
+        return self.processes.gather(self.budget.batches_after(epoch, spent))[0]  # each has a clock of its own
 
     def _known_cost(self) -> TuningCost | None:
         cost = self.progress.tuning_cost
@@ -397,7 +435,12 @@ class Trainer:
         Raises:
             CheckpointError: it cannot be read, is damaged, or was made under other settings.
         """
+        with self.processes.together("reading the checkpoint"):
+            self._resume()
+
+    def _resume(self) -> None:
         path = self.checkpoint_on_disk()
+        self.processes.check_same({"checkpoint": path is not None})
         if path is None:
             return
         state = load_training(path)

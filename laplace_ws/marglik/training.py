@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from laplace_ws._version import __version__
 from laplace_ws.curvature import Backend
 from laplace_ws.curvature.backend import trainable_parameters
 from laplace_ws.curvature.batches import Batches, Data, check_iterable
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys
 from laplace_ws.curvature.models import check_visible
+from laplace_ws.curvature.processes import unwrapped
 from laplace_ws.curvature.watch import warn_of_final_operation
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.marglik.checkpoint import left_as_found
@@ -248,6 +250,7 @@ def prepare(
         ValueError: an option is out of its range.
     """
     _check_types(schedule, options, checkpoint_path, on_epoch)
+    model = unwrapped(model)
     likelihood = make_likelihood(likelihood)
     named_parameters = list(trainable_parameters(model).items())
     check_visible(model, [p for _, p in named_parameters])
@@ -256,7 +259,8 @@ def prepare(
     with alone_with_random_state(), left_as_found(model, device), as_found_by_the_first(device):
         with same_order_after(train_loader):
             facts = check_data(model, train_loader, likelihood, keys, n_data)
-        generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
+        group = Batches.of(train_loader, model, keys).processes
+        generator = torch.Generator(device).manual_seed(group.gather(int(torch.randint(2**62, ())))[0])
         la, final_la = options.posteriors(model, likelihood, generator, keys, facts.output_ndim)
         if la.structure.needs_same_data and schedule.fit_fraction is None:
             schedule = replace(schedule, fit_fraction=1.0)
@@ -294,7 +298,11 @@ def prepare(
         )
         if schedule.n_hypersteps:
             hyper.check_start(trainer.stiffness)
-        la.check(facts.x_first)
+        with group.together("the check of the model"):
+            la.check(facts.x_first)
+            group.check_same({"version of torch": torch.__version__, "version of laplace_ws": __version__})
+            group.check_same(trainer.settings)
+            group.check_same({f"sum of {name!r}": t.double().sum().item() for name, t in model.state_dict().items()})
         warn_of_final_operation(model, likelihood, la.network.final_operation(facts.x_first), stacklevel=3)
         return trainer
 

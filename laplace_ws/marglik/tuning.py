@@ -73,8 +73,16 @@ class Tuner:
             self.la.fit(self._some_batches(n_batches), n_data=self.facts.n_data, recheck=False)
         fitted = clock()
         self.hyper.ascend(self.la, self.n_hypersteps, max_log_step=self.max_log_step, stiffness=self.stiffness)
+        self._agree()
         log_marglik = self.la.log_marginal_likelihood().item()
         return Tuning(log_marglik, n_batches, fitted - start, clock() - start)
+
+    def _agree(self) -> None:
+        """Take the hyperparameters of the first process, from which those of another machine may differ by rounding."""
+        if self.batches.processes.size > 1:
+            with torch.no_grad():
+                self.batches.processes.broadcast_([p.data for p in self.hyper.tuned], 0)
+            self.hyper.assign_to(self.la)
 
     def _some_batches(self, n_chosen: int) -> Batches:
         if n_chosen == self.facts.n_batches:

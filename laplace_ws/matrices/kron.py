@@ -83,16 +83,22 @@ class KronBlock(Block):
     @cached_property
     def factor_eigenvalues(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues of B `[*G, O]` and A `[*G, I]` in float64, without eigenvectors."""
-        if "_eigen" in self.__dict__:
-            return self._eigen[0][0], self._eigen[1][0]
+        if "eigen" in self.__dict__:
+            return self.eigen[0][0], self.eigen[1][0]
         B_dtype, A_dtype = self.decomposition_dtypes
         return _eigenvalues(self.B, B_dtype, self.B), _eigenvalues(self.A, A_dtype, self.B)
 
     @cached_property
-    def _eigen(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    def eigen(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Eigenvalues and eigenvectors (None for the identity) of B and A in float64."""
         B_dtype, A_dtype = self.decomposition_dtypes
         return _eigen(self.B, B_dtype, self.B), _eigen(self.A, A_dtype, self.B)
+
+    def accept(self, of_B: tuple[Tensor, Tensor | None], of_A: tuple[Tensor, Tensor | None], *, vectors: bool) -> None:
+        """Take the eigenvalues, and with `vectors` the eigenvectors, as computed elsewhere, in place of computing them."""
+        self.__dict__["factor_eigenvalues"] = of_B[0], of_A[0]
+        if vectors:
+            self.__dict__["eigen"] = of_B, of_A
 
     def eigenvalues(self) -> Float[Tensor, "*G O I"]:
         """Products of the factors' eigenvalues: the spectrum of the block, float64."""
@@ -102,7 +108,7 @@ class KronBlock(Block):
     @cached_property
     def basis(self) -> EigenBasis:
         """See `Block.basis`."""
-        (b, Q_B), (a, Q_A) = self._eigen
+        (b, Q_B), (a, Q_A) = self.eigen
         return EigenBasis(Q_B, Q_A, (*b.shape, a.shape[-1]), self.transposed)
 
 

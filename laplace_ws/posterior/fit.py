@@ -139,11 +139,13 @@ def fit_posterior(
     if before is not None:
         _check_same_form(before.output_shape, totals.output_shape)
         found, totals = before.H + found, before.totals + totals
+    structure.prepare(found, batches.processes)
     network.forget()
     if watch is not None and first is not None:
         watch.warn(repeats=not draws_with_replacement(batches.loader), stacklevel=3)
         warn_of_final_operation(network.model, problem.likelihood, network.final_operation(first), stacklevel=3)
     examples: frozenset[int] = frozenset() if watch is None else watch.examples()
+    examples = examples.union(*batches.processes.gather(examples))
     if before is not None:
         examples |= before.examples
     return Fit(

@@ -16,6 +16,7 @@ from laplace_ws.curvature.batches import Batches
 from laplace_ws.curvature.forward import probe
 from laplace_ws.curvature.inputs import ModelInputs
 from laplace_ws.curvature.totals import DataTotals
+from laplace_ws.distributed import Processes
 from laplace_ws.kfac import Accumulator
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.matrices import CurvatureMatrix
@@ -136,6 +137,9 @@ class Structure(ABC):
             batches: the data.
             before: the curvature of other data that this one will be added to, if any.
         """
+
+    def prepare(self, H: CurvatureMatrix, processes: Processes) -> None:  # noqa: B027 - most structures need nothing
+        """Compute, together with the other processes of a fit, what the evidence will need."""
 
     @abstractmethod
     def check(self, problem: Problem, x: ModelInputs) -> None:

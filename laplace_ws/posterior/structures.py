@@ -13,6 +13,7 @@ from laplace_ws.curvature.batches import Batches
 from laplace_ws.curvature.forward import check_forward, probe
 from laplace_ws.curvature.inputs import ModelInputs
 from laplace_ws.curvature.lowrank import low_rank_curvature
+from laplace_ws.distributed import Processes
 from laplace_ws.kfac import (
     DenseAccumulator,
     DiagAccumulator,
@@ -24,6 +25,7 @@ from laplace_ws.kfac import (
     approximation_by_parameter,
 )
 from laplace_ws.matrices import CurvatureMatrix, Dense, Diag, Ekfac, Kron, LowRank
+from laplace_ws.matrices.division import decompose
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.precision import PosteriorPrecision
 from laplace_ws.posterior.structure import DataCurvature, Problem, Structure, register_structure
@@ -85,6 +87,11 @@ class KronStructure(FactorOptions, Structure):
         """See `Structure.curvature`."""
         return problem.accumulate(batches, self.accumulator)
 
+    def prepare(self, H: CurvatureMatrix, processes: Processes) -> None:
+        """See `Structure.prepare`: the eigenvalues, each block's by one process."""
+        assert isinstance(H, Kron)
+        decompose(H, processes, vectors=False)
+
 
 @register_structure
 @dataclass(frozen=True)
@@ -105,6 +112,8 @@ class EkfacStructure(FactorOptions, Structure):
         """See `Structure.curvature`."""
         factors = problem.accumulate(batches, self.accumulator).H if before is None else before
         assert isinstance(factors, (Kron, Ekfac))
+        if isinstance(factors, Kron):
+            decompose(factors, batches.processes, vectors=True)
         bases = {name: block.basis for name, block in factors.items()}
         return problem.accumulate(batches, lambda parameters: EkfacAccumulator(parameters, bases))
 

@@ -96,13 +96,14 @@ def grid_scores(
     pushforward = fit.H.pushforward([replace(predictor, prior=prior).damping for prior in priors], layout)
     predictions: list[list[Any]] = [[] for _ in grid]
     targets = []
-    for x, y in _not_empty(batches):
-        at_points = _predictions(predictor, priors, pushforward, x, y, options)
-        for of_point, prediction in zip(predictions, at_points, strict=True):
-            of_point.append(_by_term(prediction, 2))
-        targets.append(_by_term(y, 1 + likelihood.target_ndim))
-    y = torch.cat(targets)
-    joined = [_joined(of_point) for of_point in predictions]
+    with batches.processes.together("predictions of validation data"):
+        for x, y in _not_empty(batches):
+            at_points = _predictions(predictor, priors, pushforward, x, y, options)
+            for of_point, prediction in zip(predictions, at_points, strict=True):
+                of_point.append(_by_term(prediction, 2))
+            targets.append(_by_term(y, 1 + likelihood.target_ndim))
+        y = torch.cat(_of_all(batches, targets))
+        joined = [_joined(_of_all(batches, of_point)) for of_point in predictions]
     return [score(prediction, y) if _is_finite(prediction) else math.inf for prediction in joined]
 
 
@@ -148,12 +149,13 @@ def best_covariance_scale(predictor: Predictor, batches: Batches, score: Score, 
     pushforward = predictor.fit.H.pushforward([predictor.damping], layout)
     parts: list[tuple[Tensor, Tensor]] = []
     targets: list[Tensor] = []
-    for x, y in _not_empty(batches):
-        f, (spread,) = _moments(predictor, x, pushforward)
-        likelihood.check(f, y)
-        parts.append((f, spread))
-        targets.append(_by_term(y, 1 + likelihood.target_ndim))
-    y = torch.cat(targets)
+    with batches.processes.together("predictions of validation data"):
+        for x, y in _not_empty(batches):
+            f, (spread,) = _moments(predictor, x, pushforward)
+            likelihood.check(f, y)
+            parts.append((f, spread))
+            targets.append(_by_term(y, 1 + likelihood.target_ndim))
+        y, parts = torch.cat(_of_all(batches, targets)), _of_all(batches, parts)
     state = random_state(y.device, options.generator)
 
     def score_at(log_scale: float) -> float:
@@ -195,17 +197,20 @@ def minimise_validation_nll(predictor: Predictor, batches: Batches, unknowns: Un
         total, n_all, gradient = 0.0, 0, torch.zeros_like(values)
         prior = unknowns.prior_at(values)
         pushforward = fit.H.pushforward([replace(predictor, prior=prior).damping], Layout.DIAGONAL)
-        for x, y in _not_empty(batches):
-            for part in _differentiable_parts(predictor, len(x)):
-                f, (spread,) = _moments(predictor, x[part], pushforward)
-                likelihood.check(f, y[part])
-                prediction = _prediction(replace(predictor, prior=prior), f, spread, PredictionOptions())
-                n_targets = likelihood.n_targets(f, y[part])
-                if not n_targets:
-                    continue
-                nll = likelihood.predictive_nll(prediction, y[part]).double() * n_targets
-                gradient += torch.autograd.grad(nll, values, retain_graph=True)[0]
-                total, n_all = total + nll.item(), n_all + n_targets
+        with batches.processes.together("the likelihood of validation data"):
+            for x, y in _not_empty(batches):
+                for part in _differentiable_parts(predictor, len(x)):
+                    f, (spread,) = _moments(predictor, x[part], pushforward)
+                    likelihood.check(f, y[part])
+                    prediction = _prediction(replace(predictor, prior=prior), f, spread, PredictionOptions())
+                    n_targets = likelihood.n_targets(f, y[part])
+                    if not n_targets:
+                        continue
+                    nll = likelihood.predictive_nll(prediction, y[part]).double() * n_targets
+                    gradient += torch.autograd.grad(nll, values, retain_graph=True)[0]
+                    total, n_all = total + nll.item(), n_all + n_targets
+            total, n_all = map(sum, zip(*batches.processes.gather((total, n_all)), strict=True))
+            batches.processes.sum_([gradient])
         if not n_all or not math.isfinite(total):
             what = f"their negative log likelihood is {total}" if n_all else "none of their targets counts"
             raise InvalidBatchError(f"the validation data choose no prior precision: {what}; look at val_loader.")
@@ -231,6 +236,18 @@ def minimise_validation_nll(predictor: Predictor, batches: Batches, unknowns: Un
 def _moments(predictor: Predictor, x: ModelInputs, pushforward: Pushforward) -> tuple[Tensor, list[Tensor]]:
     linearised = LinearisedModel(predictor.network, predictor.fit.output_shape, predictor.memory_budget)
     return linearised.moments(predictor.inputs(x), predictor.fit.H, pushforward)
+
+
+def _of_all(batches: Batches, values: list[Any]) -> list[Any]:
+    """Tensors, or tuples of them, of the batches of all processes."""
+    if batches.shard is None:
+        return values
+
+    def moved(value: Any, device: torch.device) -> Any:
+        return tuple(part.to(device) for part in value) if isinstance(value, tuple) else value.to(device)
+
+    of_each = batches.processes.gather([moved(value, torch.device("cpu")) for value in values])
+    return [moved(value, batches.device) for of_process in of_each for value in of_process]
 
 
 def _not_empty(batches: Batches) -> Iterator[tuple[ModelInputs, Tensor]]:

@@ -1,16 +1,16 @@
 """Models and data that are spread over several processes are refused, rather than counted in part."""
 
-import multiprocessing
+import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
+from groups import run_on
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from laplace_ws import InvalidBatchError, Laplace, UnsupportedParameterError, kron_factors, marglik_training
+from laplace_ws import DataWarning, Laplace, UnsupportedParameterError, kron_factors, marglik_training
 from laplace_ws.curvature import jacobians
 from laplace_ws.marglik import Schedule, TrainingOptions, prepare
 
@@ -52,28 +52,21 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_shares_of_the_data_are_refused_by_every_pass(name):
+def test_a_share_without_other_processes_is_counted_alone_with_a_warning(name):
     model, loader = net(), LOADERS[name]()
+    share = sum(len(y) for _, y in loader)
     la = Laplace(model, "classification")
-    la.fit([(X, Y)])
-    n_data = la.n_data
     for run in (
         lambda: la.fit(loader),
-        lambda: la.fit(loader, override=False),
         lambda: la.optimize_prior_precision("gridsearch", val_loader=loader),
-        lambda: la.optimize_prior_precision("gradient", val_loader=loader),
-        lambda: Laplace(model, "classification", hessian_structure="lowrank").fit(loader),
-        lambda: Laplace(model, "classification", hessian_structure="ekfac").fit(loader),
         lambda: kron_factors(model, "classification", loader),
         lambda: marglik_training(model, loader, **SMALL),
-        lambda: prepare(model, loader, "classification", Schedule(), TrainingOptions()),
     ):
-        with pytest.raises(
-            InvalidBatchError,
-            match=r"gives one of [23] processes its share of the data \((Distr|Shard).*give a loader of",
+        with pytest.warns(
+            DataWarning, match=r"one of [23] processes its share of the data \((Distr|Shard).*of the share alone"
         ):
             run()
-    assert la.n_data == n_data == 12
+    assert la.n_data == share < 12
 
 
 def test_a_sampler_for_one_process_gives_all_of_the_data():
@@ -117,48 +110,31 @@ def refusal(run) -> str:
     return "not refused"
 
 
-def one_of_two(rank: int, store: str, said) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def one_of_two():
     data = TensorDataset(X, Y)
     model = net()
     wrapped = nn.parallel.DistributedDataParallel(net())
     sharded = fully_shard(net(), mesh=init_device_mesh("cpu", (2,)))
-    loader, share = DataLoader(data, batch_size=4), DataLoader(data, batch_size=3, sampler=DistributedSampler(data))
-    la = Laplace(model, "classification")
+    for_other = DistributedSampler(data, 2, 1 - torch.distributed.get_rank())
+    whole, la = DataLoader(data, batch_size=4), Laplace(model, "classification")
     refusals = [
         refusal(lambda: Laplace(wrapped, "classification")),
-        refusal(lambda: marglik_training(wrapped, share, **SMALL)),
         refusal(lambda: Laplace(sharded, "classification")),
-        refusal(lambda: la.fit(share)),
-        refusal(lambda: la.fit(loader)),
-        refusal(lambda: marglik_training(model, loader, **SMALL)),
+        refusal(lambda: la.fit(DataLoader(data, batch_size=3, sampler=for_other))),
+        refusal(lambda: la.fit(DataLoader(data, batch_sampler=Shard()))),
     ]
-    dist.destroy_process_group()
-    la.fit(loader)
-    said.put((refusals, la.n_data))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        la.fit(whole)
+    return refusals, la.n_data, [str(w.message) for w in found if "torch.distributed" in str(w.message)]
 
 
-@pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or "fork" not in multiprocessing.get_all_start_methods(),
-    reason="needs gloo and fork",
-)
-def test_two_processes(tmp_path):
-    context = multiprocessing.get_context("fork")  # which has no need to import torch again
-    said = context.Queue()
-    processes = [context.Process(target=one_of_two, args=(rank, str(tmp_path / "store"), said)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = [said.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(timeout=120)
-    for refusals, n_data in found:
-        wrapped, trained, sharded, share, whole, training = refusals
+def test_what_two_processes_are_refused_and_warned_of():
+    for refusals, n_data, warned in run_on(2, one_of_two):
+        wrapped, sharded, for_other, unknown = refusals
         assert wrapped.startswith("UnsupportedParameterError the model is run by DistributedDataParallel")
-        assert trained == wrapped
         assert sharded.startswith("UnsupportedParameterError the model is run by FSDPModule")
-        assert share.startswith(
-            "InvalidBatchError the loader gives one of 2 processes its share of the data (DistributedSampler)"
-        )
-        assert whole.startswith("InvalidBatchError torch.distributed runs 2 processes")
-        assert training == whole
+        assert for_other.startswith("InvalidBatchError the DistributedSampler divides the data among 2 processes, for")
+        assert unknown.startswith("InvalidBatchError the Shard divides the data among 2 processes, for number None")
         assert n_data == 12
+        assert "each process counts all that its own loader gives" in warned[0]

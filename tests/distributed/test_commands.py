@@ -1,0 +1,65 @@
+"""Commands started by torchrun give what they give in one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TRAIN = [
+    "train", "--config", "demo", "--report", "false", "--workers", "1", "--baselines.fixed_prior_precisions", "[]",
+    "--data.n_train", "100", "--data.n_test", "100", "--data.batch_size", "25", "--model.name", "lenet", "--model.depth", "null",
+    "--model.width", "null", "--model.norm", "null", "--marglik.n_epochs", "2", "--marglik.n_epochs_burnin", "1",
+]  # fmt: skip
+CALIBRATE = [
+    "calibrate",
+    "--data.corruptions",
+    "[]",
+    "--data.n_validation",
+    "60",
+    "--methods.laplace",
+    "[kron, last_layer_kron]",
+    "--methods.priors",
+    "[training, marglik]",
+]
+
+
+def run(n: int, args: list[str]) -> subprocess.CompletedProcess:
+    start = [sys.executable, "-m"] + (["torch.distributed.run", f"--nproc_per_node={n}", "-m"] if n > 1 else [])
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*start, "laplace_ws", *args], capture_output=True, text=True, env=env, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[int, Path]:
+    """Run folders by number of processes."""
+    out = tmp_path_factory.mktemp("runs")
+    for n in (1, 2):
+        ended = run(n, [*TRAIN, "--out", str(out), "--name", f"on{n}"])
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.count("summary:") == 1
+    return {n: out / f"on{n}" for n in (1, 2)}
+
+
+def test_train(folders):
+    alone, two = (json.loads((folders[n] / "summary.json").read_text())["tuned"] for n in (1, 2))
+    for name in ("log_marginal_likelihood", "test_nll", "test_accuracy", "test_ece"):
+        assert two[name] == pytest.approx(alone[name], rel=2e-3), name
+    lines = [json.loads(line) for line in (folders[2] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+
+
+def test_calibrate(folders):
+    found = {}
+    for n in (1, 2):
+        ended = run(
+            n, [*CALIBRATE, "--checkpoint", str(folders[1] / "checkpoint.pt"), "--out", str(folders[1] / f"by{n}")]
+        )
+        assert ended.returncode == 0, ended.stderr
+        found[n] = json.loads((folders[1] / f"by{n}" / "calibration.json").read_text())["methods"]
+    assert list(found[1]) == list(found[2])
+    for method, alone in found[1].items():
+        for name, value in alone["test"].items():
+            assert found[2][method]["test"][name] == pytest.approx(value, abs=1e-5), (method, name)
