@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, ModelInputs, check_devices, split_batch
+from laplace_ws.curvature.inputs import (
+    DEFAULT_KEYS,
+    BatchKeys,
+    ModelInputs,
+    check_devices,
+    split_batch,
+    targets_of,
+)
 from laplace_ws.curvature.processes import Shard, shard_of
 from laplace_ws.distributed import ALONE, Processes
 from laplace_ws.errors import InvalidBatchError
@@ -126,13 +133,11 @@ class Batches:
 
     def _sizes(self, batch: Any, n_before: int) -> tuple[int, int]:
         """How many examples a batch of a shard holds, and how many of them no other process reads."""
-        y = None
-        if self.shard is not None:
-            y = batch.get(self.keys.y) if isinstance(batch, Mapping) else batch[-1] if batch else None
-        if (
-            self.shard is None or not isinstance(y, Tensor) or not y.ndim
-        ):  # the latter for `split_batch`, which says what is wrong
-            return (0, 0) if self.shard is None else (1, 1)
+        if self.shard is None:
+            return 1, 1
+        y = targets_of(batch, self.keys)
+        if not isinstance(y, Tensor) or not y.ndim:  # `split_batch` says what is wrong with it
+            return 1, 1
         return len(y), self.shard.n_kept(n_before, len(y))
 
     @property

@@ -145,8 +145,8 @@ class CurvatureSum:
                 self.backend.forget()
                 self._check.start(x, self.parameters)
                 if self._shard is not None:  # processes that see other examples must come to one decision
-                    found = self._shard.processes.gather(self._check.in_reduce_setting)
-                    self._check.in_reduce_setting = frozenset.intersection(*found)
+                    first, *others = self._shard.processes.gather(self._check.in_reduce_setting)
+                    self._check.in_reduce_setting = first.intersection(*others)
             for part in self._parts(x, y):
                 self._add_checked(x[part], y[part])
 

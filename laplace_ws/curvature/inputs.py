@@ -147,6 +147,13 @@ def split_batch(batch: object, number: int, keys: BatchKeys = DEFAULT_KEYS) -> t
     return inputs, y
 
 
+def targets_of(batch: object, keys: BatchKeys = DEFAULT_KEYS) -> object:
+    """What a batch has in the place of its targets, without a check; None where it has none."""
+    if isinstance(batch, Mapping):
+        return batch.get(keys.y)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return batch[-1] if isinstance(batch, (tuple, list)) and batch else None  # pyright: ignore[reportUnknownVariableType]
+
+
 def without_targets(batch: Mapping[Any, Any], keys: BatchKeys = DEFAULT_KEYS) -> Mapping[Any, Any]:
     """A batch that is a mapping, without its targets, if it has any."""
     return _with_items(batch, {key: value for key, value in batch.items() if key != keys.y})

@@ -61,8 +61,10 @@ class PassTotals(DataTotals):
 
     def __add__(self, other: PassTotals) -> PassTotals:  # type: ignore[override]
         """The totals of two shares of the data."""
+        sums = super().__add__(other)
+        assert isinstance(sums, PassTotals)
         return replace(
-            super().__add__(other),
+            sums,
             nll_size=self.nll_size + other.nll_size,
             order=self.order + other.order,
             order_size=self.order_size + other.order_size,

@@ -45,8 +45,7 @@ def epoch_logger(
         record |= complete
         if processes().is_first:
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "
-")
+                file.write(json.dumps(record) + "\n")
         start = time.process_time()
 
     return log

@@ -96,9 +96,10 @@ class KronBlock(Block):
 
     def accept(self, of_B: tuple[Tensor, Tensor | None], of_A: tuple[Tensor, Tensor | None], *, vectors: bool) -> None:
         """Take the eigenvalues, and with `vectors` the eigenvectors, as computed elsewhere, in place of computing them."""
-        self.__dict__["factor_eigenvalues"] = of_B[0], of_A[0]
+        known = vars(self)  # where `cached_property` keeps them
+        known["factor_eigenvalues"] = of_B[0], of_A[0]
         if vectors:
-            self.__dict__["eigen"] = of_B, of_A
+            known["eigen"] = of_B, of_A
 
     def eigenvalues(self) -> Float[Tensor, "*G O I"]:
         """Products of the factors' eigenvalues: the spectrum of the block, float64."""
