@@ -142,3 +142,15 @@ def shapes(state: Any, name: str, of: str = "") -> dict[str, torch.Size]:
 def is_shape(value: Any) -> bool:
     """Whether a value lists the lengths of axes."""
     return isinstance(value, (tuple, list)) and all(type(length) is int and length >= 0 for length in value)
+
+
+def on_device(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A nested dictionary with its tensors on a device."""
+    return {
+        key: on_device(value, device)
+        if isinstance(value, Mapping)
+        else value.to(device)
+        if isinstance(value, Tensor)
+        else value
+        for key, value in state.items()
+    }

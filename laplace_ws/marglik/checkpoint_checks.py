@@ -26,6 +26,8 @@ def check_fields(state: Mapping[str, Any]) -> None:
     Raises:
         FileFormatError: it has not.
     """
+    if "averaged_curvature" in state:
+        saved.entry(state, "averaged_curvature", Mapping, None)
     for name in ("settings", "progress", "model", "optimizer", "scheduler", "hyper", "loader", "rng"):
         saved.entry(state, name, Mapping)
     for generator in [*saved.entry(state, "generators", list), *state["rng"].values()]:

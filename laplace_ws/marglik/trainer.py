@@ -51,6 +51,7 @@ from laplace_ws.marglik.tuning import Tuner, Tuning
 from laplace_ws.posterior import Laplace
 from laplace_ws.posterior.evidence import optimal_prior_and_noise
 from laplace_ws.randomness import random_state, set_random_state
+from laplace_ws.saved import on_device
 from laplace_ws.threads import alone_with, alone_with_modules, alone_with_random_state, trained_by_one
 
 _STEPS_BETWEEN_LOSS_CHECKS = 20
@@ -136,6 +137,7 @@ class Trainer:
             max_log_step=self.schedule.max_log_step,
             stiffness=self.stiffness,
             generator=subset_generator,
+            averages=self.budget is not None and self.budget.varies and not self.la.structure.reads_data_again,
         )
         self.hyper.assign_to(self.la)
 
@@ -416,6 +418,7 @@ class Trainer:
             "hyper": self.hyper.state_dict(),
             "loader": getattr(self.loader, "state_dict", dict)(),
             "generators": [generator.get_state() for generator in self.generators],
+            "averaged_curvature": None if self.tuner.earlier is None else self.tuner.earlier.state_dict(),
             "rng": random_state(self.device),
             "diverged": False,
         }
@@ -475,3 +478,8 @@ class Trainer:
         for generator, saved in zip(self.generators, state["generators"], strict=True):
             generator.set_state(saved.cpu())
         self.rng = state["rng"]
+        averaged = state.get("averaged_curvature")  # checkpoints from before there were budgets have none
+        matrix = self.la.structure.matrix
+        self.tuner.earlier = (
+            None if averaged is None else matrix.from_state_dict(self.la.shapes, on_device(averaged, self.device))
+        )

@@ -12,6 +12,7 @@ from laplace_ws.marglik.budget import TuningCost
 from laplace_ws.marglik.checks import DataFacts
 from laplace_ws.marglik.hyperparameters import Hyperparameters
 from laplace_ws.marglik.passes import same_order_after
+from laplace_ws.matrices import CurvatureMatrix
 from laplace_ws.posterior import Laplace
 
 
@@ -37,7 +38,11 @@ class Tuning:
         return TuningCost(self.seconds - self.fit_seconds, self.fit_seconds / self.n_batches)
 
 
-@dataclass(frozen=True)
+NEWEST = 0.3
+"""Least weight of the newest fit in the average of those that each see a part of the batches."""
+
+
+@dataclass
 class Tuner:
     """Tunes the hyperparameters of a posterior at the current weights of its model.
 
@@ -50,6 +55,9 @@ class Tuner:
         max_log_step: largest change of the logarithm of any of them.
         stiffness: upper limit of prior precisions, see `Hyperparameters.ascend`.
         generator: of the choice of batches.
+        averages: whether curvature is averaged over the tunings. A fit to a few batches knows few directions of the weight space, and takes
+            the data to say nothing of the others; priors tuned by it alone come out loose. An average knows those of earlier batches too.
+        earlier: this average so far, of N examples; None before the first tuning.
     """
 
     la: Laplace
@@ -60,6 +68,8 @@ class Tuner:
     max_log_step: float
     stiffness: float
     generator: torch.Generator
+    averages: bool = False
+    earlier: CurvatureMatrix | None = None
 
     def tune(self, n_batches: int, clock: Callable[[], float]) -> Tuning:
         """Fit to a number of batches and go up the log marginal likelihood.
@@ -70,12 +80,24 @@ class Tuner:
         """
         start = clock()
         with same_order_after(self.batches.loader):
-            self.la.fit(self._some_batches(n_batches), n_data=self.facts.n_data, recheck=False)
+            self.la.fit(
+                self._some_batches(n_batches),
+                n_data=self.facts.n_data,
+                recheck=False,
+                averaged_with=self._averaged_with(n_batches),
+            )
+        if self.averages:
+            self.earlier = self.la.H
         fitted = clock()
         self.hyper.ascend(self.la, self.n_hypersteps, max_log_step=self.max_log_step, stiffness=self.stiffness)
         self._agree()
         log_marglik = self.la.log_marginal_likelihood().item()
         return Tuning(log_marglik, n_batches, fitted - start, clock() - start)
+
+    def _averaged_with(self, n_batches: int) -> tuple[CurvatureMatrix, float] | None:
+        """The average so far, and its weight: none beside a fit to all batches."""
+        newest = max(NEWEST, n_batches / self.facts.n_batches)
+        return None if self.earlier is None or newest == 1 else (self.earlier, 1 - newest)
 
     def _agree(self) -> None:
         """Take the hyperparameters of the first process, from which those of another machine may differ by rounding."""

@@ -147,7 +147,9 @@ def restored(state: Mapping[str, Any], structure: Structure, problem: Problem, p
             warnings.warn(f"the posterior was saved on {saved_on} and is loaded on {device}.", stacklevel=3)
         mean = saved.floats(saved.entry(state, "mean", Tensor), "mean", (network.n_params,))
         with values_explained():
-            H = structure.matrix.from_state_dict(network.shapes, _on_device(saved.entry(state, "H", Mapping), device))
+            H = structure.matrix.from_state_dict(
+                network.shapes, saved.on_device(saved.entry(state, "H", Mapping), device)
+            )
             prior = prior.changed(
                 precision=saved.entry(state, "prior_precision", Tensor, int, float),
                 mean=saved.entry(state, "prior_mean", Tensor, int, float),
@@ -201,7 +203,7 @@ def saved_subset(state: Mapping[str, Any], device: torch.device) -> WeightSubset
             raise FileFormatError(
                 f"the saved posterior is damaged: the covered weights of {name!r} are not among its weights."
             )
-    return WeightSubset(shapes, _on_device(selection, device))
+    return WeightSubset(shapes, saved.on_device(selection, device))
 
 
 def _totals(state: Mapping[str, Any]) -> DataTotals:
@@ -272,15 +274,3 @@ def _check_parameters(here: Mapping[str, torch.Size], there: Mapping[str, torch.
             )
     if list(here) != list(there):
         raise ValueError(f"{whose} has the parameters of the saved posterior in another order.")
-
-
-def _on_device(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A nested dictionary with its tensors on a device."""
-    return {
-        key: _on_device(value, device)
-        if isinstance(value, Mapping)
-        else value.to(device)
-        if isinstance(value, Tensor)
-        else value
-        for key, value in state.items()
-    }

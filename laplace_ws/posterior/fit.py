@@ -89,6 +89,7 @@ def fit_posterior(
     n_data: int | None = None,
     progress_bar: bool = False,
     recheck: bool = True,
+    averaged_with: tuple[CurvatureMatrix, float] | None = None,
 ) -> Fit:
     """Compute the curvature at the current weights.
 
@@ -100,6 +101,7 @@ def fit_posterior(
         n_data: number of examples N that the data stand for; default: the number of examples seen.
         progress_bar: show one, if stderr is a terminal.
         recheck: whether to check the backend against autograd anew, whatever is known of the network.
+        averaged_with: a curvature at earlier weights, and its weight in the mean with that of this fit.
 
     Raises:
         InvalidBatchError: the data do not fit.
@@ -136,6 +138,9 @@ def fit_posterior(
     found, totals = structure.curvature(problem, batches, None if before is None else before.H)
     if n_data is not None and n_data != totals.n_examples:
         found, totals = found * (n_data / totals.n_examples), totals.scaled_to(n_data)
+    if averaged_with is not None:
+        earlier, weight = averaged_with
+        found = earlier * weight + found * (1 - weight)
     if before is not None:
         _check_same_form(before.output_shape, totals.output_shape)
         found, totals = before.H + found, before.totals + totals

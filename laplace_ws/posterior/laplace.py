@@ -309,6 +309,7 @@ class Laplace(Predictive):
         override: bool = True,
         progress_bar: bool = False,
         recheck: bool = True,
+        averaged_with: tuple[CurvatureMatrix, float] | None = None,
     ) -> None:
         """Compute the curvature at the current weights, in one pass over the data ("ekfac": two, "lowrank": many).
 
@@ -319,6 +320,8 @@ class Laplace(Predictive):
             progress_bar: show one, if stderr is a terminal.
             recheck: whether to check the backend's gradients against autograd even if the network, as far as its modules show, is the one
                 that was checked before. A training that refits one network again and again may leave it out.
+            averaged_with: a curvature at earlier weights, scaled to N like this one, and its weight in the mean with that at the current
+                weights: for tuning while training, where each fit sees few of the data. For structures that read the data once.
 
         Raises:
             UnsupportedParameterError: a parameter that should be covered cannot be.
@@ -334,6 +337,7 @@ class Laplace(Predictive):
             n_data=n_data,
             progress_bar=flag("progress_bar", progress_bar),
             recheck=flag("recheck", recheck),
+            averaged_with=averaged_with,
         )
 
     def check(self, x: Any) -> None:

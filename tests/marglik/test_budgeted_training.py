@@ -217,3 +217,53 @@ def test_estimates_from_any_number_of_batches_stand_for_all_the_data_and_fewer_g
     assert list(trace.values()) == pytest.approx([trace[5]] * 5, rel=1e-10)
     assert evidence[1] > evidence[2] > evidence[3] > evidence[4] > evidence[5]
     assert evidence[1] > evidence[5] + 1
+
+
+def test_curvature_is_averaged_over_tunings_that_see_a_part_of_the_batches(monkeypatch):
+    fits: list[tuple[torch.Tensor, torch.Tensor | None, float]] = []
+    fit = Laplace.fit
+
+    def noted(la, data, **options):
+        """What a fit gives alone, and what it is averaged with."""
+        averaged_with = options.pop("averaged_with", None)
+        fit(la, data, **options)
+        alone = la.H.to_dense()
+        if averaged_with is None:
+            fits.append((alone, None, 0.0))
+            return
+        earlier, weight = averaged_with
+        fits.append((alone, earlier.to_dense(), weight))
+        fit(la, data, averaged_with=averaged_with, **options)
+
+    monkeypatch.setattr(Laplace, "fit", noted)
+    options = replace(OPTIONS, hessian_structure="full")
+    run = trainer(options=options)
+    run.loader.shuffle = False  # both fits of `noted` see the same batches
+    n_batches = chosen(run.run())
+    tunings = [n for n in n_batches if n]
+    average = None
+    for n, (alone, earlier, weight) in zip(tunings, fits, strict=False):
+        newest = 1.0 if average is None else max(0.3, n / 8)
+        assert weight == pytest.approx(1 - newest)
+        if earlier is not None:
+            torch.testing.assert_close(earlier, average)
+        average = alone if average is None else average * (1 - newest) + alone * newest
+    assert fits[-1][1] is None  # the last fit, of all the data at the last weights
+
+    fits.clear()
+    trainer(replace(BUDGETED, fit_fraction=0.5), options).run()
+    assert all(earlier is None for _, earlier, _ in fits)
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "full", "ekfac"])
+def test_the_average_is_resumed_with_each_structure(tmp_path, structure):
+    path = tmp_path / "c.pt"
+    options = replace(OPTIONS, hessian_structure=structure)
+    whole = trainer(options=options).run()
+    with pytest.raises(Stop):
+        trainer(options=options, checkpoint_path=path, on_epoch=stop_after(20)).run()
+    again = trainer(options=options, checkpoint_path=path)
+    again.resume()
+    again.clock.now = sum(record["seconds"] for record in again.progress.history)
+    assert (again.tuner.earlier is None) == (structure == "ekfac")
+    assert again.run().margliks == whole.margliks
