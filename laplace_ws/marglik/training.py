@@ -117,7 +117,8 @@ def marglik_training(
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction, curvature_budget: see `Schedule`. Where
             not given, the burn-in is a fifth of the epochs and at most 20, and frequency and fraction are left to the budget; for
             "lowrank", which needs the same data in each pass, only the frequency is. `n_hypersteps=0` trains at fixed hyperparameters.
-            With `curvature_budget=None` there is a tuning every 5 epochs, on all the data.
+            With `curvature_budget=None` there is a tuning every 5 epochs, on all the data. Where the budget chooses the fraction, the
+            curvature of a fit is averaged with that of the fits before it (`tuning.NEWEST`).
         hyper_optimizer: how the log marginal likelihood is maximised: "newton", which goes to the optimum of prior
             precisions and noise within `max_log_step`, whatever `n_hypersteps` above 0; "adam"; or "mackay", `n_hypersteps`
             updates δ ← γ/‖θ‖², σ² ← SSE/(n − γ). Where not given, it is Newton's method, and Adam with `tune_temperature`, which needs it.
