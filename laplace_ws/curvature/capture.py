@@ -59,9 +59,14 @@ class CapturedBatch:
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
             self.accumulator.add(number, g.detach()[None])
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the backward pass has reached a use."""
+        return self._like is not None
+
     def finish(self) -> bool:
         """Complete the sums; returns whether there was a backward pass. A use that it did not reach has no gradient, which is zero."""
-        if self._like is None:
+        if self._like is None:  # no backward pass
             return False
         for number, shape in list(self._waiting.items()):
             self._add(number, self._like.new_zeros(shape))
@@ -99,6 +104,10 @@ class TrainingCapture:
         """The batches that were differentiated since the last call."""
         batches, self._batches = self._batches, []
         return [batch for batch in batches if batch.finish()]
+
+    def forget_differentiated(self) -> None:
+        """Drop the batches whose backward pass has begun."""
+        self._batches = [batch for batch in self._batches if not batch.has_begun]
 
     def remove(self) -> None:
         """Leave the model alone from now on."""
