@@ -294,9 +294,9 @@ class UseRecorder(TorchFunctionMode):
             raise UnsupportedParameterError(f"{name!r} requires grad but {why}; {FREEZE_HINT}.")
         self.check_unchanged()
 
-    def check_unchanged(self) -> None:
-        """Raise `UnsupportedParameterError` if an input that a use keeps has been overwritten since."""
-        check_unchanged(self._versions)
+    def check_unchanged(self, kind: type[Use] = Use) -> None:
+        """Raise `UnsupportedParameterError` if an input that a use, of one kind or of any, keeps has been overwritten since."""
+        check_unchanged([version for version in self._versions if isinstance(version[0], kind)])
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

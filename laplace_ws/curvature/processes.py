@@ -46,6 +46,11 @@ def check_not_shared(loader: object) -> None:
                 f"the loader gives one of {n} processes its share of the data ({type(source).__name__}), but sums over the data, such as "
                 "N and the curvature, are those of one process; give a loader of all of the data, in one process."
             )
+    check_one_process()
+
+
+def check_one_process() -> None:
+    """Raise `InvalidBatchError` if there are several processes."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise InvalidBatchError(

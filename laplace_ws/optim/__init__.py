@@ -1,4 +1,4 @@
-"""K-FAC as an optimiser."""
+"""K-FAC as an optimiser: gradient steps preconditioned by K-FAC-expand or K-FAC-reduce."""
 
 from laplace_ws.optim.kfac_optimizer import KFAC
 

@@ -32,23 +32,36 @@ def update_moments(
         betas: decay of the two.
     """
     beta, beta_squares = betas
-    moments = []
+    gradients: list[Tensor] = []
     for p, state in zip(parameters, states, strict=True):
-        g = p.grad
-        assert g is not None
-        if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if squares and "exp_avg_sq" not in state:
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        t = state["step"]
-        state["exp_avg"].lerp_(g, 1 - beta)
-        if squares:
-            state["exp_avg_sq"].mul_(beta_squares).addcmul_(g, g, value=1 - beta_squares)
-        moments.append(state["exp_avg"].mul(beta / (1 - beta ** (t + 1))).add_(g, alpha=(1 - beta) / (1 - beta**t)))
-    return moments
+        assert p.grad is not None
+        gradients.append(p.grad)
+        for name in ("exp_avg", "exp_avg_sq")[: 1 + squares]:
+            if name not in state:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    if not gradients:
+        return []
+    averages = [state["exp_avg"] for state in states]
+    torch._foreach_lerp_(averages, gradients, 1 - beta)  # pyright: ignore[reportPrivateImportUsage]
+    if squares:
+        of_squares = [state["exp_avg_sq"] for state in states]
+        torch._foreach_mul_(of_squares, beta_squares)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_addcmul_(of_squares, gradients, gradients, 1 - beta_squares)  # pyright: ignore[reportPrivateImportUsage]
+    of_average = [beta / (1 - beta ** (state["step"] + 1)) for state in states]
+    of_gradient = [(1 - beta) / (1 - beta ** state["step"]) for state in states]
+    moments = torch._foreach_mul(averages, of_average)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(moments, torch._foreach_mul(gradients, of_gradient))  # pyright: ignore[reportPrivateImportUsage]
+    return list(moments)
 
 
-def adam_step(moment: Tensor, state: dict[str, Any], beta_squares: float, eps: float) -> Tensor:
-    """The step of NAdam for a learning rate of 1, up to its sign."""
-    root = (state["exp_avg_sq"] / (1 - beta_squares ** state["step"])).sqrt_()
-    return moment / root.add_(eps)
+def adam_steps(
+    moments: Sequence[Tensor], states: Sequence[dict[str, Any]], beta_squares: float, eps: float
+) -> list[Tensor]:
+    """The steps of NAdam for a learning rate of 1, up to their sign."""
+    if not moments:
+        return []
+    corrections = [1 - beta_squares ** state["step"] for state in states]
+    roots = torch._foreach_div([state["exp_avg_sq"] for state in states], corrections)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_sqrt_(roots)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(roots, eps)  # pyright: ignore[reportPrivateImportUsage]
+    return list(torch._foreach_div(list(moments), roots))  # pyright: ignore[reportPrivateImportUsage]

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from laplace_ws.curvature.capture import CapturedBatch, TrainingCapture
-from laplace_ws.curvature.native import UseRecorder
-from laplace_ws.errors import UnsupportedParameterError
-from laplace_ws.kfac import Accumulator, KfacApprox, KfacApproxSpec, approximation_by_parameter
-from laplace_ws.kfac.factors import total
-from laplace_ws.optim.first_order import Grafting, adam_step, update_moments
-from laplace_ws.optim.layers import Layer, find_layers
-from laplace_ws.optim.preconditioner import damped_inverse, precondition
-from laplace_ws.optim.statistics import LayerAccumulator, LayerFactors, average
-from laplace_ws.registry import Choice
-from laplace_ws.values import real_number, whole_number
-
-
-class LossReduction(Choice):
-    """How the loss is made of the losses of the examples."""
-
-    MEAN = "mean"
-    SUM = "sum"
-
-
-_FACTORS = ("factor_A", "factor_B", "inv_A", "inv_B")
+from laplace_ws.curvature import Curvature
+from laplace_ws.curvature.capture import BatchForm, TrainingCapture
+from laplace_ws.curvature.curvature_sum import default_generator
+from laplace_ws.curvature.models import check_module, check_visible
+from laplace_ws.curvature.processes import check_not_wrapped, check_one_process
+from laplace_ws.errors import NotFittedError
+from laplace_ws.kfac import KfacApproxSpec, approximation_by_parameter
+from laplace_ws.kfac.uses import at_least_float32
+from laplace_ws.likelihoods import Likelihood, make_likelihood
+from laplace_ws.matrices import Kron, KronBlock
+from laplace_ws.optim.curvature import FACTORS, LayerFinder, LikelihoodColumns, averaged_factors
+from laplace_ws.optim.first_order import Grafting
+from laplace_ws.optim.layers import Layer
+from laplace_ws.optim.options import KfacOptions, LossReduction, Timer, checked_group
+from laplace_ws.optim.scaling import has_overflowed, loss_scale, unscale
+from laplace_ws.optim.statistics import kron_blocks
+from laplace_ws.optim.steps import apply_steps, directions
 
 
 class KFAC(torch.optim.Optimizer):
@@ -38,8 +33,8 @@ class KFAC(torch.optim.Optimizer):
 
     The direction of a weight W, with its bias b as a further column, is B⁻¹ M A⁻¹: M the Nesterov average of its gradients, A and B the
     decayed averages of its Kronecker factors over the batches, damped. Its length is that of the step that a first-order method would take
-    (`grafting`), so that learning rates and schedules of that method serve. What has no block of its own (scales of normalisations, position
-    parameters) takes the first-order step itself.
+    (`grafting`), so that learning rates and schedules of that method serve. What has no block of its own (scales of normalisations,
+    position parameters, an embedding tied to the output layer) takes the first-order step itself.
 
         optimizer = KFAC(model, lr=1e-2)
         for x, y in loader:
@@ -48,34 +43,48 @@ class KFAC(torch.optim.Optimizer):
             optimizer.step()
 
     The factors come from the passes of the step itself, on the steps on which they are due: A from the forward pass, B from the backward
-    pass. They are of the empirical Fisher. Call the model itself, in train mode, and differentiate each forward pass once.
+    pass. Call the model itself, in train mode, and differentiate each forward pass once. `optimizer.zero_grad()` also forgets passes that
+    were differentiated and took part in no step.
 
     Args:
         model: the network.
-        params: which of its parameters, or groups of them with options of their own (lr, betas, eps, weight_decay, damping, kfac_approx), as
-            for every optimiser of torch; all that require grad where not given.
+        params: which of its parameters, or groups of them with options of their own (lr, betas, eps, weight_decay, damping,
+            kfac_approx), as for every optimiser of torch; all that require grad where not given. Those of other modules take the
+            first-order step.
         lr: length of the steps, in units of those of the grafted method.
         betas: decay of the averages of gradients and of their squares.
         eps: added to the root of the latter.
         weight_decay: share of a weight that is taken away at each step, in units of lr.
-        kfac_approx: "expand", "reduce", or a mapping from patterns of names to them.
-        damping: λ; a factor X is inverted as X + λ·(tr X/D)·I.
-        factor_decay: of the averages of the factors, per batch that counts.
-        factor_update_steps: steps from one batch that counts to the next.
+        kfac_approx: "expand", "reduce", or a mapping from patterns of names to them; "auto", and a name that no pattern matches, is expand.
+        damping: λ; a factor X is inverted as X + λ·(tr X/D)·I. Of a weight and its bias, that of the weight counts.
+        curvature: "ef" (gradients of the loss), "ggn_mc" (sampled labels), "ggn_mc_rademacher" (random signs) or "ggn" (all columns). All
+            but "ef" take backward passes of their own, on steps on which factors are due.
+        likelihood: "classification", "regression", …, or a `Likelihood`, of all curvatures but "ef".
+        mc_samples: random columns per example.
+        generator: of labels or signs; by default a separate one, which `torch.manual_seed` makes reproducible.
+        factor_decay: of the averages of the factors, per step that counts.
+        factor_update_steps: steps from one that counts to the next.
         inv_update_steps: steps from one inversion to the next.
         start_steps: first steps, on each of which both are done.
         grafting: "adam", "sgd" or "none".
         kl_clip: limit of lr²·Σ ⟨step, gradient⟩, beyond which all steps are shortened alike; None for none.
-        loss_reduction: "mean" or "sum": what the loss does with the losses of the examples.
+        max_factor_dim: larger factors are kept as blocks of at most this many rows on their diagonal; None for no limit.
+        factor_dtype: type of factors and inverses; by default that of the weights, float32 at least.
+        loss_reduction: "mean" or "sum": what the loss does with the losses of the examples. Any other factor on the loss scales B by its
+            square, which matters without grafting only, and to `kron`.
         grad_scaler: the scaler of the loss, if there is one.
-        strict: whether a weight without a Kronecker block is an error.
+        strict: whether a weight (of two axes or more) without a Kronecker block is an error.
 
     Raises:
-        UnsupportedParameterError: with `strict`, in the first forward pass, a parameter of two or more axes has no Kronecker block.
+        UnsupportedParameterError: the operations of the model cannot be seen; or, in a forward pass, a weight cannot have the block that
+            was chosen, or, with `strict`, has none.
         ValueError: an option is out of its range.
 
     Source: Martens & Grosse 2015; Eschenhagen et al. 2023, for expand and reduce; Agarwal et al. 2020, for grafting.
     """
+
+    _step_supports_amp_scaling = True
+    """Makes a `GradScaler` say that it has scaled the loss, and by how much; see `torch.amp.GradScaler.step`."""
 
     def __init__(
         self,
@@ -88,150 +97,83 @@ class KFAC(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         kfac_approx: KfacApproxSpec = "expand",
         damping: float = 0.1,
+        curvature: str | Curvature = "ef",
+        likelihood: str | Likelihood | None = None,
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
         factor_decay: float = 0.95,
         factor_update_steps: int = 10,
         inv_update_steps: int = 10,
         start_steps: int = 10,
         grafting: str | Grafting = "adam",
         kl_clip: float | None = None,
+        max_factor_dim: int | None = 8192,
+        factor_dtype: torch.dtype | None = None,
         loss_reduction: str | LossReduction = "mean",
         grad_scaler: torch.amp.GradScaler | None = None,
         strict: bool = False,
     ) -> None:
+        check_module(model)
+        check_not_wrapped(model)
+        check_one_process()
         self.model = model
-        self.factor_decay: float = real_number("factor_decay", factor_decay, at_least=0)
-        if self.factor_decay >= 1:
-            raise ValueError(f"factor_decay must be below 1, got {factor_decay:g}.")
-        self.factor_update_steps: int = whole_number("factor_update_steps", factor_update_steps, least=1)
-        self.inv_update_steps: int = whole_number("inv_update_steps", inv_update_steps, least=1)
-        self.start_steps: int = whole_number("start_steps", start_steps, least=0)
-        self.grafting: Grafting = Grafting(grafting)
-        self.kl_clip: float | None = None if kl_clip is None else real_number("kl_clip", kl_clip, above=0)
-        self.loss_reduction: LossReduction = LossReduction(loss_reduction)
-        self.grad_scaler = grad_scaler
-        self.strict = strict
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.options = KfacOptions(
+            curvature=Curvature(curvature),
+            likelihood=None if likelihood is None else make_likelihood(likelihood).at_noise(1.0),
+            mc_samples=mc_samples,
+            factor_decay=factor_decay,
+            factor_update_steps=factor_update_steps,
+            inv_update_steps=inv_update_steps,
+            start_steps=start_steps,
+            grafting=Grafting(grafting),
+            kl_clip=kl_clip,
+            max_factor_dim=max_factor_dim,
+            factor_dtype=factor_dtype,
+            loss_reduction=LossReduction(loss_reduction),
+            grad_scaler=grad_scaler,
+            strict=strict,
+        )
+        self.n_steps: int = 0
+        self._finder = LayerFinder({}, {}, max_factor_dim, strict, {})
+        trainable = [p for p in model.parameters() if p.requires_grad]
         defaults: dict[str, Any] = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "damping": damping, "kfac_approx": kfac_approx,
         }  # fmt: skip
-        super().__init__(list(named.values()) if params is None else params, defaults)
-        self._names = {id(p): name for name, p in named.items()}
-        chosen = {name: p for group in self.param_groups for p in group["params"] if (name := self._names.get(id(p)))}
-        self._parameters = {name: p for name, p in named.items() if name in chosen}
-        self._approximations = self._approximation_by_name()
-        self._layers: list[Layer] | None = None
-        self._capture = TrainingCapture(model, self._parameters, self._begin)
+        super().__init__(trainable if params is None else params, checked_group(defaults))
+        check_visible(model, self._finder.parameters.values())
+        device = self.param_groups[0]["params"][0].device
+        self.generator: torch.Generator = generator or default_generator(device)
+        columns = None
+        if self.options.likelihood is not None:
+            columns = LikelihoodColumns(self.options.likelihood, self.options.curvature, mc_samples, self.generator)
+        self._factor_timer = Timer(factor_update_steps, start_steps)
+        self._inverse_timer = Timer(inv_update_steps, start_steps)
+        self._capture = TrainingCapture(model, self._finder.parameters, self._finder, columns)
         self._capture.is_on = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `torch.optim.Optimizer.add_param_group`; checks the options of the group."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for name in ("lr", "eps", "weight_decay", "damping"):
-            if not isinstance(group[name], Tensor):
-                group[name] = real_number(name, group[name], at_least=0)
-        for beta in group["betas"]:
-            if not 0 <= real_number("betas", beta) < 1:
-                raise ValueError(f"betas must lie in [0, 1), got {group['betas']}.")
-
-    def _approximation_by_name(self) -> dict[str, KfacApprox]:
-        found: dict[str, KfacApprox] = {}
-        for group in self.param_groups:
-            own = [self._names[id(p)] for p in group["params"] if id(p) in self._names]
-            found |= approximation_by_parameter(group["kfac_approx"], own)
-        return {name: approx.decided(False) for name, approx in found.items()}
-
-    # ------------------------------------------------------------------ statistics
+        own = checked_group({**self.defaults, **param_group})
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        by_name = approximation_by_parameter(own["kfac_approx"], list(names.values()))
+        super().add_param_group({**param_group, **own})
+        for p in self.param_groups[-1]["params"]:
+            name = names.get(id(p))
+            if name is not None and p.requires_grad:
+                self._finder.parameters[name] = p
+                self._finder.approximations[name] = by_name[name].decided(False)
 
     @property
-    def n_steps(self) -> int:
-        """Steps taken so far."""
-        return max((state.get("step", 0) for state in self.state.values()), default=0)
-
-    def _is_due(self, every: int) -> bool:
-        return self.n_steps < self.start_steps or self.n_steps % every == 0
-
-    def _begin(self, recorder: UseRecorder) -> Accumulator | None:
-        if self._layers is None:
-            self._layers = self._find_layers(recorder)
-        for layer in self._layers:
-            for name in (layer.weight, layer.bias):
-                if name in recorder.unsupported:
-                    raise UnsupportedParameterError(f"{name!r} is used by {recorder.unsupported[name]}.")
-        return LayerAccumulator(self._layers, self._parameters, self._approximations) if self._layers else None
-
-    def _find_layers(self, recorder: UseRecorder) -> list[Layer]:
-        uses = [kept.use for kept in recorder.kept]
-        found = find_layers(uses, self._parameters, recorder.unsupported)
-        layers, reasons = [], dict(recorder.unsupported)
-        for layer in found:
-            own = [use for use in uses if layer.weight in use.parameters]
-            try:
-                LayerAccumulator([layer], self._parameters, self._approximations).start_batch(own)
-                layers.append(layer)
-            except UnsupportedParameterError as error:
-                reasons[layer.weight] = str(error)
-        if self.strict:
-            weights = {layer.weight for layer in layers}
-            for name, p in self._parameters.items():
-                if p.ndim > 1 and name not in weights:
-                    why = f": {reasons[name]}" if name in reasons else ""
-                    raise UnsupportedParameterError(
-                        f"{name!r} has no Kronecker block{why}; freeze it, or strict=False."
-                    )
-        return layers
-
-    def _update_factors(self) -> None:
-        """Take the statistics of the batches since the last step into the averages."""
-        batches = self._capture.take()
-        if not batches:
-            return
-        assert self._layers is not None
-        scale = self._scale(batches)
-        accumulators = [b.accumulator for b in batches if isinstance(b.accumulator, LayerAccumulator)]
-        by_layer = {layer: total(of_batch.factors(layer) for of_batch in accumulators) for layer in self._layers}
-        self._check_finite(by_layer)
-        for layer, found in by_layer.items():
-            state = self.state[self._parameters[layer.weight]]
-            state["layer"] = asdict(layer)
-            n = state["n_factors"] = state.get("n_factors", 0) + 1
-            state["factor_A"] = average(state.get("factor_A"), found.A, n, self.factor_decay)
-            state["factor_B"] = average(state.get("factor_B"), found.B * scale, n, self.factor_decay)
-
-    @staticmethod
-    def _check_finite(by_layer: Mapping[Layer, LayerFactors]) -> None:
-        sums = [found.A.sum() + found.B.sum() for found in by_layer.values()]
-        are_finite = torch.isfinite(torch.stack(sums)).tolist()
-        for layer, is_finite in zip(by_layer, are_finite, strict=True):
-            if not is_finite:
-                raise FloatingPointError(
-                    f"the Kronecker factors of {layer.weight!r} are not finite; lower the learning rate, or look for NaN in the "
-                    "data"
-                )
-
-    def _scale(self, batches: list[CapturedBatch]) -> float:
-        """What makes Σ g gᵀ of the loss as it was differentiated a mean of those of the examples' own losses."""
-        n = sum(batch.n_examples for batch in batches)
-        scaled = 1.0 if self.grad_scaler is None else self.grad_scaler.get_scale()
-        return (n if self.loss_reduction is LossReduction.MEAN else 1 / n) / scaled**2
-
-    def _update_inverses(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state.get(p, {})
-                if "factor_A" not in state:
-                    continue
-                A, B = state["factor_A"], state["factor_B"]
-                is_diagonal = A.ndim < B.ndim
-                state["inv_A"] = damped_inverse(A, group["damping"], is_diagonal)
-                state["inv_B"] = damped_inverse(B, group["damping"], False)
+    def layers(self) -> Mapping[str, Layer]:
+        """The weights with a Kronecker block that passes so far have shown, by name, and their biases."""
+        return dict(self._finder.layers)
 
     # ------------------------------------------------------------------ steps
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """See `torch.optim.Optimizer.zero_grad`; the statistics of passes that were differentiated and took part in no step go too."""
         super().zero_grad(set_to_none)
-        self._capture.forget_differentiated()
+        self._capture.drop()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -241,98 +183,145 @@ class KFAC(torch.optim.Optimizer):
             closure: computes the loss and its gradients anew, and returns the loss.
 
         Raises:
-            FloatingPointError: a factor is not finite; no weight has changed.
+            FloatingPointError: a factor is not finite; nothing has changed.
+            RuntimeError: no pass of the model has been seen; nothing has changed.
+            ValueError: it is not known by how much a `GradScaler` scaled the loss; nothing has changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        has_gradients = any(p.grad is not None for group in self.param_groups for p in group["params"])
-        if not has_gradients:
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        of_loss = loss_scale(self, self.options.grad_scaler)
+        if not parameters or has_overflowed(self):
+            self._capture.drop()
             return loss
-        if self._is_due(self.factor_update_steps):
-            self._update_factors()
-        if self._is_due(self.inv_update_steps):
-            self._update_inverses()
-        self._apply(self._directions())
-        self._capture.is_on = self._is_due(self.factor_update_steps)
+        for p in parameters:
+            if p.grad is not None and p.grad.is_sparse:
+                raise ValueError("a gradient is sparse, and KFAC takes dense ones; make embeddings with sparse=False.")
+        self._update_curvature(of_loss)
+        unscale(self, parameters)
+        finder, options = self._finder, self.options
+        steps = directions(self.param_groups, self.state, finder.layers, finder.parameters, options.grafting)
+        apply_steps(self.param_groups, steps, options.kl_clip)
+        self.n_steps += 1
+        self._capture.is_on = self._factor_timer.is_due(self.n_steps)
         return loss
 
-    def _directions(self) -> dict[Tensor, Tensor]:
-        """The step of each parameter that has a gradient, for a learning rate of 1 and up to its sign."""
-        moments: dict[Tensor, Tensor] = {}
-        steps: dict[Tensor, Tensor] = {}
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            states = [self.state[p] for p in parameters]
-            for state in states:
-                state["step"] = state.get("step", 0) + 1
-            is_adam = self.grafting is not Grafting.SGD
-            of_group = update_moments(parameters, states, group["betas"], squares=is_adam)
-            moments |= zip(parameters, of_group, strict=True)
-            for p, state, moment in zip(parameters, states, of_group, strict=True):
-                steps[p] = adam_step(moment, state, group["betas"][1], group["eps"]) if is_adam else moment
-        for p in [p for p in steps if "inv_A" in self.state[p]]:
-            steps |= self._preconditioned(p, moments, steps)
-        return steps
+    def _update_curvature(self, of_loss: float) -> None:
+        """Take the statistics of the passes since the last step into the averages, and invert these, as far as either is due.
 
-    def _preconditioned(
-        self, p: Tensor, moments: Mapping[Tensor, Tensor], steps: Mapping[Tensor, Tensor]
-    ) -> dict[Tensor, Tensor]:
-        """The steps of a weight and of its bias."""
-        state = self.state[p]
-        layer, inv_A, inv_B = Layer(**state["layer"]), state["inv_A"], state["inv_B"]
-        bias = None if layer.bias is None else self._parameters[layer.bias]
+        Nothing is changed before all of it is known to be sound.
+        """
+        are_due = self._factor_timer.is_due(self.n_steps)
+        batches = self._capture.take() if are_due else []
+        if are_due and self._capture.form is None:
+            raise RuntimeError(
+                f"no pass of the model has been seen: call the {type(self.model).__name__} that KFAC was given, in train mode, after KFAC "
+                "was made, and differentiate what it returns."
+            )
+        states = {name: self._state_of(name) for name in self._finder.layers}
+        found = averaged_factors(batches, states, self.options, of_loss) if batches else {}
+        if self._inverse_timer.is_due(self.n_steps):
+            for name, layer in self._finder.layers.items():
+                known = {**states[name], **found.get(name, {})}
+                if "factor_A" in known:
+                    inverses = layer.inverses(known["factor_A"], known["factor_B"], self._group_of(name)["damping"])
+                    found.setdefault(name, {}).update(inverses)
+            self._inverse_timer.done(self.n_steps)
+        for name, state in found.items():
+            self.state[self._finder.parameters[name]].update(state)
+        if batches:
+            self._factor_timer.done(self.n_steps)
 
-        def matrix(of: Mapping[Tensor, Tensor]) -> Tensor:
-            of_bias = None if bias is None else of.get(bias, torch.zeros_like(bias))
-            return layer.as_matrix(of[p], of_bias).to(inv_B.dtype)
+    # ------------------------------------------------------------------ curvature
 
-        direction = precondition(matrix(moments), inv_A, inv_B, diagonal_A=inv_A.ndim < inv_B.ndim)
-        if self.grafting is not Grafting.NONE:
-            length = direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)
-            direction = direction * (matrix(steps).norm() / length)
-        of_weight, of_bias = layer.from_matrix(direction, p.shape)
-        found = {p: of_weight.to(p.dtype)}
-        if bias is not None and of_bias is not None and bias in steps:
-            found[bias] = of_bias.view_as(bias).to(bias.dtype)
-        return found
+    @property
+    def form(self) -> BatchForm:
+        """What the last batch looked like whose factors were taken.
 
-    def _apply(self, steps: Mapping[Tensor, Tensor]) -> None:
-        """Change the parameters."""
-        share = self._share(steps) if self.kl_clip is not None else 1.0
-        for group in self.param_groups:
-            lr = float(group["lr"])
-            for p in group["params"]:
-                if p not in steps:
-                    continue
-                if group["weight_decay"]:
-                    p.mul_(1 - lr * group["weight_decay"])
-                p.add_(steps[p], alpha=-lr * share)
+        Raises:
+            NotFittedError: there was none.
+        """
+        if self._capture.form is None:
+            raise NotFittedError("KFAC has seen no pass of the model yet; take a step first.")
+        return self._capture.form
 
-    def _share(self, steps: Mapping[Tensor, Tensor]) -> float:
-        """By how much all steps are shortened, so that lr²·Σ ⟨step, gradient⟩ is at most `kl_clip`."""
-        assert self.kl_clip is not None
-        products = [
-            float(group["lr"]) ** 2 * (steps[p] * p.grad).sum()
-            for group in self.param_groups
-            for p in group["params"]
-            if p in steps
-        ]
-        size = abs(torch.stack(products).sum().item())
-        return min(1.0, math.sqrt(self.kl_clip / size)) if size else 1.0
+    def kron(self, n_data: int = 1) -> Kron:
+        """The averages of the factors as the curvature of a negative log likelihood summed over N examples.
+
+        They are those of the loss and of the network as it was trained, dropout and statistics over the batch included, averaged over the
+        last 1/(1 − factor_decay) steps that counted, at the weights that these had. The block of a bias is that of `kron_factors`, up to
+        terms between the groups of its weight.
+
+        Args:
+            n_data: N.
+        """
+        blocks: dict[str, KronBlock] = {}
+        for name, layer in self._finder.layers.items():
+            state = self._state_of(name)
+            if "factor_A" in state:
+                n_inputs = state["n_inputs"] * n_data
+                n_inputs = n_inputs if n_inputs.ndim else n_inputs.item()
+                A, B = (at_least_float32(state[f"factor_{factor}"]) for factor in "AB")
+                blocks |= kron_blocks(layer, A, B * n_data, n_inputs, self._finder.parameters[name].shape)
+        return Kron(blocks)
 
     # ------------------------------------------------------------------ files
 
+    def state_dict(self) -> dict[str, Any]:
+        """See `torch.optim.Optimizer.state_dict`; what is not of one parameter stands under "kfac"."""
+        return {**super().state_dict(), "kfac": self._own_state()}
+
+    def _own_state(self) -> dict[str, Any]:
+        form = self._capture.form
+        return {
+            "n_steps": self.n_steps,
+            "next_factors": self._factor_timer.next,
+            "next_inverses": self._inverse_timer.next,
+            "layers": [layer.state() for layer in self._finder.layers.values()],
+            "form": None if form is None else asdict(form),
+            "generator": self.generator.get_state(),
+        }
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `torch.optim.Optimizer.load_state_dict`; the factors keep the precision that they were saved in."""
+        """See `torch.optim.Optimizer.load_state_dict`; the factors keep the precision that they were saved in.
+
+        Raises:
+            ValueError: it is the state of another optimiser.
+        """
+        if "kfac" not in state_dict:
+            raise ValueError(
+                "the state is not one of KFAC, as it has no entry 'kfac'; give what KFAC.state_dict() returned."
+            )
         super().load_state_dict(state_dict)
+        places = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
-        for i, saved in state_dict["state"].items():
-            p = parameters[i]
-            for name in _FACTORS:
-                if name in saved:
-                    self.state[p][name] = saved[name].detach().clone().to(p.device)
-        self._layers = None
-        self._capture.take()
-        self._capture.is_on = self._is_due(self.factor_update_steps)
+        for i, p in zip(places, parameters, strict=True):
+            for name in FACTORS:
+                if name in state_dict["state"].get(i, {}):
+                    self.state[p][name] = state_dict["state"][i][name].detach().clone().to(p.device)
+        own = state_dict["kfac"]
+        self.n_steps = own["n_steps"]
+        self._factor_timer.next, self._inverse_timer.next = own["next_factors"], own["next_inverses"]
+        self._finder.layers.clear()
+        self._finder.layers |= {state["weight"]: Layer.from_state(state) for state in own["layers"]}
+        self._capture.drop()
+        self._capture.form = None if own["form"] is None else BatchForm(**own["form"])
+        self._capture.is_on = self._factor_timer.is_due(self.n_steps)
+        self.generator.set_state(own["generator"].cpu())
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a KFAC cannot be copied or pickled, as it records the passes of its model; make one for the copy of the model, and give it "
+            "state_dict()."
+        )
+
+    # ------------------------------------------------------------------ parts
+
+    def _state_of(self, name: str) -> dict[str, Any]:
+        return self.state.get(self._finder.parameters[name], {})
+
+    def _group_of(self, name: str) -> dict[str, Any]:
+        p = self._finder.parameters[name]
+        return next(group for group in self.param_groups if any(p is other for other in group["params"]))
