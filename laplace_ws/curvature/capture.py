@@ -217,13 +217,11 @@ def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelInputs | N
 
 def _form(output: object, examples: Examples, x: ModelInputs | None) -> BatchForm:
     f = outputs_in(output)
-    shape = f.shape if isinstance(f, Tensor) and f.ndim else None
-    told_by_inputs = shape is None or (examples.are_ragged and x is not None)
-    return BatchForm(
-        n_examples=examples.n if told_by_inputs else shape[0],
-        n_arguments=len(x.arguments) if isinstance(x, StructuredInputs) else 1,
-        output_shape=None if shape is None else tuple(shape[1:]),
-    )
+    n_arguments = len(x.arguments) if isinstance(x, StructuredInputs) else 1
+    if not isinstance(f, Tensor) or not f.ndim:
+        return BatchForm(examples.n, n_arguments, None)
+    told_by_inputs = examples.are_ragged and x is not None
+    return BatchForm(examples.n if told_by_inputs else len(f), n_arguments, tuple(f.shape[1:]))
 
 
 class _Hook:

@@ -237,12 +237,30 @@ class KFAC(torch.optim.Optimizer):
     # ------------------------------------------------------------------ curvature
 
     @property
-    def form(self) -> BatchForm:
-        """What the last batch looked like whose factors were taken.
+    def curvature(self) -> Curvature:
+        """Which curvature the factors are of."""
+        return self.options.curvature
+
+    @property
+    def n_arguments(self) -> int:
+        """With how many arguments the model was called last."""
+        return self._form.n_arguments
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Of the model's output for one example.
 
         Raises:
-            NotFittedError: there was none.
+            NotFittedError: no pass of the model was seen.
         """
+        if self._form.output_shape is None:
+            raise NotFittedError(
+                "the model returns no tensor with an axis of examples, so that it has no shape of outputs."
+            )
+        return self._form.output_shape
+
+    @property
+    def _form(self) -> BatchForm:
         if self._capture.form is None:
             raise NotFittedError("KFAC has seen no pass of the model yet; take a step first.")
         return self._capture.form
