@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, cast
 
 import torch
@@ -81,7 +82,9 @@ def covered_blocks(averages: CurvatureAverages, network: Network, n_data: int) -
 def kron_structure(kron: Kron) -> KronStructure:
     """The structure of a posterior with these blocks."""
     blocks: dict[str, KronBlock] = dict(kron.items())
-    return KronStructure({name: block.approx or "expand" for name, block in blocks.items()}).bound(list(blocks))
+    return KronStructure(kfac_approx={name: block.approx or "expand" for name, block in blocks.items()}).bound(
+        list(blocks)
+    )
 
 
 def fit_of_averages(
@@ -117,9 +120,7 @@ def fit_of_averages(
     else:
         shape = averages.output_shape
         of_terms = shape if likelihood.target_ndim else shape[:-1]
-        totals = DataTotals(
-            real_number("nll_sum", nll_sum), n_data, n_data * torch.Size(of_terms).numel(), output_shape=shape
-        )
+        totals = DataTotals(real_number("nll_sum", nll_sum), n_data, n_data * math.prod(of_terms), output_shape=shape)
     scale = real_number("loss_scale", loss_scale, above=0)
     network.forget()
     return Fit(
