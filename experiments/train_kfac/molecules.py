@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -55,8 +56,8 @@ class MoleculeBatch:
         return self.atoms.device
 
     def to(self, device: torch.device | str) -> MoleculeBatch:
-        tensors = (t.to(device) for t in (self.atoms, self.bonds, self.ends, self.molecule))
-        return MoleculeBatch(*tensors, self.n)
+        atoms, bonds, ends, molecule = (t.to(device) for t in (self.atoms, self.bonds, self.ends, self.molecule))
+        return MoleculeBatch(atoms, bonds, ends, molecule, self.n)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +125,12 @@ def _melting_points() -> list[tuple[str, float]]:
     table = Path(chemicals.__file__).parent / "Phase Change" / "OpenNotebook Melting Points.tsv"
     with table.open(encoding="utf-8") as file:
         rows = [(row["CAS"], float(row["Tm"])) for row in csv.DictReader(file, delimiter="\t")]
-    found = ((pubchem_db.search_CAS(int(cas.replace("-", ""))), melting_point) for cas, melting_point in rows)
-    return [(entry.smiles, melting_point) for entry, melting_point in found if entry and math.isfinite(melting_point)]
+    found = []
+    for cas, melting_point in rows:
+        entry: Any = pubchem_db.search_CAS(int(cas.replace("-", "")))
+        if entry and math.isfinite(melting_point):
+            found.append((entry.smiles, melting_point))
+    return found
 
 
 def _from_tables(rows: Sequence[tuple[str, float]]) -> Molecules:

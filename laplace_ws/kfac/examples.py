@@ -124,8 +124,11 @@ class ExamplesOrRows(Examples):
     """
 
     def rows(self, n_rows: int) -> Rows:
-        """See `Examples.rows`; each row is its own example where it is not known which ones they belong to."""
-        return super().rows(n_rows) or Rows(n_rows, n_rows)
+        """See `Examples.rows`; each row is its own example where it is not known which of the N they belong to."""
+        known = super().rows(n_rows)
+        if known is None or (known.example is not None and n_rows and int(known.example.max()) >= self.n):
+            return Rows(n_rows, n_rows)
+        return known
 
 
 declared_row_examples: ContextVar[Tensor | None] = ContextVar("example of each row", default=None)

@@ -15,13 +15,12 @@ from laplace_ws.curvature.finite import check_finite_curvature
 from laplace_ws.curvature.inputs import ModelInputs, call_model, own_copy
 from laplace_ws.curvature.totals import DataTotals
 from laplace_ws.errors import NotFittedError, UnsupportedParameterError
-from laplace_ws.matrices import Kron, KronBlock
+from laplace_ws.matrices import Kron
 from laplace_ws.posterior.fingerprint import Fingerprint
 from laplace_ws.posterior.fit import Fit, all_options
 from laplace_ws.posterior.function import FunctionFingerprint
 from laplace_ws.posterior.network import Network
-from laplace_ws.posterior.structure import Problem
-from laplace_ws.posterior.structures import KronStructure
+from laplace_ws.posterior.structure import Problem, Structure, make_structure
 from laplace_ws.values import real_number, shown, whole_number
 
 
@@ -79,18 +78,16 @@ def covered_blocks(averages: CurvatureAverages, network: Network, n_data: int) -
     return Kron({name: found[name] for name in network.shapes})
 
 
-def kron_structure(kron: Kron) -> KronStructure:
+def structure_of(kron: Kron) -> Structure:
     """The structure of a posterior with these blocks."""
-    blocks: dict[str, KronBlock] = dict(kron.items())
-    return KronStructure(kfac_approx={name: block.approx or "expand" for name, block in blocks.items()}).bound(
-        list(blocks)
-    )
+    approximations = {name: block.approx or "expand" for name, block in kron.items()}
+    return make_structure("kron", {"kfac_approx": approximations}).bound(list(kron))
 
 
 def fit_of_averages(
     averages: CurvatureAverages,
     kron: Kron,
-    structure: KronStructure,
+    structure: Structure,
     problem: Problem,
     *,
     n_data: int,

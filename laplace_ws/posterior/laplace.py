@@ -30,7 +30,7 @@ from laplace_ws.posterior.averages import (
     check_source,
     covered_blocks,
     fit_of_averages,
-    kron_structure,
+    structure_of,
 )
 from laplace_ws.posterior.evidence import log_marginal_likelihood, optimal_prior_and_noise
 from laplace_ws.posterior.fit import Fit, all_options, check_network, fit_posterior
@@ -195,7 +195,7 @@ class Laplace(Predictive):
         averages = check_averages(optimizer)
         la = cls(averages.model, likelihood, subset_of_weights, "kron", curvature=averages.curvature.value, **options)
         kron = covered_blocks(averages, la.network, n_data)
-        la.structure = structure = kron_structure(kron)
+        la.structure = structure = structure_of(kron)
         la._fit = fit_of_averages(
             averages,
             kron,

@@ -196,7 +196,7 @@ class OnBatches(nn.Module):
         net.declares = True
 
     def forward(self, batch):
-        return self.net(batch.nodes, batch.edges, batch.graph, len(batch))
+        return PlainGraphNet.forward(self.net, batch.nodes, batch.edges, batch.graph, len(batch))
 
 
 def a_batch_of_graphs():
@@ -204,11 +204,22 @@ def a_batch_of_graphs():
     return GraphBatch.from_graphs([(torch.randn(v, 2).double(), torch.randint(0, v, (2, e))) for v, e in sizes])
 
 
-def test_expand_needs_no_examples_of_rows():
-    net, batch = double(PlainGraphNet()), a_batch_of_graphs()
+class NumberFirst(PlainGraphNet):
+    """The same, with arguments that do not tell the number of examples."""
+
+    def forward(self, n_graphs, nodes, edges, graph):
+        return super().forward(nodes, edges, graph, n_graphs)
+
+
+@pytest.mark.parametrize("declares", [False, True])
+@pytest.mark.parametrize("kind", [PlainGraphNet, NumberFirst])
+def test_expand_needs_no_examples_of_rows(kind, declares):
+    net, batch = double(kind(declares)), a_batch_of_graphs()
     y = torch.randn(3, 1).double()
     optimizer = KFAC(net, lr=0.0, loss_reduction="mean")
-    (nn.functional.mse_loss(net(batch.nodes, batch.edges, batch.graph, 3), y) / 2).backward()
+    tensors = (batch.nodes, batch.edges, batch.graph)
+    f = net(*tensors, 3) if kind is PlainGraphNet else net(3, *tensors)
+    (nn.functional.mse_loss(f, y) / 2).backward()
     optimizer.step()
     truth = kron_factors(OnBatches(net), "regression", [(batch, y)], curvature="ef", kfac_approx="expand")
     found = optimizer.kron(3)
