@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from train_kfac import command, optimizers
 from train_kfac.config import Contestant, DataConfig, TrainKfacConfig
-from train_kfac.molecules import N_ATOM_FEATURES, N_BOND_FEATURES, Molecules
+from train_kfac.molecules import N_ATOM_FEATURES, N_BOND_FEATURES, Molecules, _from_tables
 from train_kfac.nets import GraphNetwork, VisionTransformer
 from train_kfac.summary import Row, reached
 from train_kfac.training import Job, _batches, _rate
@@ -119,6 +119,17 @@ def test_molecules_of_a_batch_are_those_that_were_chosen():
         torch.testing.assert_close(together[place : place + 1], alone, rtol=1e-4, atol=1e-5)
     part = molecules.batch(torch.tensor([5, 0, 2]))[1:]
     torch.testing.assert_close(net(part), together[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_molecules_are_made_of_smiles_each_structure_once():
+    pytest.importorskip("rdkit")
+    found = _from_tables([("CCO", 159.0), ("OCC", 161.0), ("C", 90.7), ("no molecule", 1.0), ("c1ccccc1Br", 242.0)])
+    assert (found.n_atoms.tolist(), found.n_bonds.tolist()) == ([3, 7], [4, 14])  # methane has no bond
+    assert found.melting_point.tolist() == [160.0, 242.0]
+    assert (found.atoms.shape[1], found.bonds.shape[1]) == (N_ATOM_FEATURES, N_BOND_FEATURES)
+    assert found.ends[:, :4].T.tolist() == [[0, 1], [1, 0], [1, 2], [2, 1]]
+    assert found.atoms[:3, :3].tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 1]]  # carbon, carbon, oxygen
+    assert found.bonds[4:, 3].sum() == 12  # the aromatic ones of bromobenzene, in both directions
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
