@@ -82,5 +82,5 @@ $(VENV)/.installed: setup.cfg pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-test: setup.cfg pyproject.toml | $(BIN)/python
 	@echo "Installing laplace_ws with its test tools and Sphinx into $(VENV) (PyTorch is several GB: a few minutes the first time)"
-	$(BIN)/python -m pip install --quiet --editable '.[test,docs]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,docs,experiments]'
 	@touch $@ $(VENV)/.installed

@@ -31,6 +31,9 @@ from . import (
     models as models,
 )
 from . import (
+    optim as optim,
+)
+from . import (
     posterior as posterior,
 )
 from . import (

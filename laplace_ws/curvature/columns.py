@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws.curvature.backend import Linearisation, columns_in_memory
+from laplace_ws.kfac import Accumulator
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.registry import Choice
 
@@ -77,3 +80,28 @@ def _of_all_terms(
         draw = likelihood.projected_column if is_signed else likelihood.sampled_column
         for _ in range(mc_samples):
             yield draw(f, generator) / mc_samples**0.5
+
+
+def stream_columns(
+    linearisation: Linearisation,
+    columns: Iterator[Float[Tensor, "N ..."]],
+    accumulator: Accumulator,
+    *,
+    keep_graph: bool = False,
+) -> None:
+    """Pull columns back, as many at once as memory allows, into an accumulator whose batch has started.
+
+    Args:
+        linearisation: of the batch.
+        columns: in its outputs.
+        accumulator: what they are added to.
+        keep_graph: whether the graph is differentiated again afterwards.
+    """
+    f = linearisation.outputs
+    in_memory = columns_in_memory(accumulator.column_bytes(len(f)), f.device)
+    chunk = list(islice(columns, min(linearisation.columns_at_once, in_memory)))
+    while chunk:
+        next_chunk = list(islice(columns, min(linearisation.columns_at_once, in_memory)))
+        is_last = not next_chunk and not keep_graph
+        linearisation.stream(torch.stack(chunk), accumulator.add, is_last=is_last)
+        chunk = next_chunk

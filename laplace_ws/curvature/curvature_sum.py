@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from laplace_ws.curvature.backend import (
     Backend,
     Linearisation,
-    columns_in_memory,
     evaluation_mode,
     trainable_parameters,
 )
 from laplace_ws.curvature.backends import make_backend
 from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.checks import LinearisationCheck, check_linearisation
-from laplace_ws.curvature.columns import Curvature, loss_columns
+from laplace_ws.curvature.columns import Curvature, loss_columns, stream_columns
 from laplace_ws.curvature.finite import check_finite, check_finite_curvature, check_finite_gradients
 from laplace_ws.curvature.inputs import BatchKeys, ModelInputs, as_inputs, check_devices, own_copy
 from laplace_ws.curvature.models import check_visible
@@ -193,13 +192,7 @@ class CurvatureSum:
         f = linearisation.outputs
         self.accumulator.start_batch(linearisation.uses, self._check.in_reduce_setting)
         linearisation.forget_uses()
-        in_memory = columns_in_memory(self.accumulator.column_bytes(len(f)), f.device)
-        columns = self._columns(f, y)
-        chunk = list(islice(columns, min(linearisation.columns_at_once, in_memory)))
-        while chunk:
-            next_chunk = list(islice(columns, min(linearisation.columns_at_once, in_memory)))
-            linearisation.stream(torch.stack(chunk), self.accumulator.add, is_last=not next_chunk)
-            chunk = next_chunk
+        stream_columns(linearisation, self._columns(f, y), self.accumulator)
         self.accumulator.end_batch()
 
     def _columns(self, f: Tensor, y: Tensor) -> Iterator[Tensor]:

@@ -300,7 +300,7 @@ def check_outputs(f: object, n_examples: int) -> Tensor:
     Raises:
         InvalidBatchError: they are not a floating point tensor with one row per example.
     """
-    logits = f["logits"] if isinstance(f, Mapping) and "logits" in f else getattr(f, "logits", f)
+    logits = outputs_in(f)
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         what = f"one of {logits.dtype}" if isinstance(logits, Tensor) else type(f).__name__
         raise InvalidBatchError(
@@ -313,6 +313,11 @@ def check_outputs(f: object, n_examples: int) -> Tensor:
             f"{tuple(logits.shape)}."
         )
     return logits
+
+
+def outputs_in(f: object) -> object:
+    """The part of what a model returned that is its outputs: `logits`, if there are any."""
+    return f["logits"] if isinstance(f, Mapping) and "logits" in f else getattr(f, "logits", f)
 
 
 def own_copy(x: ModelInputs) -> ModelInputs:

@@ -54,7 +54,7 @@ class NativeBackend(Backend):
         self, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter], *, differentiable: bool = False
     ) -> Iterator[NativeLinearisation]:
         """See `Backend.linearise`; with `differentiable`, outputs, uses and pulled-back columns are differentiable in the inputs."""
-        with _UseRecorder(parameters, examples_of(x), differentiable) as recorder:
+        with UseRecorder(parameters, examples_of(x), differentiable) as recorder:
             f = call_model(model, x)
         recorder.check(parameters, f)
         linearisation = NativeLinearisation(f, recorder.kept, differentiable)
@@ -65,7 +65,7 @@ class NativeBackend(Backend):
 class NativeLinearisation(Linearisation):
     """Outputs of one forward pass, with the autograd graph behind them."""
 
-    def __init__(self, f: Tensor, kept: Sequence[_Kept], differentiable: bool = False):
+    def __init__(self, f: Tensor, kept: Sequence[KeptUse], differentiable: bool = False):
         self.outputs: Tensor = f if differentiable else f.detach()
         self.uses: Sequence[Use] = [use for use, _, _ in kept]
         self._f = f
@@ -163,7 +163,7 @@ def _nodes_above(root: Any, marked: set[Any]) -> set[Any]:
     return {node for node, is_above in above.items() if is_above}
 
 
-class _Kept(NamedTuple):
+class KeptUse(NamedTuple):
     """A use, where to take gradients at its output, and their shape."""
 
     use: Use
@@ -171,16 +171,27 @@ class _Kept(NamedTuple):
     shape: torch.Size
 
 
-class _UseRecorder(TorchFunctionMode):
-    """Records the uses of parameters while active."""
+class UseRecorder(TorchFunctionMode):
+    """Records the uses of parameters while active.
+
+    Args:
+        parameters: whose uses, by name.
+        examples: of the batch.
+        differentiable: whether what the uses keep stays in the autograd graph.
+
+    Attributes:
+        examples: of the batch.
+        kept: the uses so far.
+        unsupported: parameters that are used in a way that has no block, and how, in words.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], examples: Examples, differentiable: bool = False):
         super().__init__()
         self._differentiable = differentiable
-        self.kept: list[_Kept] = []
-        self._examples = examples
+        self.kept: list[KeptUse] = []
+        self.examples = examples
         self._operands = {id(p): Operand(name, p.shape, p) for name, p in parameters.items()}
-        self._unsupported: dict[str, str] = {}
+        self.unsupported: dict[str, str] = {}
         self._versions: list[tuple[Use, Tensor, int]] = []
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -220,7 +231,7 @@ class _UseRecorder(TorchFunctionMode):
         if not read:
             return
         name = getattr(func, "__name__", str(func))
-        call = Call(name, read, output, self._examples, self._differentiable)
+        call = Call(name, read, output, self.examples, self._differentiable)
         try:
             if func is F.embedding and self._look_up(call, *args, **kwargs):
                 return
@@ -233,11 +244,11 @@ class _UseRecorder(TorchFunctionMode):
 
     def _look_up(self, call: Call, input: Tensor, weight: Tensor, padding_idx: int | None = None, **rest: Any) -> bool:
         """Follow rows of an embedding that are looked up without a batch axis, as positions are; returns whether the call does so."""
-        without_batch = self._examples.n > 1 and (input.ndim == 1 or len(input) == 1)
+        without_batch = self.examples.n > 1 and (input.ndim == 1 or len(input) == 1)
         if not without_batch or padding_idx is not None or id(weight) not in call.operands:
             return False
         use = None
-        if self._examples.rows(len(input)) is not None:  # as many as examples, or a multiple: perhaps theirs
+        if self.examples.rows(len(input)) is not None:  # as many as examples, or a multiple: perhaps theirs
             (use,) = read_call(F.embedding, call, input, weight, padding_idx, **rest)
             self._keep([use], call.output)
         rows = call.operands[id(weight)].select(torch.Tensor.__getitem__, call.output, input)
@@ -251,22 +262,22 @@ class _UseRecorder(TorchFunctionMode):
         y = F.linear(x, take_parts(weight, weight_parts), None if bias is None else take_parts(bias, bias_parts))
         operands = {id(t): self._operands[id(t)] for t in (weight, bias) if id(t) in self._operands}
         if operands:
-            call = Call("multi_head_attention_forward", operands, y, self._examples, self._differentiable)
+            call = Call("multi_head_attention_forward", operands, y, self.examples, self._differentiable)
             self._keep(read_projection(call, x, weight, weight_parts, bias, bias_parts), y)
         return y
 
     def _refuse(self, operands: dict[int, Operand], name: str, error: UnreadableCallError) -> None:
         for operand in operands.values():
-            self._unsupported.setdefault(operand.name, f"{name}, {error}")
+            self.unsupported.setdefault(operand.name, f"{name}, {error}")
 
     def _keep(self, uses: Sequence[Use], output: Tensor) -> None:
         edge = get_gradient_edge(output)
-        self.kept += [_Kept(use, edge, output.shape) for use in uses]
+        self.kept += [KeptUse(use, edge, output.shape) for use in uses]
         self._versions += versions(uses)
 
     def check(self, parameters: Mapping[str, nn.Parameter], f: Tensor) -> None:
         """Raise `UnsupportedParameterError` unless every parameter is covered and every recorded input is unchanged."""
-        for name, how in self._unsupported.items():
+        for name, how in self.unsupported.items():
             raise UnsupportedParameterError(f"{name!r} is used by {how}; {FREEZE_OR_WRITE}.")
         covered = {name for kept in self.kept for name in kept.use.parameters}
         missing = {name: p for name, p in parameters.items() if name not in covered}
@@ -281,7 +292,11 @@ class _UseRecorder(TorchFunctionMode):
                 else "has no gradient (it is not used in the forward pass, or a reentrant checkpoint hides it: use_reentrant=False)"
             )
             raise UnsupportedParameterError(f"{name!r} requires grad but {why}; {FREEZE_HINT}.")
-        check_unchanged(self._versions)
+        self.check_unchanged()
+
+    def check_unchanged(self, kind: type[Use] = Use) -> None:
+        """Raise `UnsupportedParameterError` if an input that a use, of one kind or of any, keeps has been overwritten since."""
+        check_unchanged([version for version in self._versions if isinstance(version[0], kind)])
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

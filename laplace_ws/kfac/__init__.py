@@ -10,7 +10,7 @@ from laplace_ws.kfac.approximation import KfacApprox, KfacApproxSpec, approximat
 from laplace_ws.kfac.conv_use import ConvUse
 from laplace_ws.kfac.ekfac import EkfacAccumulator, rotated_gradients
 from laplace_ws.kfac.embedding_use import EmbeddingUse
-from laplace_ws.kfac.examples import Examples, RaggedInputs, Rows, row_examples
+from laplace_ws.kfac.examples import Examples, ExamplesOrRows, RaggedInputs, Rows, row_examples
 from laplace_ws.kfac.factors import FactorPrecision
 from laplace_ws.kfac.kron_accumulator import KronAccumulator
 from laplace_ws.kfac.uses import (
@@ -30,6 +30,7 @@ __all__ = [
     "ElementwiseUse",
     "EmbeddingUse",
     "Examples",
+    "ExamplesOrRows",
     "FactorPrecision",
     "KfacApprox",
     "KfacApproxSpec",

@@ -47,6 +47,8 @@ class Accumulator(ABC):
         """
         gradients = OutputGradients(self._uses[number], g)
         for name in self._uses[number].parameters:
+            if name not in self.shapes:
+                continue
             pieces = self._pieces[name]
             pieces.append(self._piece(name, gradients))
             if len(pieces) == self._n_uses[name]:

@@ -116,6 +116,21 @@ class Examples:
         return Rows(n_rows, self.n) if is_grouped else None
 
 
+@dataclass(frozen=True)
+class ExamplesOrRows(Examples):
+    """The examples of a batch whose rows need not be theirs, as those of graphs in plain tensors are not: such rows count as examples.
+
+    K-FAC-expand does not ask which example a row belongs to.
+    """
+
+    def rows(self, n_rows: int) -> Rows:
+        """See `Examples.rows`; each row is its own example where it is not known which of the N they belong to."""
+        known = super().rows(n_rows)
+        if known is None or (known.example is not None and n_rows and int(known.example.max()) >= self.n):
+            return Rows(n_rows, n_rows)
+        return known
+
+
 declared_row_examples: ContextVar[Tensor | None] = ContextVar("example of each row", default=None)
 
 

@@ -117,6 +117,11 @@ class Likelihood(ABC):
         """Which loss terms count, one entry per target, in a shape that broadcasts to f; None where all do."""
         return None
 
+    @property
+    def ignores_targets(self) -> bool:
+        """Whether there are targets whose terms do not count, so that the curvature depends on the targets."""
+        return type(self).term_mask is not Likelihood.term_mask
+
     def n_targets(self, f: Float[Tensor, "N ..."], y: Tensor) -> int:
         """Number of targets that count."""
         mask = self.term_mask(f, y)

@@ -129,6 +129,11 @@ class Categorical(Likelihood):
         """See `Likelihood.term_mask`."""
         return None if self.ignore_index is None else (y != self.ignore_index).unsqueeze(-1)
 
+    @property
+    def ignores_targets(self) -> bool:
+        """See `Likelihood.ignores_targets`."""
+        return self.ignore_index is not None
+
     def nll_sum(self, f: Tensor, y: Tensor) -> Tensor:
         """See `Likelihood.nll_sum`."""
         f, y = f.reshape(-1, f.shape[-1]), y.reshape(-1).long()

@@ -24,6 +24,14 @@ from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.likelihoods.links import LinkApprox
 from laplace_ws.matrices import CurvatureMatrix
 from laplace_ws.posterior import files
+from laplace_ws.posterior.averages import (
+    CurvatureAverages,
+    check_averages,
+    check_source,
+    covered_blocks,
+    fit_of_averages,
+    structure_of,
+)
 from laplace_ws.posterior.evidence import log_marginal_likelihood, optimal_prior_and_noise
 from laplace_ws.posterior.fit import Fit, all_options, check_network, fit_posterior
 from laplace_ws.posterior.groups import PriorStructure
@@ -147,6 +155,58 @@ class Laplace(Predictive):
         self._mean = weights
         self._fit: Fit | None = None
         self.covariance_scale = 1.0
+
+    @classmethod
+    def from_optimizer(
+        cls,
+        optimizer: CurvatureAverages,
+        likelihood: str | Likelihood,
+        subset_of_weights: str | Sequence[str] | WeightSubset = "all",
+        *,
+        n_data: int,
+        nll_sum: float | None = None,
+        train_loader: Data | None = None,
+        loss_scale: float = 1.0,
+        **options: Any,
+    ) -> Laplace:
+        """A posterior with the Kronecker factors that `optim.KFAC` has averaged while it trained, at the weights as they are now.
+
+        It costs no pass over the data. In place of a fit's sum over the data at one set of weights, its curvature is N times a mean over
+        the batches of the last 1/(1 − factor_decay) steps that counted, each at the weights of that step, and of the network as it was
+        trained: with dropout, and with statistics over the batch.
+
+        Args:
+            optimizer: a `KFAC` that has taken steps.
+            likelihood: whose negative log likelihood, at σ = 1, it was trained by.
+            subset_of_weights: see `Laplace`; all of these weights must have Kronecker factors, which those of normalisations do not.
+            n_data: N, the number of training examples.
+            nll_sum: their negative log likelihood in nats at these weights, at σ = 1.
+            train_loader: the training data, from which one forward pass computes it instead.
+            loss_scale: with `curvature="ef"`, the loss of one example over its negative log likelihood at σ = 1: 2/C where the loss is
+                `mse_loss` of C outputs.
+            **options: others of `Laplace`, but for those of the curvature, which are the optimiser's.
+
+        Raises:
+            TypeError: the optimizer averages no curvature.
+            UnsupportedParameterError: a weight has no Kronecker factors.
+            ValueError: there is no source of the negative log likelihood, or two.
+        """
+        n_data = check_source(n_data, nll_sum, train_loader)
+        averages = check_averages(optimizer)
+        la = cls(averages.model, likelihood, subset_of_weights, "kron", curvature=averages.curvature.value, **options)
+        kron = covered_blocks(averages, la.network, n_data)
+        la.structure = structure = structure_of(kron)
+        la._fit = fit_of_averages(
+            averages,
+            kron,
+            structure,
+            la._problem,
+            n_data=n_data,
+            nll_sum=nll_sum,
+            train_loader=train_loader,
+            loss_scale=loss_scale,
+        )
+        return la
 
     # ---------------------------------------------------------------- parts
 

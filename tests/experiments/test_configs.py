@@ -21,6 +21,7 @@ import uci_regression
 import update_cost
 from bench_curvature.config import BenchConfig
 from bench_curvature.config import check_config as check_bench
+from train_kfac.config import TrainKfacConfig
 from wrn_tuning.config import StudyConfig, check_study, run_of
 
 from laplace_ws.experiment.config import RunConfig
@@ -66,6 +67,9 @@ KINDS: dict[str, tuple[type, Callable[[Any], Iterable[RunConfig]]]] = {
     "calibrate_tuned": (calibrate.StudyConfig, runs_of_calibration),
     "compare_backends": (compare_backends.CompareConfig, no_runs),
     "factor_precision": (factor_precision.PrecisionConfig, no_runs),
+    "kfac_gnn": (TrainKfacConfig, no_runs),
+    "kfac_vit": (TrainKfacConfig, no_runs),
+    "kfac_vit_cuda": (TrainKfacConfig, no_runs),
     "paper_wrn_16_4": (RunConfig, lambda run: [run]),
     "paper_wrn_28_10": (RunConfig, lambda run: [run]),
     "prediction_cost": (prediction_cost.CostConfig, no_runs),

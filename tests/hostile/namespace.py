@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import laplace_ws as lw
-from laplace_ws import curvature, data, marglik, metrics, models
+from laplace_ws import curvature, data, marglik, metrics, models, optim
 from laplace_ws.posterior import subnetwork
 
 N = 12
@@ -53,6 +53,42 @@ def train(loader=None, model=None, **options):
     return marglik.marglik_training(model or mlp(), loader, **options)
 
 
+def kfac(model=None, params=None, **options) -> optim.KFAC:
+    return optim.KFAC(model or mlp(), params, **options)
+
+
+def kfac_step(model=None, inputs=None, n_passes=1, mode=True, **options):
+    """A step of K-FAC after a pass in train mode or another, whose loss is differentiated once or more often."""
+    model = model or mlp()
+    optimizer = kfac(model, **options)
+    loss = model.train(mode)(x if inputs is None else inputs).square().mean()
+    for _ in range(n_passes):
+        loss.backward(retain_graph=True)
+    optimizer.step()
+
+
+class Tied(nn.Module):
+    """An embedding that is the output layer too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+
+    def forward(self, tokens):
+        return self.embed(tokens).mean(1) @ self.embed.weight.T
+
+
+class OnNodes(nn.Module):
+    """A layer on nodes, and one number for each of two graphs; nobody says which node belongs to which."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, nodes):
+        return self.layer(nodes)[:2]
+
+
 def tensors(**options) -> data.TensorLoader:
     return data.TensorLoader(x, labels, **{"batch_size": 4, **options})
 
@@ -61,6 +97,7 @@ _draws = torch.Generator().manual_seed(0)
 x = torch.randn(N, 3, generator=_draws)
 images = torch.rand(2, 3, 8, 8, generator=_draws)
 probs = torch.rand(N, 3, generator=_draws).softmax(-1)
+tokens = torch.arange(6).reshape(3, 2) % 5
 labels = torch.arange(N) % 3
 targets = torch.randn(N, 3, generator=_draws)
 one_hot = nn.functional.one_hot(labels, 3)

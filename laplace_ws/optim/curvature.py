@@ -1,0 +1,154 @@
+"""The curvature that an optimiser averages over its steps: layers as they are found, and the decayed averages of their factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from laplace_ws.curvature import Curvature
+from laplace_ws.curvature.capture import BatchForm, CapturedBatch
+from laplace_ws.curvature.columns import loss_columns
+from laplace_ws.curvature.native import UseRecorder
+from laplace_ws.errors import UnsupportedParameterError
+from laplace_ws.kfac import Accumulator, KfacApprox
+from laplace_ws.kfac.factors import total
+from laplace_ws.likelihoods import Likelihood
+from laplace_ws.optim.factor import check_finite
+from laplace_ws.optim.layers import Layer, find_layers
+from laplace_ws.optim.options import KfacOptions, LossReduction
+from laplace_ws.optim.statistics import FactorSums, LayerAccumulator
+
+FACTORS = ("factor_A", "factor_B", "inv_A", "inv_B", "n_inputs")
+"""What the state of a weight holds of its curvature, in a precision of its own."""
+
+
+@dataclass(eq=False)
+class LayerFinder:
+    """Makes the accumulator of each batch, and keeps what is known of the layers.
+
+    Attributes:
+        parameters: those of the optimiser, by name.
+        approximations: expand or reduce, by parameter.
+        max_factor_dim: rows of the largest block of a factor.
+        strict: whether a weight without a block is an error.
+        layers: those found so far, by weight.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    approximations: dict[str, KfacApprox]
+    max_factor_dim: int | None
+    strict: bool
+    layers: dict[str, Layer]
+
+    def __call__(self, recorder: UseRecorder, form: BatchForm) -> Accumulator | None:
+        """See `capture.Begin`.
+
+        Raises:
+            UnsupportedParameterError: a weight is used otherwise than in a batch before, has no block although it must, or cannot have the
+                one that was chosen.
+        """
+        uses = [kept.use for kept in recorder.kept]
+        found = find_layers(uses, form.n_examples, recorder.unsupported, self.approximations, self.max_factor_dim)
+        for layer in found:
+            if self.layers.get(layer.weight, layer) != layer:
+                raise UnsupportedParameterError(
+                    f"{layer.weight!r} is used in one batch otherwise than in another, or its kfac_approx was changed, and the two "
+                    "share no Kronecker factors; make a new optimizer, or freeze it (requires_grad_(False))."
+                )
+        if self.strict:
+            self._check_all_have_blocks({layer.weight for layer in found}, recorder.unsupported)
+        self.layers |= {layer.weight: layer for layer in found}
+        return LayerAccumulator(found, self.parameters) if found else None
+
+    def _check_all_have_blocks(self, weights: set[str], unsupported: Mapping[str, str]) -> None:
+        for name, p in self.parameters.items():
+            if p.ndim > 1 and name not in weights:
+                why = f" (it is used by {unsupported[name]})" if name in unsupported else ""
+                raise UnsupportedParameterError(
+                    f"{name!r} has no Kronecker block{why}; freeze it (requires_grad_(False)), or choose strict=False, by which it "
+                    "takes the first-order step."
+                )
+
+
+@dataclass(frozen=True)
+class LikelihoodColumns:
+    """Columns of the curvature of a likelihood in the outputs, whose targets are not known; see `capture.Columns`.
+
+    Attributes:
+        likelihood: p(y | f).
+        curvature: which columns.
+        mc_samples: random columns per example.
+        generator: of the labels or signs.
+    """
+
+    likelihood: Likelihood
+    curvature: Curvature
+    mc_samples: int
+    generator: torch.Generator
+
+    def __call__(self, f: Float[Tensor, "N ..."]) -> Iterator[Float[Tensor, "N ..."]]:
+        """The columns in the outputs of a batch."""
+        without_targets = f  # `Likelihood.ignores_targets` is false, so that no target is looked at
+        return loss_columns(
+            self.likelihood, self.curvature, f, without_targets, mc_samples=self.mc_samples, generator=self.generator
+        )
+
+
+def averaged_factors(
+    batches: Sequence[CapturedBatch], states: Mapping[str, Mapping[str, Any]], options: KfacOptions, loss_scale: float
+) -> dict[str, dict[str, Any]]:
+    """The averages of the factors with those of one more step, by weight, in place of those in its state.
+
+    The k-th of n steps counts as decay^(n−k), and all weights add up to one.
+
+    Args:
+        batches: of the step.
+        states: of the weights.
+        options: of the optimiser.
+        loss_scale: factor on the loss that was differentiated.
+
+    Raises:
+        FloatingPointError: the factors are not finite.
+    """
+    n_examples = sum(batch.n_examples for batch in batches)
+    scale = _scale(options, n_examples, loss_scale)
+    found: dict[str, dict[str, Any]] = {}
+    for name, sums in _sums(batches).items():
+        n_inputs = torch.as_tensor(sums.n_inputs, dtype=torch.float64, device=sums.A.device) / n_examples
+        now = {"factor_A": sums.mean_A, "factor_B": sums.B * scale, "n_inputs": n_inputs}
+        check_finite(repr(name), now["factor_A"], now["factor_B"])
+        found[name] = _averaged(states.get(name, {}), now, options)
+    return found
+
+
+def _scale(options: KfacOptions, n_examples: int, loss_scale: float) -> float:
+    """What makes Σ g gᵀ of what was differentiated a mean over the examples."""
+    if options.curvature is not Curvature.EF:
+        return 1 / n_examples
+    return (n_examples if options.loss_reduction is LossReduction.MEAN else 1 / n_examples) / loss_scale**2
+
+
+def _sums(batches: Sequence[CapturedBatch]) -> dict[str, FactorSums]:
+    """The sums of the factors over batches, by weight."""
+    by_weight: dict[str, list[FactorSums]] = {}
+    for batch in batches:
+        accumulator = batch.accumulator
+        assert isinstance(accumulator, LayerAccumulator)
+        for name in accumulator.layers:
+            by_weight.setdefault(name, []).append(accumulator.sums(name))
+    return {name: total(found) for name, found in by_weight.items()}
+
+
+def _averaged(state: Mapping[str, Any], now: Mapping[str, Tensor], options: KfacOptions) -> dict[str, Any]:
+    n = state.get("n_factors", 0) + 1
+    weight = (1 - options.factor_decay) / (1 - options.factor_decay**n)
+    found: dict[str, Any] = {"n_factors": n}
+    for name, value in now.items():
+        value = value if options.factor_dtype is None or name == "n_inputs" else value.to(options.factor_dtype)
+        found[name] = value.clone() if name not in state else state[name].lerp(value.to(state[name].dtype), weight)
+    return found
