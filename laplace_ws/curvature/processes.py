@@ -128,15 +128,6 @@ def shard_of(loader: object) -> Shard | None:
     return None
 
 
-def check_one_process() -> None:
-    """Raise `InvalidBatchError` if there are several processes, for what is not divided among them."""
-    if (n := processes().size) > 1:
-        raise InvalidBatchError(
-            f"torch.distributed runs {n} processes, but what is asked for is that of one; go on in one process, with all of the data, "
-            "after torch.distributed.destroy_process_group()."
-        )
-
-
 def _sources(loader: object) -> Iterator[object]:
     """A loader and the parts that choose what it gives."""
     yield loader

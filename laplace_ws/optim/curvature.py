@@ -14,10 +14,12 @@ from laplace_ws.curvature import Curvature
 from laplace_ws.curvature.capture import BatchForm, CapturedBatch
 from laplace_ws.curvature.columns import loss_columns
 from laplace_ws.curvature.native import UseRecorder
+from laplace_ws.distributed import Processes, processes
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import Accumulator, KfacApprox
 from laplace_ws.kfac.factors import total
 from laplace_ws.likelihoods import Likelihood
+from laplace_ws.matrices.division import divided
 from laplace_ws.optim.factor import check_finite
 from laplace_ws.optim.layers import Layer, find_layers
 from laplace_ws.optim.options import KfacOptions, LossReduction
@@ -115,33 +117,80 @@ def averaged_factors(
     Raises:
         FloatingPointError: the factors are not finite.
     """
-    n_examples = sum(batch.n_examples for batch in batches)
-    scale = _scale(options, n_examples, loss_scale)
+    n_own = sum(batch.n_examples for batch in batches)
+    sums_of, n_examples = _summed_over(processes(), _sums(batches, _scale(options, n_own, loss_scale)), n_own)
     found: dict[str, dict[str, Any]] = {}
-    for name, sums in _sums(batches).items():
+    for name, sums in sums_of.items():
         n_inputs = torch.as_tensor(sums.n_inputs, dtype=torch.float64, device=sums.A.device) / n_examples
-        now = {"factor_A": sums.mean_A, "factor_B": sums.B * scale, "n_inputs": n_inputs}
+        now = {"factor_A": sums.mean_A, "factor_B": sums.B / n_examples, "n_inputs": n_inputs}
         check_finite(repr(name), now["factor_A"], now["factor_B"])
         found[name] = _averaged(states.get(name, {}), now, options)
     return found
 
 
 def _scale(options: KfacOptions, n_examples: int, loss_scale: float) -> float:
-    """What makes Σ g gᵀ of what was differentiated a mean over the examples."""
+    """What makes Σ g gᵀ of what a process differentiated the sum over its examples."""
     if options.curvature is not Curvature.EF:
-        return 1 / n_examples
-    return (n_examples if options.loss_reduction is LossReduction.MEAN else 1 / n_examples) / loss_scale**2
+        return 1.0
+    return (n_examples**2 if options.loss_reduction is LossReduction.MEAN else 1.0) / loss_scale**2
 
 
-def _sums(batches: Sequence[CapturedBatch]) -> dict[str, FactorSums]:
-    """The sums of the factors over batches, by weight."""
+def _sums(batches: Sequence[CapturedBatch], scale: float) -> dict[str, FactorSums]:
+    """The sums of the factors over batches, by weight; those of B times a factor."""
     by_weight: dict[str, list[FactorSums]] = {}
     for batch in batches:
         accumulator = batch.accumulator
         assert isinstance(accumulator, LayerAccumulator)
         for name in accumulator.layers:
             by_weight.setdefault(name, []).append(accumulator.sums(name))
-    return {name: total(found) for name, found in by_weight.items()}
+    return {name: total(found).with_B_times(scale) for name, found in by_weight.items()}
+
+
+def _summed_over(group: Processes, sums: dict[str, FactorSums], n_examples: int) -> tuple[dict[str, FactorSums], int]:
+    """The sums, and the number of examples, of all processes together."""
+    if group.size == 1:
+        return sums, n_examples
+    numbers = group.gather((n_examples, {name: found.n_inputs for name, found in sums.items()}))
+    factors = [factor for found in sums.values() for factor in (found.A, found.B)]
+    group.sum_(
+        [f for f in factors if f.ndim < 2], symmetric=[f for f in factors if f.ndim > 1]
+    )  # the former are diagonals
+    of_all = {name: FactorSums(s.A, s.B, total(n_inputs[name] for _, n_inputs in numbers)) for name, s in sums.items()}
+    return of_all, sum(n for n, _ in numbers)
+
+
+def divided_inverses(
+    layers: Mapping[str, Layer], known: Mapping[str, Mapping[str, Any]], damping: Mapping[str, float]
+) -> dict[str, dict[str, Tensor]]:
+    """The damped inverses of the factors of each weight, each weight's made by one of the processes.
+
+    Args:
+        layers: by weight.
+        known: factors by weight.
+        damping: by weight.
+
+    Raises:
+        FloatingPointError: a factor is not finite.
+    """
+    group = processes()
+    costs = [sum(factor.numel() * factor.shape[-1] for factor in _factors(known[name])) for name in known]
+    owners = divided(costs, group.size)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, owner in zip(known, owners, strict=True):
+        A, B = _factors(known[name])
+        if owner == group.rank:
+            found[name] = layers[name].inverses(A, B, damping[name])
+        else:
+            found[name] = {"inv_A": torch.empty_like(A), "inv_B": torch.empty_like(B)}
+    if group.size > 1:
+        for rank in range(group.size):
+            own = [found[name] for name, owner in zip(known, owners, strict=True) if owner == rank]
+            group.broadcast_([inverses[which] for inverses in own for which in ("inv_A", "inv_B")], rank)
+    return found
+
+
+def _factors(state: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    return state["factor_A"], state["factor_B"]
 
 
 def _averaged(state: Mapping[str, Any], now: Mapping[str, Tensor], options: KfacOptions) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from laplace_ws.curvature import Curvature
 from laplace_ws.curvature.capture import BatchForm, TrainingCapture
 from laplace_ws.curvature.curvature_sum import default_generator
 from laplace_ws.curvature.models import check_module, check_visible
-from laplace_ws.curvature.processes import check_not_wrapped, check_one_process
+from laplace_ws.curvature.processes import check_not_wrapped, unwrapped
 from laplace_ws.errors import NotFittedError
 from laplace_ws.kfac import KfacApproxSpec, approximation_by_parameter
 from laplace_ws.kfac.uses import at_least_float32
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.matrices import Kron, KronBlock
-from laplace_ws.optim.curvature import FACTORS, LayerFinder, LikelihoodColumns, averaged_factors
+from laplace_ws.optim.curvature import FACTORS, LayerFinder, LikelihoodColumns, averaged_factors, divided_inverses
 from laplace_ws.optim.first_order import Grafting
 from laplace_ws.optim.layers import Layer
 from laplace_ws.optim.options import KfacOptions, LossReduction, Timer, checked_group
@@ -113,9 +113,9 @@ class KFAC(torch.optim.Optimizer):
         grad_scaler: torch.amp.GradScaler | None = None,
         strict: bool = False,
     ) -> None:
+        model = unwrapped(model)
         check_module(model)
         check_not_wrapped(model)
-        check_one_process()
         self.model = model
         self.options = KfacOptions(
             curvature=Curvature(curvature),
@@ -223,11 +223,11 @@ class KFAC(torch.optim.Optimizer):
         states = {name: self._state_of(name) for name in self._finder.layers}
         found = averaged_factors(batches, states, self.options, of_loss) if batches else {}
         if self._inverse_timer.is_due(self.n_steps):
-            for name, layer in self._finder.layers.items():
-                known = {**states[name], **found.get(name, {})}
-                if "factor_A" in known:
-                    inverses = layer.inverses(known["factor_A"], known["factor_B"], self._group_of(name)["damping"])
-                    found.setdefault(name, {}).update(inverses)
+            known = {name: {**states[name], **found.get(name, {})} for name in self._finder.layers}
+            known = {name: state for name, state in known.items() if "factor_A" in state}
+            damping = {name: self._group_of(name)["damping"] for name in known}
+            for name, inverses in divided_inverses(self._finder.layers, known, damping).items():
+                found.setdefault(name, {}).update(inverses)
             self._inverse_timer.done(self.n_steps)
         for name, state in found.items():
             self.state[self._finder.parameters[name]].update(state)

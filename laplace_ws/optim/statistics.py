@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -34,6 +34,10 @@ class FactorSums:
 
     def __add__(self, other: FactorSums) -> FactorSums:
         return FactorSums(self.A + other.A, self.B + other.B, self.n_inputs + other.n_inputs)
+
+    def with_B_times(self, factor: float) -> FactorSums:
+        """The sums with another unit of the loss."""
+        return self if factor == 1 else replace(self, B=self.B * factor)
 
     @property
     def mean_A(self) -> Tensor:
