@@ -42,7 +42,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--hard",
         action="store_true",
-        help="repeat the attacks of tests/hard as often as docs/reliability.md reports; a tenth of it otherwise",
+        help="repeat the attacks of tests/hard as often as docs/reliability.md reports, a tenth of it otherwise; run tests marked as long",
     )
 
 
@@ -80,6 +80,8 @@ def pytest_collection_modifyitems(config, items):
         reason = second_device.why_not() or on_the_cpu(item) or (mark and mark.args[0])
         if device == second_device.NAME and reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("long") and not config.getoption("hard"):
+            item.add_marker(pytest.mark.skip(reason="long: `make test-hard` runs it"))
     places, chosen, others = Counter(), [], []
     for item in items:
         function = item.nodeid.partition("[")[0]

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 NOTHING_MORE = {"memory": False, "curves": CurvesConfig(batch_sizes=[], n_classes=[])}
 
 
+@pytest.mark.long
 def test_a_benchmark_from_end_to_end(tmp_path, capsys):
     pytest.importorskip("curvlinops")
     docs = tmp_path / "doc.md"

@@ -10,7 +10,8 @@ import pytest
 
 TRAIN = [
     "train", "--config", "demo", "--report", "false", "--workers", "1", "--baselines.fixed_prior_precisions", "[]",
-    "--data.n_train", "100", "--data.n_test", "100", "--data.batch_size", "25", "--model.name", "lenet", "--model.depth", "null",
+    "--data.n_train", "100", "--data.n_test", "100", "--data.batch_size", "25",
+    "--model.name", "mlp", "--model.hidden", "[10]", "--model.depth", "null",
     "--model.width", "null", "--model.norm", "null", "--marglik.n_epochs", "2", "--marglik.n_epochs_burnin", "1",
 ]  # fmt: skip
 CALIBRATE = [
@@ -27,6 +28,7 @@ CALIBRATE = [
 
 
 def run(n: int, args: list[str]) -> subprocess.CompletedProcess:
+    """Run a command, in a process or under torchrun."""
     start = [sys.executable, "-m"] + (["torch.distributed.run", f"--nproc_per_node={n}", "-m"] if n > 1 else [])
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([*start, "laplace_ws", *args], capture_output=True, text=True, env=env, timeout=300)
@@ -51,6 +53,7 @@ def test_train(folders):
     assert [line["epoch"] for line in lines] == [1, 2]
 
 
+@pytest.mark.long
 def test_calibrate(folders):
     found = {}
     for n in (1, 2):

@@ -41,7 +41,7 @@ def body_of_cases(n: int):
     return [fitted(structure, curvature, 12 // n, **options) for structure, curvature, options in CASES]
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
 def test_every_structure_and_curvature(n: int):
     of_processes = run_on(n, body_of_cases, n)
     for k, (structure, curvature, options) in enumerate(CASES):

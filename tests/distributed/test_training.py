@@ -59,7 +59,7 @@ def trained_in_each_way(n: int):
     return [trained(n, **options) for options in CASES.values()]
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_training_equals_that_of_one_process(n: int):
     of_processes = run_on(n, trained_in_each_way, n)
     for found in of_processes:

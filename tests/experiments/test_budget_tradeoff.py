@@ -10,7 +10,7 @@ import yaml
 
 from laplace_ws.options import Options
 
-ROWS = ["fixed prior", "share 0.5", "optimiser newton", "budget 0.2"]
+ROWS = ["fixed prior", "share 0.5", "optimiser adam", "budget 0.2"]
 SETTINGS = {
     "seeds": [0, 1], "rows": ROWS,
     "train": {
@@ -44,7 +44,7 @@ def test_every_row_and_seed_is_measured_once(study, tmp_path, monkeypatch, capsy
     for row in rows.values():
         pairs = zip(row["at its own prior [nats]"], row["log evidence [nats]"], strict=True)
         assert all(own >= given for own, given in pairs)
-    assert "| optimiser newton |" in capsys.readouterr().out
+    assert "| optimiser adam |" in capsys.readouterr().out
     assert (tmp_path / "budget_tradeoff.svg").read_bytes().startswith(b"<svg")
     monkeypatch.setattr(budget_tradeoff, "prepare", None)  # a further training would fail
     assert study() == rows

@@ -9,6 +9,7 @@ import pytest
 from laplace_ws.curvature import BACKENDS
 
 
+@pytest.mark.long
 def test_backends_agree_to_rounding_and_are_timed(tmp_path, monkeypatch, capsys):
     small = {
         "networks": '["fixup", "mlp"]',

@@ -1,8 +1,10 @@
 """The study of the cost of predictions, at small size."""
 
 import prediction_cost
+import pytest
 
 
+@pytest.mark.long
 def test_rows_of_both():
     config = prediction_cost.CostConfig(
         networks=["lenet"], structures=["kron"], batch_sizes=[2, 8], largest_of_peer=0, n_train=4, repetitions=1

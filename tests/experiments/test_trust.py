@@ -14,6 +14,7 @@ SETTINGS = {
     "networks": [
         {
             "name": "cnn", "model": "small-cnn", "n_train": 40, "n_epochs": 2, "chosen_on_validation": ["scalar", "layerwise"],
+            "structures": ["reduce", "expand", "ekfac", "full", "last layer"],
         }
     ],
     "n_validation": 20, "n_test": 20, "n_corrupted": 10, "corruptions": ["contrast"],
@@ -26,7 +27,6 @@ def test_rows_and_blocks(tmp_path, monkeypatch, capsys):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(SETTINGS))
     monkeypatch.setattr(sys, "argv", ["trust.py", "--config", str(path), "--out", str(tmp_path)])
-    monkeypatch.setattr(trust, "STRUCTURES", {k: v for k, v in trust.STRUCTURES.items() if k != "diag"})
     trust.main()
     found = json.loads((tmp_path / "trust.json").read_text())
     assert found["config"]["seeds"] == [0, 1]

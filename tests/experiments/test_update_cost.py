@@ -18,6 +18,7 @@ def run(monkeypatch, tmp_path, *more: str) -> None:
     update_cost.main()
 
 
+@pytest.mark.long
 def test_each_case_is_measured_once_and_reported(tmp_path, monkeypatch, capsys):
     run(monkeypatch, tmp_path)
     result = json.loads((tmp_path / "update_cost.json").read_text())["rows"]

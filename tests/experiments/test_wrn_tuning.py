@@ -57,6 +57,7 @@ def config_of(options: list[str], **changes) -> StudyConfig:
 # ------------------------------------------------------------------ the whole
 
 
+@pytest.mark.long
 def test_every_row_is_trained_once_and_reported(options, tmp_path, monkeypatch, capsys):
     pytest.importorskip("optuna")
     run(monkeypatch, *options, "--rows", "[optuna-4]")
