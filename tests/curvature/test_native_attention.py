@@ -8,7 +8,7 @@ from curvature.shared import Wrapped
 from torch import nn
 
 from laplace_ws import kron_factors
-from laplace_ws.curvature.native import _UseRecorder
+from laplace_ws.curvature.native import UseRecorder
 from laplace_ws.kfac import Examples
 
 
@@ -85,7 +85,7 @@ def test_attention_computes_what_torch_does(name):
         x = x.transpose(0, 1)
     inputs = (x, x[..., :2], x[..., :3]) if name == "other widths" else (x, x, x)
     parameters = dict(attention.named_parameters())
-    with _UseRecorder(parameters, Examples(4)) as recorder:
+    with UseRecorder(parameters, Examples(4)) as recorder:
         y, weights = attention(*inputs, **arguments)
     assert {p for kept in recorder.kept for p in kept.use.parameters} == set(parameters)
     expected, expected_weights = attention(*inputs, **arguments)
