@@ -34,7 +34,7 @@ class KFAC(torch.optim.Optimizer):
     The direction of a weight W, with its bias b as a further column, is B⁻¹ M A⁻¹: M the Nesterov average of its gradients, A and B the
     decayed averages of its Kronecker factors over the batches, damped. Its length is that of the step that a first-order method would take
     (`grafting`), so that learning rates and schedules of that method serve. What has no block of its own (scales of normalisations,
-    position parameters, an embedding tied to the output layer) takes the first-order step itself.
+    position parameters, an embedding tied to the output layer) takes the first-order step itself. The loop is the usual one::
 
         optimizer = KFAC(model, lr=1e-2)
         for x, y in loader:
@@ -117,7 +117,7 @@ class KFAC(torch.optim.Optimizer):
         check_module(model)
         check_not_wrapped(model)
         self.model = model
-        self.options = KfacOptions(
+        self.options: KfacOptions = KfacOptions(
             curvature=Curvature(curvature),
             likelihood=None if likelihood is None else make_likelihood(likelihood).at_noise(1.0),
             mc_samples=mc_samples,

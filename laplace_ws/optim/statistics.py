@@ -57,7 +57,7 @@ class LayerAccumulator(Accumulator):
 
     def __init__(self, layers: Sequence[Layer], parameters: Mapping[str, Tensor]):
         super().__init__({layer.weight: parameters[layer.weight] for layer in layers})
-        self.layers = {layer.weight: layer for layer in layers}
+        self.layers: dict[str, Layer] = {layer.weight: layer for layer in layers}
         self._A: dict[str, Tensor] = {}
         self._B: dict[str, Tensor] = {}
         self._n_inputs: dict[str, float | Tensor] = {}
