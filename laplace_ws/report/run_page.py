@@ -97,7 +97,9 @@ def _overhead(record: RunRecord) -> str | None:
         return f"{said}."
     limit = f"the budget of {100 * share:g} %"
     return f"{said}: " + (
-        f"{100 * tuned.over_budget:.1f} % more than {limit}." if tuned.over_budget else f"within {limit}."
+        f"together {100 * tuned.over_budget:.1f} percentage points above {limit}."
+        if tuned.over_budget
+        else f"within {limit}."
     )
 
 

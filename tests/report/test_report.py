@@ -212,7 +212,11 @@ def test_regression_without_fixed_models(tmp_path):
     ("costs", "budget", "says"),
     [
         ({"over_budget": 0.0}, 0.1, "the last fit, on all the data, 3.1 %: within the budget of 10 %."),
-        ({"over_budget": 0.014}, 0.1, "the last fit, on all the data, 3.1 %: 1.4 % more than the budget of 10 %."),
+        (
+            {"over_budget": 0.014},
+            0.1,
+            "the last fit, on all the data, 3.1 %: together 1.4 percentage points above the budget of 10 %.",
+        ),
         ({}, 0.1, "the last fit, on all the data, 3.1 %."),
         ({}, None, "the last fit, on all the data, 3.1 %."),
     ],
