@@ -19,8 +19,17 @@ def make_optimizer(
     optimizer_cls: type[torch.optim.Optimizer],
     optimizer_kwargs: Mapping[str, Any] | None,
     named_parameters: list[tuple[str, nn.Parameter]],
+    model: nn.Module | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
 ) -> torch.optim.Optimizer:
     """The optimiser of the weights.
+
+    Args:
+        optimizer_cls: its class.
+        optimizer_kwargs: its options.
+        named_parameters: the weights.
+        model: whose weights they are, for classes that take it as their first argument, such as `KFAC`.
+        grad_scaler: of the loss, for those among them that take it.
 
     Raises:
         ValueError: it would decay the weights a second time, or it cannot step without a closure.
@@ -29,7 +38,12 @@ def make_optimizer(
         optimizer_kwargs = SGD_DEFAULTS if optimizer_cls is torch.optim.SGD else {}
     options = without_numpy(optimizer_kwargs)
     with _explained(optimizer_cls, "optimizer_kwargs", options):
-        optimizer = optimizer_cls([p for _, p in named_parameters], **options)
+        takes = list(inspect.signature(optimizer_cls).parameters)
+        if takes[:1] == ["model"]:
+            own = {"grad_scaler": grad_scaler} if "grad_scaler" in takes and grad_scaler is not None else {}
+            optimizer = optimizer_cls(model, [p for _, p in named_parameters], **own, **options)  # pyright: ignore
+        else:
+            optimizer = optimizer_cls([p for _, p in named_parameters], **options)
     name = type(optimizer).__name__
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:

@@ -112,7 +112,8 @@ def marglik_training(
             prior precisions (and noise) are chosen anew, where its own log marginal likelihood is highest: reduce keeps
             too little of the curvature of convolutions for predictions.
         optimizer_cls, optimizer_kwargs: for the weights; SGD with lr 0.03 and Nesterov momentum 0.9 where not given.
-            It must have no weight decay, as the prior takes its place, and need no closure, which rules out LBFGS.
+            It must have no weight decay, as the prior takes its place, and need no closure, which rules out LBFGS. One whose first
+            argument is the model, such as `laplace_ws.optim.KFAC`, is given it.
         scheduler_cls, scheduler_kwargs: stepped with the optimiser; a cosine to zero where not given.
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction, curvature_budget: see `Schedule`. Where
             not given, the burn-in is a fifth of the epochs and at most 20, and frequency and fraction are left to the budget; for
@@ -266,7 +267,13 @@ def prepare(
         if la.structure.needs_same_data and schedule.fit_fraction is None:
             schedule = replace(schedule, fit_fraction=1.0)
         hyper = options.hyperparameters(la, facts.n_data, device)
-        optimizer = make_optimizer(options.optimizer_cls, options.optimizer_kwargs, named_parameters)
+        optimizer = make_optimizer(
+            options.optimizer_cls,
+            options.optimizer_kwargs,
+            named_parameters,
+            model=model,
+            grad_scaler=options.steps.active_scaler,
+        )
         n_steps = schedule.n_epochs * options.steps.n_steps(facts.n_batches)
         lr_options = scheduler_options(options.scheduler_cls, options.scheduler_kwargs, n_steps)
         scheduler = make_scheduler(options.scheduler_cls, lr_options, optimizer)
