@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from times import TIMES
 
 from laplace_ws.cli import bundled_configs, main, parse
 from laplace_ws.curvature import BACKENDS
@@ -40,15 +41,6 @@ SETTINGS = {
     "baselines": {"fixed_prior_precisions": [0.5, 100]},
     "report": False,
 }
-TIMES = (
-    "seconds",
-    "cpu_seconds",
-    "train_seconds",
-    "curvature_seconds",
-    "total_seconds",
-    "tuning_overhead",
-    "final_fit_overhead",
-)
 
 
 @pytest.fixture

@@ -8,18 +8,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from times import TIMES
+
 from laplace_ws.experiment.config import BaselinesConfig, DataConfig, MarglikConfig, ModelConfig, RunConfig
 from laplace_ws.experiment.run import run_experiment
 
-TIMES = (
-    "seconds",
-    "cpu_seconds",
-    "train_seconds",
-    "curvature_seconds",
-    "total_seconds",
-    "tuning_overhead",
-    "final_fit_overhead",
-)
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hard.runs"])  # what it starts has torch already
 
