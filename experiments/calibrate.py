@@ -14,7 +14,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from laplace_ws.calibration import (
     CalibrationResult,
     MethodResult,
     MethodsConfig,
+    read_result,
     run_calibration,
 )
 from laplace_ws.calibration import write_result as write_calibration
-from laplace_ws.calibration.run import check_config
+from laplace_ws.calibration.run import RESULT, check_config
 from laplace_ws.calibration.table import columns, uncertainty_columns
-from laplace_ws.experiment.config import RunConfig
+from laplace_ws.errors import InputError
+from laplace_ws.experiment.config import ExperimentError, RunConfig
 from laplace_ws.experiment.run import run_experiment
 from laplace_ws.report.calibration_page import write_calibration_report
 from laplace_ws.tables import Column
@@ -54,6 +56,7 @@ class StudyConfig:
         n_bins: see `CalibrateConfig`.
         ood_score: see `CalibrateConfig`.
         out: folder of the results.
+        resume: go on where an earlier call of the same study ended: networks that are trained and seeds that are scored are kept.
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -65,17 +68,43 @@ class StudyConfig:
     n_bins: int = 15
     ood_score: str = "confidence"
     out: str = "runs"
+    resume: bool = False
 
 
 def calibrate_seed(config: StudyConfig, seed: int) -> CalibrationResult:
-    """Train the networks of a seed, and score them."""
+    """Train the networks of a seed, and score them.
+
+    Raises:
+        ExperimentError: another run or study of this name is there.
+    """
     run = run_of(config, seed)
-    folder, *others = [str(run_experiment(each)[0]) for each in (run, *further_runs(config, run))]
+    runs = (run, *further_runs(config, run))
+    folder, *others = [run_experiment(each, resume=config.resume)[0] for each in runs]
     n_members = config.ensemble_size - 1
-    result = run_calibration(calibration_of(config, run, others[:n_members], next(iter(others[n_members:]), None)))
-    write_calibration(result, Path(folder))
-    write_calibration_report(result, folder)
+    calibration = calibration_of(
+        config, run, [str(member) for member in others[:n_members]], next(map(str, others[n_members:]), None)
+    )
+    if config.resume and (folder / RESULT).exists():
+        return scored_before(calibration, folder)
+    result = run_calibration(calibration)
+    write_calibration(result, folder)
+    write_calibration_report(result, str(folder))
     return result
+
+
+def scored_before(config: CalibrateConfig, folder: Path) -> CalibrationResult:
+    """The scores of an earlier call.
+
+    Raises:
+        ExperimentError: other options were scored; names the first.
+    """
+    found, wanted = read_result(folder), asdict(config)
+    for key, value in wanted.items():
+        if found.config.get(key) != value:
+            raise ExperimentError(
+                f"{folder / RESULT} was scored with {key}={found.config.get(key)}, this study says {value}; choose another train.name"
+            )
+    return found
 
 
 def run_of(config: StudyConfig, seed: int) -> RunConfig:
@@ -179,7 +208,10 @@ def main() -> None:
         check_study(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    results = [calibrate_seed(config, seed) for seed in config.seeds]
+    try:
+        results = [calibrate_seed(config, seed) for seed in config.seeds]
+    except InputError as error:
+        sys.exit(f"error: {error}")
     table = collect(results)
     print(as_markdown(table))
     write_result(

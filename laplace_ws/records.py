@@ -59,7 +59,7 @@ def read_record(cls: type[T], path: Path, *, version: int, absent: str, broken: 
             f"{path} has format_version {values.get('format_version')!r}, this report reads {version}; read it with the version of "
             f"laplace_ws that wrote it, or {broken}"
         )
-    return from_dict(cls, values, str(path))
+    return _made(cls, values, str(path))
 
 
 def from_dict(cls: type[T], values: Any, where: str) -> T:
@@ -93,6 +93,11 @@ def from_dict(cls: type[T], values: Any, where: str) -> T:
         raise RecordError(f"{where}: {error}") from error
 
 
+def _made(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """A dataclass by its own `from_dict` where it has one."""
+    return cls.from_dict(values, where) if hasattr(cls, "from_dict") else from_dict(cls, values, where)  # type: ignore[attr-defined]
+
+
 def _has_default(f: Field[Any]) -> bool:
     return f.default is not MISSING or f.default_factory is not MISSING
 
@@ -105,7 +110,7 @@ def _read(hint: Any, value: Any, where: str, name: str) -> Any:
         return None if value is None else _read(inner, value, where, name)
     kind, arguments, place = get_origin(hint) or hint, get_args(hint), f"{where}, {name}"
     if is_dataclass(kind) and isinstance(value, dict):
-        return hint.from_dict(value, place) if hasattr(hint, "from_dict") else from_dict(hint, value, place)
+        return _made(hint, value, place)
     if kind is Mapping and isinstance(value, dict):
         return {key: _read(arguments[1], entry, place, key) for key, entry in value.items()}
     if kind is tuple and isinstance(value, (list, tuple)):

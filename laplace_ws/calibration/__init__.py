@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from laplace_ws.calibration.config import CalibrateConfig, CalibrationDataConfig, MethodsConfig
 from laplace_ws.calibration.result import CalibrationResult, CorruptedScores, MethodResult, Uncertainty
-from laplace_ws.calibration.run import output_folder, run_calibration, write_result
+from laplace_ws.calibration.run import output_folder, read_result, run_calibration, write_result
 from laplace_ws.calibration.table import as_text
 from laplace_ws.calibration.temperature import fit_temperature
 
@@ -19,6 +19,7 @@ __all__ = [
     "as_text",
     "fit_temperature",
     "output_folder",
+    "read_result",
     "run_calibration",
     "write_result",
 ]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from laplace_ws.metrics import ReliabilityCurve, RiskCoverageCurve
+from laplace_ws.records import RecordError, from_dict
 
 FORMAT_VERSION = 1
 
@@ -133,3 +134,34 @@ class CalibrationResult:
             for method in values["methods"]
         }
         return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> CalibrationResult:
+        """What `to_dict` gave.
+
+        Args:
+            values: plain values.
+            where: the file, for messages.
+
+        Raises:
+            RecordError: something is missing, or of another type.
+        """
+        methods = values.get("methods")
+        if not isinstance(methods, dict) or not all(isinstance(method, dict) for method in methods.values()):
+            raise RecordError(f"{where}: 'methods' is no object of objects; write one by method")
+        listed = [
+            {"name": name, "facts": _others(MethodResult, method)}
+            | method
+            | {
+                "corrupted": [
+                    {**entry, "scores": _others(CorruptedScores, entry)} for entry in method.get("corrupted", ())
+                ]
+            }
+            for name, method in methods.items()
+        ]
+        return from_dict(cls, values | {"methods": listed}, where)
+
+
+def _others(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are no fields of a dataclass."""
+    return {key: value for key, value in values.items() if key not in {f.name for f in fields(cls)}}

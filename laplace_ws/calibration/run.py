@@ -12,7 +12,7 @@ import torch
 
 from laplace_ws.calibration.config import CalibrateConfig
 from laplace_ws.calibration.method import Method, divided
-from laplace_ws.calibration.result import CalibrationResult, MethodResult
+from laplace_ws.calibration.result import FORMAT_VERSION, CalibrationResult, MethodResult
 from laplace_ws.calibration.rows import check_rows, make_methods
 from laplace_ws.calibration.score import ScoredImages, load_scored_images, score
 from laplace_ws.calibration.trained import TrainedRun, checkpoint_path, load_trained
@@ -23,8 +23,10 @@ from laplace_ws.experiment.environment import environment_record
 from laplace_ws.experiment.folder import check_free, check_page, make_writable, write_whole
 from laplace_ws.experiment.run import chosen_device, explained, torch_settings
 from laplace_ws.marglik.checkpoint import CheckpointError
+from laplace_ws.records import read_record
 
 RESULT, PAGE = "calibration.json", "calibration.html"
+_ANEW = "score the network again to write it"
 
 
 def run_calibration(config: CalibrateConfig) -> CalibrationResult:
@@ -133,6 +135,15 @@ def write_result(result: CalibrationResult, folder: Path) -> Path:
     path = folder / RESULT
     write_whole(path, json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
     return path
+
+
+def read_result(folder: Path) -> CalibrationResult:
+    """What a calibration found, from its folder.
+
+    Raises:
+        RecordError: naming the file, what is wrong and how to mend it.
+    """
+    return read_record(CalibrationResult, folder / RESULT, version=FORMAT_VERSION, absent=_ANEW, broken=_ANEW)
 
 
 def _describe(config: CalibrateConfig, trained: TrainedRun, images: ScoredImages) -> dict[str, object]:

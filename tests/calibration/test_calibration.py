@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from calibration.tiny import train_tiny
 
 from laplace_ws import Laplace
-from laplace_ws.calibration import CalibrateConfig, CalibrationDataConfig, MethodsConfig, as_text, run_calibration
+from laplace_ws.calibration import (
+    CalibrateConfig,
+    CalibrationDataConfig,
+    MethodsConfig,
+    as_text,
+    read_result,
+    run_calibration,
+    write_result,
+)
 from laplace_ws.calibration import score as scoring
 from laplace_ws.calibration.laplace import choose_prior, make_posterior
 from laplace_ws.calibration.trained import load_trained
@@ -20,6 +28,7 @@ from laplace_ws.data import TensorLoader, corrupt, load_dataset
 from laplace_ws.experiment.config import DataConfig, RunConfig, read_config
 from laplace_ws.experiment.folder import ExperimentError
 from laplace_ws.metrics import evaluate_classification, ood_detection, ood_scores
+from laplace_ws.records import RecordError
 
 N_VALIDATION, N_OOD, N_CORRUPTED = 50, 30, 20
 DATA = CalibrationDataConfig(n_validation=N_VALIDATION, ood="mnist", n_ood=N_OOD, n_corrupted=N_CORRUPTED)
@@ -324,3 +333,11 @@ def test_the_training_is_described_as_its_run_wrote_it(folder, config, result):
     assert "workers" not in stored
     assert stored["data"]["n_test"] == 40
     assert stored["model"]["hidden"] == [5]
+
+
+def test_a_result_is_read_as_it_was_written(result, tmp_path):
+    path = write_result(result, tmp_path)
+    assert read_result(tmp_path).to_dict() == json.loads(json.dumps(result.to_dict()))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"methods": [1]}))
+    with pytest.raises(RecordError, match=r"calibration\.json: 'methods' is no object of objects; write one by method"):
+        read_result(tmp_path)

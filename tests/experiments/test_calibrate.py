@@ -51,6 +51,33 @@ def test_every_seed_is_scored_and_collected(tmp_path, monkeypatch, capsys):
     assert "OOD" not in printed
 
 
+def test_an_interrupted_study_goes_on(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS))
+
+    def study(*options):
+        given = ["--config", str(path), "--train.out", str(tmp_path), "--out", str(tmp_path), *options]
+        monkeypatch.setattr(sys, "argv", ["calibrate.py", *given])
+        calibrate.main()
+        return json.loads((tmp_path / "tiny.json").read_text())["rows"]["methods"]
+
+    scored = []
+    actual = calibrate.run_calibration
+    monkeypatch.setattr(calibrate, "run_calibration", lambda config: scored.append(config.seed) or actual(config))
+    study("--seeds", "[0]")
+    (tmp_path / "tiny-seed1").mkdir()
+    once = study("--resume", "true")
+    assert scored == [0, 1]
+    assert study("--resume", "true") == once
+    assert scored == [0, 1]
+    with pytest.raises(SystemExit, match=r"holds a finished run; choose another --name"):
+        study()
+    with pytest.raises(
+        SystemExit, match=r"calibration\.json was scored with n_bins=15, this study says 7; choose another train\.name"
+    ):
+        study("--resume", "true", "--n_bins", "7")
+
+
 def test_mean_and_standard_error():
     assert calibrate.mean_and_error([1.0, 2.0, 3.0], 3) == "2.000 ± 0.577"
     assert calibrate.mean_and_error([1.5], 1) == "1.5"
