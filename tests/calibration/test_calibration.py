@@ -337,7 +337,7 @@ def test_the_training_is_described_as_its_run_wrote_it(folder, config, result):
 
 def test_a_result_is_read_as_it_was_written(result, tmp_path):
     path = write_result(result, tmp_path)
-    assert read_result(tmp_path).to_dict() == json.loads(json.dumps(result.to_dict()))
+    assert json.dumps(read_result(tmp_path).to_dict()) == json.dumps(result.to_dict())
     path.write_text(json.dumps(json.loads(path.read_text()) | {"methods": [1]}))
     with pytest.raises(RecordError, match=r"calibration\.json: 'methods' is no object of objects; write one by method"):
         read_result(tmp_path)
