@@ -22,7 +22,7 @@ def decompose(kron: Kron, processes: Processes, *, vectors: bool) -> None:
     if processes.size == 1:
         return
     blocks = list(kron.values())
-    owners = divided([_cost(block) for block in blocks], processes.size)
+    owners = divided([cost(block) for block in blocks], processes.size)
     with processes.together("the eigendecomposition of the factors"):
         results = [
             _parts(block, vectors) if owner == processes.rank else _room(block, vectors)
@@ -47,7 +47,7 @@ def divided(costs: Sequence[float], n: int) -> list[int]:
     return owners
 
 
-def _cost(block: KronBlock) -> float:
+def cost(block: KronBlock) -> float:
     """In units of one multiplication, up to a constant."""
     factors = [(block.B, block.diagonal_B), *([] if block.A is None else [(block.A, block.diagonal_A)])]
     return sum(0 if is_diagonal else factor.numel() * factor.shape[-1] for factor, is_diagonal in factors)

@@ -14,6 +14,7 @@ import factor_precision
 import prediction_cost
 import pytest
 import sampling_variance
+import scaling
 import select_study
 import trust
 import tuning_cost
@@ -79,6 +80,7 @@ KINDS: dict[str, tuple[type, Callable[[Any], Iterable[RunConfig]]]] = {
     "trust": (trust.TrustConfig, no_runs),
     "trust_wrn": (calibrate.StudyConfig, runs_of_calibration),
     "tuning_cost": (tuning_cost.TuningConfig, no_runs),
+    "scaling": (scaling.ScalingConfig, no_runs),
     "uci_regression": (uci_regression.UciConfig, no_runs),
     "update_cost": (update_cost.UpdateCostConfig, lambda study: update_cost.check_config(study) or []),
     "update_cost_cuda": (update_cost.UpdateCostConfig, lambda study: update_cost.check_config(study) or []),
