@@ -6,7 +6,7 @@ Fits of a Wide ResNet to random images, divided among processes of torch's gloo 
 share of the data, for the sum of the factors and for its share of the eigenvalues, and the bytes that are sent. Then the same for any
 number of processes, from the parts measured on one: the images are divided evenly, the blocks as `matrices.division` divides them by
 their cost, each block at its measured time, and what is sent takes the given bandwidth. A profile of a fit on one process says what the
-machinery for several costs there.
+machinery for several costs there. Last, operations and bytes of well-known networks, counted from the shapes of their weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torchvision
 from bench_curvature.setting import make_batch, make_network
 from bench_curvature.tables import table
 from study import read_config, write_result
@@ -41,6 +42,7 @@ from laplace_ws.kfac.kron_accumulator import KronAccumulator
 from laplace_ws.likelihoods import Categorical
 from laplace_ws.matrices import Kron
 from laplace_ws.matrices.division import cost, decompose, divided
+from laplace_ws.models import WideResNet
 
 Row = dict[str, Any]
 MACHINERY = ("distributed.py", "curvature/processes.py", "matrices/division.py")
@@ -230,6 +232,49 @@ def _on_process(
             dist.destroy_process_group()
 
 
+# ------------------------------------------------------------------ counts by shapes
+
+NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
+    "WRN-16-4": lambda: WideResNet(16, 4, 3, 10),
+    "WRN-28-10": lambda: WideResNet(28, 10, 3, 10),
+    "ResNet-18": torchvision.models.resnet18,
+    "ViT-B/16": torchvision.models.vit_b_16,
+    "ViT-L/16": torchvision.models.vit_l_16,
+    "decoder layer, 4096/14336": lambda: torch.nn.Sequential(
+        *(torch.nn.Linear(i, o) for i, o in [(4096, 4096)] * 4 + [(4096, 14336)] * 2 + [(14336, 4096)])
+    ),
+}
+
+
+def sides_of(name: str, shape: torch.Size) -> list[tuple[int, int]]:
+    """Sides of the factors of a weight: those of the queries, keys and values apart; none of a vector, or of one that is added."""
+    n_out, n_in = shape[0], shape[1:].numel()
+    if len(shape) < 2 or n_out == 1:
+        return []
+    return [(n_out // 3, n_in)] * 3 if name.endswith("in_proj_weight") else [(n_out, n_in)]
+
+
+def counted_rows(config: ScalingConfig) -> list[Row]:
+    """Of each network: its weights, bytes of its factors in float32, operations of their eigenvalues, and how far these divide."""
+    rows = []
+    for name, make in NETWORKS.items():
+        with torch.device("meta"):
+            sides = [side for name, p in make().named_parameters() for side in sides_of(name, p.shape)]
+        operations = [4 / 3 * (n_out**3 + n_in**3) for n_out, n_in in sides]
+        n_triangle = sum(side * (side + 1) // 2 for pair in sides for side in pair)
+        loads = {}
+        for n in config.n_projected:
+            loads[n] = [0.0] * n
+            for owner, cost_of_block in zip(divided(operations, n), operations, strict=True):
+                loads[n][owner] += cost_of_block
+        rows.append(
+            {"network": name, "n_weights": sum(o * i for o, i in sides), "largest_side": max(map(max, sides))}
+            | {"sum_bytes": 4 * n_triangle, "operations": sum(operations)}
+            | {"speed_up": {n: sum(operations) / max(load) for n, load in loads.items()}}
+        )
+    return rows
+
+
 # ------------------------------------------------------------------ all of them
 
 
@@ -305,8 +350,18 @@ def as_markdown(found: dict[str, Any]) -> str:
         "speed-up",
         "eigenvalues' part",
     ]
+    numbers = [n for n in found["counted"][0]["speed_up"] if n > 1]
+    counted = []
+    for row in found["counted"]:
+        figures = [f"{row['n_weights'] / 1e6:.1f}", str(row["largest_side"]), f"{row['sum_bytes'] / 2**20:.0f}"]
+        speed_ups = [f"{row['speed_up'][n]:.1f}" for n in numbers]
+        counted.append([row["network"], *figures, f"{row['operations'] / 1e9:.0f}", *speed_ups])
+    titles_of_counts = ["network", "weights [10⁶]", "largest side", "factors [MiB]", "eigenvalues [10⁹ operations]"]
+    titles_of_counts += [f"speed-up on {n}" for n in numbers]
     shares = [f"Machinery on one process, {name}: {share:.2%} of a fit." for name, share in found["machinery"].items()]
-    return "\n\n".join([table(header, lines), table(titles, projected), "\n".join(shares)])
+    return "\n\n".join(
+        [table(header, lines), table(titles, projected), table(titles_of_counts, counted), "\n".join(shares)]
+    )
 
 
 def measure_all(config: ScalingConfig) -> dict[str, Any]:
@@ -320,7 +375,7 @@ def measure_all(config: ScalingConfig) -> dict[str, Any]:
         n_bytes = [(row["sum_bytes"], row["eigenvalue_bytes"]) for n, row in rows.items() if n > 1]
         if n_bytes:
             projected += projected_rows(config, rows[1], found[1][0]["measure_blocks"], n_bytes[0])
-    return {"measured": measured, "projected": projected, "machinery": machinery}
+    return {"measured": measured, "projected": projected, "counted": counted_rows(config), "machinery": machinery}
 
 
 def main() -> None:

@@ -24,6 +24,23 @@ def test_projected_times_are_sums_of_the_parts():
     assert scaling.total(two) == pytest.approx(10 + 4 + 0.9)
 
 
+def test_operations_and_bytes_are_counted_from_shapes():
+    config = scaling.ScalingConfig(n_projected=[1, 2, 8])
+    rows = {row["network"]: row for row in scaling.counted_rows(config)}
+    layer = rows["decoder layer, 4096/14336"]
+    assert layer["n_weights"] == 4 * 4096**2 + 3 * 4096 * 14336
+    assert layer["largest_side"] == 14336
+    assert layer["operations"] == pytest.approx(4 / 3 * (11 * 4096**3 + 3 * 14336**3))
+    assert layer["sum_bytes"] == 2 * (11 * 4096 * 4097 + 3 * 14336 * 14337)
+    assert layer["speed_up"][1] == 1
+    assert 2.9 < layer["speed_up"][8] < 3.3  # three matrices are most of it, and none is divided
+    assert rows["ResNet-18"]["largest_side"] == 9 * 512
+    assert rows["ViT-B/16"]["largest_side"] == 4 * 768
+    assert rows["ViT-B/16"]["operations"] == pytest.approx(
+        4 / 3 * 768**3 * (12 * (3 * 2 + 2 + 2 * 65) + 2) + 4 / 3 * (768**3 + 1000**3)
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
