@@ -14,6 +14,7 @@ from laplace_ws.curvature import Curvature
 from laplace_ws.curvature.capture import BatchForm, CapturedBatch
 from laplace_ws.curvature.columns import loss_columns
 from laplace_ws.curvature.native import UseRecorder
+from laplace_ws.curvature.processes import Shard
 from laplace_ws.distributed import Processes, processes
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import Accumulator, KfacApprox
@@ -94,7 +95,18 @@ class LikelihoodColumns:
     generator: torch.Generator
 
     def __call__(self, f: Float[Tensor, "N ..."]) -> Iterator[Float[Tensor, "N ..."]]:
-        """The columns in the outputs of a batch."""
+        """The columns in the outputs of a batch; random ones are those that one process draws for the batch of all."""
+        group = processes()
+        if group.size == 1 or not self.curvature.is_random:
+            yield from self._columns(f)
+            return
+        shard = Shard(group)
+        f_all = shard.interleaved(group.gather(f.detach().cpu())).to(f.device)
+        own = shard.own(len(f_all))
+        for column in self._columns(f_all):
+            yield column[own]
+
+    def _columns(self, f: Tensor) -> Iterator[Tensor]:
         without_targets = f  # `Likelihood.ignores_targets` is false, so that no target is looked at
         return loss_columns(
             self.likelihood, self.curvature, f, without_targets, mc_samples=self.mc_samples, generator=self.generator
