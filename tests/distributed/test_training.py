@@ -19,13 +19,15 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def trained(n: int, path: Path | None = None, wrap: bool = False, **options):
+def trained(n: int, path: Path | None = None, wrap: bool = False, net: nn.Module | None = None, **options):
     """What a training with batches of 12 over all processes gives; `n` of them, or the sampler of one process."""
     data = make_data()
     sampler = DistributedSampler(data, seed=3, **({} if n > 1 else {"num_replicas": 1, "rank": 0}))
     loader = DataLoader(data, batch_size=12 // n, sampler=sampler)
     torch.manual_seed(7)
-    net = make_net()
+    net = net or make_net()
+    if next(net.parameters()).dtype == torch.float32:
+        data.tensors = data.tensors[0].float(), data.tensors[1]
     model = nn.parallel.DistributedDataParallel(net) if wrap else net
     settings = {**OPTIONS, "fit_fraction": 1.0, **options}
     result = marglik_training(model, loader, checkpoint_path=path, resume=path is not None, **settings)
@@ -75,6 +77,20 @@ def trained_wrapped():
 
 def test_a_model_in_distributed_data_parallel():
     check_equal(run_on(2, trained_wrapped), trained(1))
+
+
+def trained_under_autocast(n: int):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return trained(n, max_grad_norm=0.5, gradient_accumulation_steps=2, net=make_net().float())
+
+
+def test_bfloat16_under_autocast():
+    first, second = run_on(2, trained_under_autocast, 2)
+    check_equal([second], first)
+    alone = trained_under_autocast(1)
+    rounding = 8 * torch.finfo(torch.bfloat16).eps  # of some eight steps; half of the data would be off by a factor
+    for name in ("losses", "weights", "evidence"):
+        torch.testing.assert_close(first[name], alone[name], rtol=rounding, atol=rounding)
 
 
 def cut_off(n: int, path: Path):
