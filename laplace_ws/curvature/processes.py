@@ -37,8 +37,8 @@ def check_not_wrapped(model: nn.Module) -> None:
         where = repr(name) if name else "the model"
         mend = "shard no module of it" if wrapper == "FSDPModule" else "give the network that it wraps (model.module)"
         raise UnsupportedParameterError(
-            f"{where} is run by {wrapper}, but curvature is computed in one process, on one device; {mend}, and all of the data to one "
-            "process."
+            f"{where} is run by {wrapper}, but curvature needs the whole network on one device; {mend}, and each process its share of the "
+            "data by a DistributedSampler."
         )
 
 
