@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/laplace-ws train --config demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --ignore tests/hard
+	$(BIN)/python -m pytest -n 3 --dist worksteal --ignore tests/hard
 
 test-fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 $(FAST)

@@ -24,7 +24,7 @@ class Lstm(nn.Module):
     def __init__(self, bidirectional=False):
         super().__init__()
         self.embed = nn.Embedding(7, 3)
-        self.lstm = nn.LSTM(3, 2, num_layers=2, batch_first=True, bidirectional=bidirectional)
+        self.lstm = nn.LSTM(3, 2, num_layers=1 if bidirectional else 2, batch_first=True, bidirectional=bidirectional)
         self.head = nn.Linear(4 if bidirectional else 2, 3)
 
     def forward(self, x):

@@ -26,14 +26,25 @@ SETTINGS = {
 }
 
 
-def test_every_seed_is_scored_and_collected(tmp_path, monkeypatch, capsys):
+def test_every_seed_is_scored_and_collected_and_a_study_goes_on(tmp_path, monkeypatch, capsys):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(SETTINGS))
-    monkeypatch.setattr(
-        sys, "argv", ["calibrate.py", "--config", str(path), "--train.out", str(tmp_path), "--out", str(tmp_path)]
-    )
-    calibrate.main()
-    found = json.loads((tmp_path / "tiny.json").read_text())["rows"]
+
+    def study(*options):
+        given = ["--config", str(path), "--train.out", str(tmp_path), "--out", str(tmp_path), *options]
+        monkeypatch.setattr(sys, "argv", ["calibrate.py", *given])
+        calibrate.main()
+        return json.loads((tmp_path / "tiny.json").read_text())["rows"]
+
+    scored = []
+    actual = calibrate.run_calibration
+    monkeypatch.setattr(calibrate, "run_calibration", lambda config: scored.append(config.seed) or actual(config))
+    study("--seeds", "[0]")
+    found = study("--resume", "true")
+    assert scored == [0, 1]
+    assert study("--resume", "true") == found
+    assert scored == [0, 1]
+
     methods = found["methods"]
     assert list(methods) == ["map", "temperature", "laplace_last_layer_kron_marglik"]
     assert found["data"]["n_corrupted"] == 20
@@ -50,31 +61,10 @@ def test_every_seed_is_scored_and_collected(tmp_path, monkeypatch, capsys):
     assert "| temperature scaling |" in printed
     assert "OOD" not in printed
 
-
-def test_an_interrupted_study_goes_on(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(SETTINGS))
-
-    def study(*options):
-        given = ["--config", str(path), "--train.out", str(tmp_path), "--out", str(tmp_path), *options]
-        monkeypatch.setattr(sys, "argv", ["calibrate.py", *given])
-        calibrate.main()
-        return json.loads((tmp_path / "tiny.json").read_text())["rows"]["methods"]
-
-    scored = []
-    actual = calibrate.run_calibration
-    monkeypatch.setattr(calibrate, "run_calibration", lambda config: scored.append(config.seed) or actual(config))
-    study("--seeds", "[0]")
-    (tmp_path / "tiny-seed1").mkdir()
-    once = study("--resume", "true")
-    assert scored == [0, 1]
-    assert study("--resume", "true") == once
-    assert scored == [0, 1]
     with pytest.raises(SystemExit, match=r"holds a finished run; choose another --name"):
         study()
-    with pytest.raises(
-        SystemExit, match=r"calibration\.json was scored with n_bins=15, this study says 7; choose another train\.name"
-    ):
+    says = r"calibration\.json was scored with n_bins=15, this study says 7; choose another train\.name"
+    with pytest.raises(SystemExit, match=says):
         study("--resume", "true", "--n_bins", "7")
 
 

@@ -138,6 +138,7 @@ def test_a_candidate_is_the_network_that_train_gives(finished, tmp_path):
     assert (entry.log_marginal_likelihood, entry.test_nll) == (tuned["log_marginal_likelihood"], tuned["test_nll"])
 
 
+@pytest.mark.long
 def test_side_by_side_equals_in_order(finished, config):
     selection = run_selection(replace(config, workers=2))
     assert selection.environment["workers"] == 2
