@@ -34,6 +34,7 @@ from study import read_config, write_result
 from laplace_ws import Laplace
 from laplace_ws.curvature import Curvature
 from laplace_ws.curvature.backends import make_backend
+from laplace_ws.curvature.checks import LinearisationCheck
 from laplace_ws.curvature.curvature_sum import CurvatureSum
 from laplace_ws.data import TensorLoader
 from laplace_ws.distributed import processes
@@ -63,7 +64,7 @@ class ScalingConfig:
         n_projected: numbers of processes for which the time is computed.
         n_images_projected: images of the fits that are computed.
         bandwidth: gigabytes per second that each process sends and receives there.
-        n_repeats: fits; medians are given.
+        n_repeats: fits; the median is given, and the first of them alone checks the network.
         seed: of weights and images.
         name: of the file of the results.
         out: its folder.
@@ -132,6 +133,10 @@ def measure_parts(config: ScalingConfig, kfac_approx: str) -> Row:
         return time.perf_counter(), time.process_time()
 
     n_bytes: list[int] = [0, 0]
+    backend = make_backend("native")
+    check = LinearisationCheck(
+        backend, model
+    )  # of the first batch of the first pass; later ones are as those of online tuning
     for _ in range(config.n_repeats):
         approximations = dict.fromkeys((name for name, _ in model.named_parameters()), KfacApprox(kfac_approx))
         sums = CurvatureSum(
@@ -139,7 +144,8 @@ def measure_parts(config: ScalingConfig, kfac_approx: str) -> Row:
             Categorical(),
             lambda parameters, a=approximations: KronAccumulator(parameters, a),
             curvature=Curvature.EF,
-            backend=make_backend("native"),
+            backend=backend,
+            check=check,
         )
         sent = getattr(group, "n_bytes", 0)
         group.gather(None)
@@ -170,7 +176,7 @@ def measure_fit(config: ScalingConfig, kfac_approx: str) -> Row:
     for _ in range(config.n_repeats):
         group.gather(None)
         start = time.perf_counter()
-        la.fit(loader)
+        la.fit(loader, recheck=False)
         evidence = float(la.log_marginal_likelihood())
         seconds.append(time.perf_counter() - start)
     return {"fit": statistics.median(seconds), "evidence": evidence}
@@ -201,7 +207,7 @@ def measure_machinery(config: ScalingConfig, kfac_approx: str) -> float:
     la = Laplace(model, "classification", kfac_approx=kfac_approx, curvature="ef")
     la.fit(loader)
     profile = cProfile.Profile()
-    profile.runcall(lambda: (la.fit(loader), float(la.log_marginal_likelihood())))
+    profile.runcall(lambda: (la.fit(loader, recheck=False), float(la.log_marginal_likelihood())))
     times = pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
     spent = sum(entry[3] for (file, _, _), entry in times if Path(file).as_posix().endswith(MACHINERY))
     return spent / max(entry[3] for _, entry in times)
