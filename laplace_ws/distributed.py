@@ -206,6 +206,11 @@ def processes() -> Processes:
     return ALONE
 
 
+def n_started() -> int:
+    """How many processes `torchrun` has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_first_process() -> bool:
     """Whether this is the first of the processes that `torchrun` has started, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -218,8 +223,7 @@ def group_of_torchrun(device: torch.device) -> Iterator[Processes]:
     Args:
         device: where each computes; of a machine's GPUs, each process takes the one with its local number.
     """
-    n = int(os.environ.get("WORLD_SIZE", "1"))
-    if n == 1 or dist.is_initialized():
+    if n_started() == 1 or dist.is_initialized():
         yield processes()
         return
     if device.type == "cuda":

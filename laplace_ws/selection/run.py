@@ -52,6 +52,11 @@ def run_selection(config: SelectConfig, *, resume: bool = False, overwrite: bool
         check_name(config.name)
         if config.workers < 1:
             raise ValueError(f"workers={config.workers} must be at least 1")
+        if (n := n_started()) > 1:
+            raise ValueError(
+                f"{n} processes were started, but candidates are trained side by side by processes of the command's own; start it once, "
+                f"with --workers {n}"
+            )
         check_candidates(config.candidates)
         check_criteria(config)
         members = [find(config, candidate) for candidate in config.candidates]

@@ -225,6 +225,13 @@ def test_bad_arguments_are_refused_in_one_line(config, trained, arguments, says,
     assert not config.folder.exists()
 
 
+def test_several_processes_are_refused(config, trained, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ExperimentError, match="2 processes were started, .*; start it once, with --workers 2"):
+        run_selection(config)
+    assert trained == []
+
+
 def test_an_unwritable_folder_is_refused(config, trained, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ExperimentError, match="Not a directory"):
