@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from laplace_ws.distributed import n_started
 from laplace_ws.experiment.environment import environment_record
 from laplace_ws.experiment.folder import (
     PARTIAL,

@@ -227,7 +227,7 @@ def test_bad_arguments_are_refused_in_one_line(config, trained, arguments, says,
 
 def test_several_processes_are_refused(config, trained, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ExperimentError, match="2 processes were started, .*; start it once, with --workers 2"):
+    with pytest.raises(ExperimentError, match=r"2 processes were started, .*; start it once, with --workers 2"):
         run_selection(config)
     assert trained == []
 
