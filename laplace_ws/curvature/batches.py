@@ -103,6 +103,12 @@ class Batches:
         """Those among which the data are divided."""
         return ALONE if self.shard is None else self.shard.processes
 
+    @property
+    def n_in_data_set(self) -> int | None:
+        """Number of examples of the data set of all processes; None where the loader does not say."""
+        dataset = getattr(self.loader, "dataset", None)
+        return len(dataset) if hasattr(dataset, "__len__") else None
+
     def __iter__(self) -> Iterator[tuple[ModelInputs, Tensor]]:
         """Raises `InvalidBatchError` for a batch of an unknown form or on another device."""
         hidden = self.progress is None or not sys.stderr.isatty()

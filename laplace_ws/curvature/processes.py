@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
+from laplace_ws._version import __version__
 from laplace_ws.distributed import Processes, processes
 from laplace_ws.errors import DataWarning, InvalidBatchError, UnsupportedParameterError
 
@@ -40,6 +42,21 @@ def check_not_wrapped(model: nn.Module) -> None:
             f"{where} is run by {wrapper}, but curvature needs the whole network on one device; {mend}, and each process its share of the "
             "data by a DistributedSampler."
         )
+
+
+def check_alike(group: Processes, model: nn.Module, facts: Mapping[str, Any]) -> None:
+    """Raise `ValueError` in all processes where one has another network, other versions or other facts; says which.
+
+    Args:
+        group: the processes.
+        model: whose weights and buffers must be the same.
+        facts: what else must be, as plain values by name.
+    """
+    if group.size == 1:
+        return
+    group.check_same({"version of torch": torch.__version__, "version of laplace_ws": __version__, **facts})
+    sums = {name: t.double().nan_to_num(0.0, 0.0, 0.0).sum().item() for name, t in model.state_dict().items()}
+    group.check_same({f"sum of {name!r}": value for name, value in sums.items()})  # masks may hold infinities
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

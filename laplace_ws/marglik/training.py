@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from laplace_ws._version import __version__
 from laplace_ws.curvature import Backend
 from laplace_ws.curvature.backend import trainable_parameters
 from laplace_ws.curvature.batches import Batches, Data, check_iterable
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys
 from laplace_ws.curvature.models import check_visible
-from laplace_ws.curvature.processes import unwrapped
+from laplace_ws.curvature.processes import check_alike, unwrapped
 from laplace_ws.curvature.watch import warn_of_final_operation
 from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.marglik.checkpoint import left_as_found
@@ -308,9 +307,7 @@ def prepare(
             hyper.check_start(trainer.stiffness)
         with group.together("the check of the model"):
             la.check(facts.x_first)
-            group.check_same({"version of torch": torch.__version__, "version of laplace_ws": __version__})
-            group.check_same(trainer.settings)
-            group.check_same({f"sum of {name!r}": t.double().sum().item() for name, t in model.state_dict().items()})
+            check_alike(group, model, trainer.settings)
         warn_of_final_operation(model, likelihood, la.network.final_operation(facts.x_first), stacklevel=3)
         return trainer
 

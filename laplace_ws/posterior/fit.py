@@ -14,6 +14,7 @@ from laplace_ws.curvature import Curvature
 from laplace_ws.curvature.anatomy import Anatomy
 from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.inputs import ModelInputs, StructuredInputs
+from laplace_ws.curvature.processes import check_alike
 from laplace_ws.curvature.totals import DataTotals
 from laplace_ws.curvature.watch import DataWatch, draws_with_replacement, warn_of_final_operation
 from laplace_ws.errors import InvalidBatchError
@@ -100,13 +101,13 @@ def fit_posterior(
         before: a fit to which the data are added; None for a fit to these data alone.
         n_data: number of examples N that the data stand for; default: the number of examples seen.
         progress_bar: show one, if stderr is a terminal.
-        recheck: whether to check the backend against autograd anew, whatever is known of the network.
+        recheck: whether to check the backend against autograd anew, whatever is known of the network, and that all processes have the same.
         averaged_with: a curvature at earlier weights, and its weight in the mean with that of this fit.
 
     Raises:
         InvalidBatchError: the data do not fit.
         UnsupportedParameterError: a parameter cannot be covered.
-        ValueError: data cannot be added to the previous fit, as weights, options or outputs differ.
+        ValueError: data cannot be added to the previous fit, as weights, options or outputs differ, or another process has others.
     """
     n_data = None if n_data is None else whole_number("n_data", n_data, least=1)
     network, options = problem.network, all_options(structure, problem)
@@ -116,6 +117,9 @@ def fit_posterior(
             f"hessian_structure={structure.name!r} reads the data more than once, but a {type(batches.loader).__name__} is used up after "
             "the first pass; give a DataLoader or a list of batches."
         )
+    if recheck:
+        n_examples = {"number of examples in the data set": batches.n_in_data_set}
+        check_alike(batches.processes, network.model, {**options, **n_examples})
     if before is not None:
         _check_same_options(options, before.options)
         check_network(network, before)

@@ -119,3 +119,29 @@ def test_a_process_without_an_example():
         == "InvalidBatchError: process 2 of 3 has no example; give each at least one, or start fewer processes."
     )
     assert all("process 2 failed" in found[rank] for rank in (0, 1))
+
+
+def fitted_with_another(what: str):
+    is_other = what if dist.get_rank() else ""
+    data = make_data()
+    if is_other == "data":
+        data.tensors = tuple(t[:15] for t in data.tensors)
+    la = Laplace(
+        make_net(seed=1 if is_other == "weights" else 0),
+        "classification",
+        curvature="ef" if is_other == "option" else "ggn",
+    )
+    return raised(lambda: la.fit(DataLoader(data, batch_size=6, sampler=DistributedSampler(data))))
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("option", "ValueError: curvature is 'ef' in process 1 and 'ggn' in process 0; start all processes alike."),
+        ("data", "number of examples in the data set is 15 in process 1 and 23 in process 0"),
+        ("weights", "ValueError: sum of '0.weight' is "),
+    ],
+)
+def test_processes_that_differ_are_refused(what, says):
+    for found in run_on(2, fitted_with_another, what):
+        assert says in found
