@@ -11,6 +11,7 @@ exceeds the lowest. An interrupted study goes on with the networks that are miss
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,18 @@ def summary(table: Mapping[int, Sequence[Row]], criterion: str) -> dict[str, Any
     return found | {"seconds": statistics.mean(seconds) if seconds else None}
 
 
+def repeatability(table: Mapping[int, Sequence[Row]]) -> list[float]:
+    """Rank correlation of the test NLL of the networks between each two seeds: how far a seed's ranking is that of the networks at all."""
+    found = []
+    for first, second in itertools.combinations(table.values(), 2):
+        other = {row["name"]: row["test_nll"] for row in second}
+        both = [(row["test_nll"], other[row["name"]]) for row in first if row["name"] in other]
+        known = [pair for pair in both if None not in pair]
+        spearman = correlate([a for a, _ in known], [b for _, b in known]).spearman if known else None
+        found += [] if spearman is None else [spearman]
+    return found
+
+
 def mean_and_worst(values: Sequence[float]) -> str:
     """Mean ± standard error over the seeds, and the worst, which is the highest; the mean alone of a single value."""
     if not values:
@@ -126,7 +139,13 @@ def as_markdown(config: StudyConfig, table: Mapping[int, Sequence[Row]]) -> str:
             "| " + " | ".join([CRITERIA[name].title, *cells, mean_and_worst(of["all"]["loss"]), seconds]) + " |"
         )
     counts = ", ".join(f"{len(rows)} (seed {seed})" for seed, rows in table.items())
-    return "\n".join([*lines, "", f"Networks: {counts} of {len(config.select.candidates)}."])
+    notes = [f"Networks: {counts} of {len(config.select.candidates)}."]
+    if between := repeatability(table):
+        mean = statistics.mean(between)
+        notes.append(
+            f"Spearman of the test NLL between two seeds: {mean:+.2f} on average, {min(between):+.2f} at least."
+        )
+    return "\n".join([*lines, "", *notes])
 
 
 def report(config: StudyConfig) -> None:
@@ -134,7 +153,11 @@ def report(config: StudyConfig) -> None:
     table = {seed: rows for seed in config.seeds if (rows := rows_of(of_seed(config, seed)))}
     print(as_markdown(config, table), flush=True)
     summaries = {name: summary(table, name) for name in config.select.criteria}
-    write_result(config, config.select.name, {"networks": table, "criteria": summaries})
+    write_result(
+        config,
+        config.select.name,
+        {"networks": table, "criteria": summaries, "spearman_between_seeds": repeatability(table)},
+    )
 
 
 def main() -> None:

@@ -63,7 +63,9 @@ def test_every_seed_is_compared_and_collected(options, tmp_path, monkeypatch, ca
     printed = capsys.readouterr().out
     cell = f"{statistics.mean(of_seeds):+.2f} ± {abs(of_seeds[0] - of_seeds[1]) / 2:.2f} (worst {max(of_seeds):+.2f})"
     assert f"| validation log likelihood | {cell} |" in printed
-    assert printed.rstrip().splitlines()[-2] == "Networks: 4 (seed 0), 4 (seed 1) of 4."
+    assert printed.rstrip().splitlines()[-3] == "Networks: 4 (seed 0), 4 (seed 1) of 4."
+    (between,) = found["spearman_between_seeds"]
+    assert f"between two seeds: {between:+.2f} on average" in printed
 
 
 def test_what_is_there_is_reported_and_gone_on_with(options, tmp_path, monkeypatch, capsys):
@@ -96,6 +98,15 @@ def test_the_loss_is_that_of_the_network_that_a_criterion_chooses():
     assert found["all"]["spearman"] == [pytest.approx(-0.5)]
     assert found["perceptrons"]["spearman"] == []
     assert found["seconds"] == 2.0
+
+
+def test_repeatability_is_the_rank_correlation_of_the_same_networks():
+    def rows(**nll):
+        return [{"name": name, "test_nll": value} for name, value in nll.items()]
+
+    table = {0: rows(a=1.0, b=2.0, c=3.0), 1: rows(c=30.0, b=20.0, a=10.0), 2: rows(a=3.0, b=2.0, c=1.0, d=None)}
+    assert select_study.repeatability(table) == pytest.approx([1.0, -1.0, -1.0])
+    assert select_study.repeatability({0: table[0]}) == []
 
 
 def test_mean_error_and_worst():
