@@ -14,7 +14,7 @@ import pytest
 from laplace_ws.marglik.hyperparameters import ELEMENTWISE
 from laplace_ws.metrics import ReliabilityCurve
 from laplace_ws.records import RecordError
-from laplace_ws.report import PLOTS, Plot, Section, load_run, write_report
+from laplace_ws.report import PLOTS, Plot, Section, load_run, plots, write_report
 from laplace_ws.report.precision_pictures import robust_log_limits
 from laplace_ws.report.reliability_pictures import wilson_interval
 from laplace_ws.report.style import Picture, common_prefix, plain
@@ -104,6 +104,12 @@ def page(tmp_path_factory):
     return page_of(write_run(tmp_path_factory.mktemp("run")))
 
 
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """For tests of the text: drawing takes most of a page's time."""
+    monkeypatch.setattr(plots, "PLOTS", {})
+
+
 def test_nothing_comes_from_elsewhere(page):
     pictures = pictures_of(page)
     assert len(pictures) == 3 + 2 + 3
@@ -187,7 +193,7 @@ def test_evidence_check(tmp_path):
     )
 
 
-def test_worse_is_on_the_page_and_not_bold(tmp_path):
+def test_worse_is_on_the_page_and_not_bold(without_pictures, tmp_path):
     page = page_of(write_run(tmp_path, make_summary(0.592), make_lines(n_epochs=1)))
     assert "0.013 worse than the best fixed prior precision (δ = 5, 0.579)" in text_of(page)
     assert "<strong>0.5790</strong>" in page
@@ -221,7 +227,7 @@ def test_regression_without_fixed_models(tmp_path):
         ({}, None, "the last fit, on all the data, 3.1 %."),
     ],
 )
-def test_the_cost_of_tuning_is_on_the_page(tmp_path, costs, budget, says):
+def test_the_cost_of_tuning_is_on_the_page(without_pictures, tmp_path, costs, budget, says):
     summary = make_summary(fixed=())
     summary["tuned"] |= {"tuning_overhead": 0.0829, "final_fit_overhead": 0.0312} | costs
     summary["config"]["marglik"] = {"curvature_budget": budget}
@@ -372,7 +378,7 @@ def test_reads_what_the_metrics_write(tmp_path):
     assert load_run(write_run(tmp_path, summary)).tuned.reliability == curve
 
 
-def test_parameters_that_share_a_prior_are_shown_as_one(tmp_path):
+def test_parameters_that_share_a_prior_are_shown_as_one(without_pictures, tmp_path):
     """The layers' precision is what the table says, not the median of scalars that outnumber them."""
     groups = {name: name if name.endswith("weight") else ELEMENTWISE for name in NAMES}
     summary = make_summary()
@@ -398,7 +404,7 @@ def test_parameters_that_share_a_prior_are_shown_as_one(tmp_path):
         ({"final_curvature": "ggn_mc", "kfac_approx": None}, None),
     ],
 )
-def test_two_curvatures_are_told_apart(tmp_path, options, final):
+def test_two_curvatures_are_told_apart(without_pictures, tmp_path, options, final):
     summary = make_summary()
     summary["config"]["marglik"] = {"curvature": "ggn_mc", **options}
     text = text_of(page_of(write_run(tmp_path, summary)))
