@@ -412,16 +412,15 @@ def test_two_curvatures_are_told_apart(without_pictures, tmp_path, options, fina
     assert said in text if final else "are taken with" not in text
 
 
-def test_a_plot_from_outside_is_on_the_page(tmp_path):
+def test_a_plot_from_outside_is_on_the_page(page, tmp_path):
     def draw(record):
         return [Picture("Steps", f"Step sizes of {len(record.models)} networks, drawn elsewhere.", b"<svg></svg>")]
 
-    write_run(tmp_path)
-    before = len(pictures_of(page_of(tmp_path)))
     PLOTS.register("steps", Plot(Section.TRAINING, draw))
     try:
-        page = page_of(tmp_path)
+        with_it = page_of(write_run(tmp_path))
     finally:
         PLOTS.unregister("steps")
-    assert len(pictures_of(page)) == before + 1
-    assert page.index(">Training<") < page.index("Step sizes of 3 networks") < page.index(">Prior precision by layer")
+    assert len(pictures_of(with_it)) == len(pictures_of(page)) + 1
+    assert with_it.index(">Training<") < with_it.index("Step sizes of 3 networks")
+    assert with_it.index("Step sizes of 3 networks") < with_it.index(">Prior precision by layer")
