@@ -90,8 +90,8 @@ def run_selection(config: SelectConfig, *, resume: bool = False, overwrite: bool
                 threads=config.threads, device=device_of(members[0].run), workers=config.workers
             ),
             data={"name": data.name, "n_train": len(data.y_train), "n_test": len(data.y_test)},
-            rank_by=config.rank_by,
-            ranking=ranked(entries, config.rank_by),
+            rank_by=config.ranked_by,
+            ranking=ranked(entries, config.ranked_by),
             correlations=correlate_all(entries, config.criteria),
             failed={member.name: reason for member, reason in outcomes if isinstance(reason, str)},
             total_seconds=time.perf_counter() - start,
@@ -104,7 +104,7 @@ def run_selection(config: SelectConfig, *, resume: bool = False, overwrite: bool
 
 def job_of(config: SelectConfig, member: Member, work: Path, *, trains: bool, resume: bool) -> Job:
     """What is to be done for a candidate, in the folder in which the comparison works."""
-    criteria = tuple(sorted(config.criteria, key=lambda name: name != config.rank_by))
+    criteria = tuple(sorted(config.criteria, key=lambda name: name != config.ranked_by))
     scratch = work / CRITERIA_FOLDER / member.name
     return Job(member, trains, resume, criteria, config.split, scratch, config.threads)
 

@@ -177,3 +177,9 @@ def test_candidates_can_be_given_on_the_command_line():
     assert flags["resume"]
     assert config.candidates == [Candidate("a", {"width": 2}), Candidate("b", run="runs/b")]
     assert config.run_config(config.candidates[0]).model == ModelConfig(depth=16, width=2)
+
+
+def test_the_first_criterion_ranks_where_none_is_named():
+    assert SelectConfig().ranked_by == "conditional_joint"
+    assert SelectConfig(criteria=["marglik", "fewest_weights"]).ranked_by == "marglik"
+    assert SelectConfig(criteria=["marglik", "fewest_weights"], rank_by="fewest_weights").ranked_by == "fewest_weights"

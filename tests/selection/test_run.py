@@ -19,6 +19,7 @@ SETTINGS = {
     "name": "tiny",
     "data": {"n_train": 60, "n_test": 40, "batch_size": 20},
     "model": {"name": "mlp"},
+    "criteria": ["marglik", "train_log_likelihood", "fewest_weights"],
     "marglik": {
         "n_epochs": 3,
         "n_epochs_burnin": 1,
@@ -172,7 +173,7 @@ def test_a_finished_run_is_loaded_and_not_trained(finished, tmp_path, trained):
 
 def test_finished_runs_alone_are_ranked_whatever_the_shared_settings(finished, tmp_path, trained):
     candidates = [Candidate(name, run=str(finished.folder / name)) for name in ("tanh", "wide", "linear")]
-    config = SelectConfig(out=str(tmp_path), candidates=candidates)
+    config = SelectConfig(out=str(tmp_path), candidates=candidates, criteria=["marglik"])
     run_selection(config)
     assert trained == []
     assert figures(config) == figures(finished)
