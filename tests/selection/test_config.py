@@ -180,6 +180,6 @@ def test_candidates_can_be_given_on_the_command_line():
 
 
 def test_the_first_criterion_ranks_where_none_is_named():
-    assert SelectConfig().ranked_by == "conditional_joint"
+    assert SelectConfig().ranked_by == "validation_log_likelihood"
     assert SelectConfig(criteria=["marglik", "fewest_weights"]).ranked_by == "marglik"
     assert SelectConfig(criteria=["marglik", "fewest_weights"], rank_by="fewest_weights").ranked_by == "fewest_weights"
