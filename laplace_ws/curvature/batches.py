@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ class Batches:
     def n_in_data_set(self) -> int | None:
         """Number of examples of the data set of all processes; None where the loader does not say."""
         dataset = getattr(self.loader, "dataset", None)
-        return len(dataset) if hasattr(dataset, "__len__") else None
+        return len(dataset) if isinstance(dataset, Sized) else None
 
     def __iter__(self) -> Iterator[tuple[ModelInputs, Tensor]]:
         """Raises `InvalidBatchError` for a batch of an unknown form or on another device."""
