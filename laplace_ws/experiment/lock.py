@@ -36,6 +36,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK
     lock = FileLock(path, thread_local=False)
+    before = _owner(path)  # read here, as some releases of filelock empty the file for whoever gets the lock
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -43,7 +44,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
             f"{_said(_owner(path))} is writing into '{folder}'; wait for it to end, or choose another folder"
         ) from None
     try:
-        if before := _owner(path):
+        if before:
             print(f"{_said(before)} ended before it was done; '{folder}' is free again", file=sys.stderr)
             time.sleep(5 * LOOKS_EVERY)  # its workers notice and end
         path.write_text(json.dumps({"pid": os.getpid(), "host": platform.node()}) + "\n", encoding="utf-8")
