@@ -32,7 +32,7 @@ test-attacks: $(VENV)/.installed-test
 
 test-hard: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --hard -n 2 tests/hard
-	$(BIN)/python -m pytest --hard -n 2 --ignore tests/hard -m long
+	$(BIN)/python -m pytest --hard -n 2 --ignore tests/hard -m "long or many"
 
 # All tests on each of these, with the oldest and the newest torch: hours, and several GB at a time.
 PYTHONS ?= python3.10 python3.13

@@ -1,5 +1,6 @@
 import contextlib
 import os
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--hard",
         action="store_true",
-        help="repeat the attacks of tests/hard as often as docs/reliability.md reports, a tenth of it otherwise; run tests marked as long",
+        help="repeat the attacks of tests/hard as often as docs/reliability.md reports, a tenth of it otherwise; run all "
+        "tests that are marked as long or many",
     )
 
 
@@ -73,6 +75,14 @@ def placed_for(node):
     return contextlib.nullcontext() if device == "cpu" or is_missing or on_the_cpu(node) else placed(device)
 
 
+def is_left_to_test_hard(item):
+    """Whether a test is one of the sets of parameters that a mark `many` leaves out: by its name, so that no value is always left out."""
+    mark = item.get_closest_marker("many")
+    if mark is None or item.config.getoption("hard") or mark.kwargs.get("always", " ") in item.name:
+        return False
+    return zlib.crc32(item.name.encode()) % mark.args[0] > 0
+
+
 def pytest_collection_modifyitems(config, items):
     device = config.getoption("device")
     for item in items:
@@ -85,7 +95,9 @@ def pytest_collection_modifyitems(config, items):
     places, chosen, others = Counter(), [], []
     for item in items:
         function = item.nodeid.partition("[")[0]
-        (others if places[function] % config.getoption("every") else chosen).append(item)
+        every = config.getoption("every")
+        is_left_out = places[function] % every if every > 1 else places[function] and is_left_to_test_hard(item)
+        (others if is_left_out else chosen).append(item)
         places[function] += 1
     config.hook.pytest_deselected(items=others)
     items[:] = chosen

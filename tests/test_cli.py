@@ -367,6 +367,7 @@ def test_run_experiment_returns_what_it_writes(tmp_path):
     assert read_run(folder) == result
 
 
+@pytest.mark.long
 def test_an_interrupt_of_workers_stops_them_all(tmp_path):
     """Ctrl-C reaches the whole process group; a network that is still queued must not be trained to its end."""
     path = tmp_path / "long.yaml"

@@ -65,6 +65,7 @@ def test_cpu_time_leaves_out_waiting():
 # ------------------------------------------------------------------ contestants
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 def test_every_contestant_gives_figures_or_a_line(contestant):
     found = importable(CONTESTANTS[contestant].module)

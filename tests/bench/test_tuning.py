@@ -26,6 +26,7 @@ TINY = BenchConfig(n_repeats=2, network=NetworkConfig(depth=10, width=1, n_class
 ITEM = {"kfac_approx": "expand", "curvature": "ef", "batch_size": 4, "n_hypersteps": 2, "memory_gb": None}
 
 
+@pytest.mark.many(3)
 @pytest.mark.parametrize("contestant", TUNERS)
 def test_every_part_is_timed_and_has_its_peak(contestant):
     pytest.importorskip("curvlinops")

@@ -69,6 +69,7 @@ def change(model):
             p.mul_(1.5).add_(0.1)
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize(("backend", "structure"), BACKENDS_AND_STRUCTURES)
 @pytest.mark.parametrize("kind", [nn.Sequential, Decorated])
 def test_weights_changed_within_a_region_are_seen(backend, structure, kind):

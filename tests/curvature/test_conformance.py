@@ -16,7 +16,10 @@ from laplace_ws.curvature import exact, jacobians
 
 CURVATURES = ["ggn", "ef"]
 SETTINGS = ["expand", "reduce"]
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+    pytest.mark.many(3, always="native"),
+]
 
 
 def covered(cases, backends=BACKEND_NAMES):

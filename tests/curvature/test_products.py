@@ -60,6 +60,7 @@ def classifier():
 # ------------------------------------------------------------------ products
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("curvature", ORACLES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_products_equal_the_oracle(case, curvature):

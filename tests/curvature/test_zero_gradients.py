@@ -20,6 +20,7 @@ class Normalised(nn.Module):
         return self.head(self.activation(self.norm(self.conv(x))).mean((2, 3)))
 
 
+@pytest.mark.many(3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("affine", [False, True])

@@ -32,6 +32,7 @@ def finished(config):
 # ------------------------------------------------------------------ what is refused, and leaves all as it was
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize(
     ("section", "option", "value"),
     [

@@ -118,6 +118,7 @@ def test_what_would_fail_after_the_training_fails_before(change, message):
         calibrate.check_study(replace(calibrate.StudyConfig(), **change))
 
 
+@pytest.mark.long
 def test_the_study_of_the_wide_resnet_at_small_size(tmp_path, monkeypatch, capsys):
     """Every row of configs/trust_wrn.yaml, on 8 images: out-of-distribution ones are made to fit."""
     image_folder(tmp_path / "images")

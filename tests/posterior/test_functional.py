@@ -16,6 +16,7 @@ def close(found, truth):
     torch.testing.assert_close(found, truth.reshape(found.shape), rtol=0, atol=1e-10 * truth.abs().max().item())
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_moments_are_those_of_dense_algebra(case, structure):

@@ -107,6 +107,7 @@ def test_it_is_what_a_scalar_search_finds(structure):
     assert la.optimal_prior_precision("scalar").log().item() == pytest.approx(search.x, abs=1e-6)
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize(
     ("structure", "prior", "task"), [("kron", "parameter", "regression"), ("full", "layerwise", "classification")]
 )
@@ -123,6 +124,7 @@ def test_it_is_where_a_long_run_of_adam_ends(structure, prior, task):
     assert hyper.sigma_noise().log().item() == pytest.approx(sigma.log().item(), abs=1e-6)
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("task", ["classification", "regression"])
 @pytest.mark.parametrize(("structure", "prior"), ONE_OF_EACH)
 def test_mackays_updates_end_there_and_never_go_down(structure, prior, task):
