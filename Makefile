@@ -1,4 +1,5 @@
-# make demo: tune a Wide ResNet by its marginal likelihood.  make test: the test suite.  make test-fast: a part of it, under a minute.
+# make demo: tune a Wide ResNet by its marginal likelihood.  make test: the test suite, of its largest tables
+# of parameters a part.  make test-fast: some of it, under a minute.
 # make test-attacks: kills, damaged files, full disks, threads.
 # make lint, make types: ruff and pyright.  make docs: the pages, in $(DOCS).  make dist: wheel and sources, in $(DIST).
 # make architecture: the picture of the layers.

@@ -120,7 +120,7 @@ def share_of(config: ScalingConfig) -> tuple[torch.nn.Module, TensorLoader]:
 
 
 def measure_parts(config: ScalingConfig, kfac_approx: str) -> Row:
-    """Seconds and bytes of the parts of a fit in this process, one entry for each repetition."""
+    """Seconds of the parts of a fit in this process, medians over the repetitions, and bytes sent for the sum and for the eigenvalues."""
     group = processes()
     model, loader = share_of(config)
     found: dict[str, list[float]] = {}
@@ -134,9 +134,7 @@ def measure_parts(config: ScalingConfig, kfac_approx: str) -> Row:
 
     n_bytes: list[int] = [0, 0]
     backend = make_backend("native")
-    check = LinearisationCheck(
-        backend, model
-    )  # of the first batch of the first pass; later ones are as those of online tuning
+    check = LinearisationCheck(backend, model)  # kept between passes, as in online tuning
     for _ in range(config.n_repeats):
         approximations = dict.fromkeys((name for name, _ in model.named_parameters()), KfacApprox(kfac_approx))
         sums = CurvatureSum(

@@ -78,7 +78,9 @@ def placed_for(node):
 def is_left_to_test_hard(item):
     """Whether a test is one of the sets of parameters that a mark `many` leaves out: by its name, so that no value is always left out."""
     mark = item.get_closest_marker("many")
-    if mark is None or item.config.getoption("hard") or mark.kwargs.get("always", " ") in item.name:
+    if mark is None or item.config.getoption("hard"):
+        return False
+    if "always" in mark.kwargs and mark.kwargs["always"] in item.name:
         return False
     return zlib.crc32(item.name.encode()) % mark.args[0] > 0
 

@@ -118,7 +118,7 @@ def fit_posterior(
             "the first pass; give a DataLoader or a list of batches."
         )
     if recheck:
-        n_examples = {"number of examples in the data set": batches.n_in_data_set}
+        n_examples = {"n_data": n_data, "number of examples in the data set": batches.n_in_data_set}
         check_alike(batches.processes, network.model, {**options, **n_examples})
     if before is not None:
         _check_same_options(options, before.options)

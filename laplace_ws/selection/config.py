@@ -20,8 +20,8 @@ _NOT_IN_NAMES = "/\\"
 CHEAP = ("marglik", "train_log_likelihood", "fewest_weights")
 """Criteria that take no fit and no training of their own."""
 BEST = "validation_log_likelihood"
-"""The criterion that foretold the test NLL best over five seeds (`experiments/select_study.py`), evidences included. For it, each is
-trained a second time, on a part of the images."""
+"""The criterion that foretold the test NLL best over five seeds (`experiments/select_study.py`), evidences included. Each network
+is trained a second time for it, on a part of the images."""
 
 
 @dataclass(frozen=True)
