@@ -103,7 +103,8 @@ class MarglikConfig(ScheduleOptions):
         final_curvature: of the last fit; `curvature` if not given.
         final_kfac_approx: of the last fit, as for `kfac_approx`; where its factors are by another approximation than those of the tuning,
             its prior precisions are chosen anew.
-        optimizer: of the weights.
+        optimizer: of the weights: sgd, adam, or kfac, which takes kfac_approx too (expand if not given), and whose curvature is that of the
+            tunings where every parameter has Kronecker factors.
         lr: its step size at the start.
         lr_min: its step size at the end, to which a cosine takes it; zero if not given.
         momentum: Nesterov momentum of sgd.
@@ -124,7 +125,7 @@ class MarglikConfig(ScheduleOptions):
     mc_samples: int = _DEFAULTS["mc_samples"]
     final_curvature: OneOf[Curvature] | None = _DEFAULTS["final_curvature"]
     final_kfac_approx: OneOf[KfacApprox] | dict[str, str] = _DEFAULTS["final_kfac_approx"]
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "kfac"] = "sgd"
     lr: float = SGD_DEFAULTS["lr"]
     lr_min: float | None = None
     momentum: float = SGD_DEFAULTS["momentum"]

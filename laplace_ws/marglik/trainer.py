@@ -49,6 +49,7 @@ from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 from laplace_ws.marglik.steps import GradientSteps, StepOptions
 from laplace_ws.marglik.tuning import Tuner, Tuning
 from laplace_ws.posterior import Laplace
+from laplace_ws.posterior.averages import averages_curvature
 from laplace_ws.posterior.evidence import optimal_prior_and_noise
 from laplace_ws.randomness import random_state, set_random_state
 from laplace_ws.saved import on_device
@@ -79,6 +80,7 @@ class Trainer:
         step_options: how gradients become optimiser steps.
         settings: what a checkpoint must agree with.
         rng: the state of torch's global random number generators that the training starts from.
+        refit: whether tunings fit anew even where the optimiser averages curvature.
         checkpoint_path: where a checkpoint is kept.
         on_epoch: called after each epoch with its record.
         progress_bar: whether to show one.
@@ -97,6 +99,7 @@ class Trainer:
     step_options: StepOptions
     settings: dict[str, Any]
     rng: dict[str, torch.Tensor]
+    refit: bool = False
     checkpoint_path: Path | None = None
     on_epoch: Callable[[Record], None] | None = None
     progress_bar: bool = True
@@ -113,8 +116,13 @@ class Trainer:
         lr = max(float(g.get("initial_lr", g["lr"])) for g in self.optimizer.param_groups)
         self.stiffness: float = self.n_data / lr if lr > 0 else math.inf
         self.budget: Budget | None = self.schedule.budget(self.facts.n_batches)
-        self.keeps_last: bool = "temperature" in self.hyper.tuned_names or (
-            self.budget is not None and self.budget.varies
+        averages = None
+        if averages_curvature(self.optimizer) and self.la.structure.name == "kron" and not self.refit:
+            averages = self.optimizer
+        self.keeps_last: bool = (
+            averages is not None
+            or "temperature" in self.hyper.tuned_names
+            or (self.budget is not None and self.budget.varies)
         )
         subset_generator = torch.Generator().manual_seed(self.la.generator.initial_seed())
         shuffler = getattr(self.loader, "generator", None)
@@ -137,6 +145,7 @@ class Trainer:
             max_log_step=self.schedule.max_log_step,
             stiffness=self.stiffness,
             generator=subset_generator,
+            optimizer=averages,
             averages=self.budget is not None and self.budget.varies and not self.la.structure.reads_data_again,
         )
         self.hyper.assign_to(self.la)
@@ -177,7 +186,8 @@ class Trainer:
         la, network = self.final_la, self.la.network
         self.hyper.assign_to(la)
         la.fit(self.batches, n_data=self.n_data, recheck=False)
-        if self.schedule.n_hypersteps and la.structure.resolved(network) != self.la.structure.resolved(network):
+        by_another = self.tuner.optimizer is not None or la.structure.resolved(network) != self.la.structure.resolved(network)
+        if self.schedule.n_hypersteps and by_another:
             fix_noise = "sigma_noise" not in self.hyper.tuned_names
             delta, sigma = optimal_prior_and_noise(la.fitted, la.prior, self.prior_structure, fix_noise=fix_noise)
             la.prior = la.prior.changed(precision=delta, sigma_noise=sigma)
@@ -252,8 +262,8 @@ class Trainer:
             good = snapshot(self.model), snapshot(self.hyper)
         try:
             self._begin_epoch(epoch)
-            nll, accuracy = self._descend(epoch)
-            tuning = self._tune(epoch, self.clock() - start)
+            nll, unit_nll, accuracy = self._descend(epoch)
+            tuning = self._tune(epoch, unit_nll * self.n_data, self.clock() - start)
         except TrainingDiverged:
             self._load(good[0])
             self.hyper.load_state_dict(good[1])
@@ -299,18 +309,20 @@ class Trainer:
             ):  # the first goes on as it is, so that its state is all that a checkpoint needs
                 torch.manual_seed(seed + self.processes.rank)
 
-    def _descend(self, epoch: int) -> tuple[float, float | None]:
-        """Gradient steps over one epoch; returns the mean NLL in nats and the accuracy, both taken while the weights change.
+    def _descend(self, epoch: int) -> tuple[float, float, float | None]:
+        """Gradient steps over one epoch.
+
+        Returns the mean NLL in nats, at the noise and at σ = 1, and the accuracy, all taken while the weights change.
 
         The objective is scaled by τσ², so that a learning rate means the same at any noise and temperature.
         """
         sigma, temperature = self.hyper.sigma_noise().item(), self.hyper.temperature().item()
         variance = sigma**2 if self.likelihood.has_noise else 1.0
-        likelihood = self.likelihood.at_noise(sigma)
+        likelihood, unit_likelihood = self.likelihood.at_noise(sigma), self.likelihood.at_noise(1.0)
         prior = PriorGradient(
             self.parameters, self.hyper.prior_precision(), n_data=self.n_data, scale=temperature * variance
         )
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         n_seen = 0
         modules = tuple(self.model.modules())
         self.steps.start_epoch()
@@ -324,6 +336,8 @@ class Trainer:
                 nll = likelihood.nll_sum(f, y)
                 self.steps.add(nll, variance, len(x), prior)
             totals[0] += nll.detach().double()
+            if likelihood.has_noise and self.tuner.optimizer is not None:
+                totals[3] += unit_likelihood.nll_sum(f.detach(), y).double()
             if not likelihood.is_regression:
                 mask = likelihood.term_mask(f, y)
                 totals[1] += n_correct(f.detach(), y, mask)
@@ -339,11 +353,12 @@ class Trainer:
             n_seen = sum(self.processes.gather(n_seen))
             self.processes.sum_([totals])
             self._average_statistics()
-        nll_sum, correct, labelled = totals.tolist()
+        nll_sum, correct, labelled, unit_nll_sum = totals.tolist()
         self._check_finite("the training loss", nll_sum, epoch)
         self._check_finite("the regulariser", penalty := prior.penalty_mean(), epoch)
         self.progress.losses.append(nll_sum / n_seen / temperature + penalty)
-        return nll_sum / n_seen, correct / labelled if labelled and math.isfinite(correct) else None
+        unit_nll = (unit_nll_sum if likelihood.has_noise else nll_sum) / n_seen
+        return nll_sum / n_seen, unit_nll, correct / labelled if labelled and math.isfinite(correct) else None
 
     def _average_statistics(self) -> None:
         """Take the means, over the processes, of what their modules have seen of the data, such as the running means of BatchNorm."""
@@ -353,18 +368,19 @@ class Trainer:
             for buffer in buffers:
                 buffer.div_(self.processes.size)
 
-    def _tune(self, epoch: int, gradient_seconds: float) -> Tuning | None:
+    def _tune(self, epoch: int, nll_sum: float, gradient_seconds: float) -> Tuning | None:
         """Fit, tune and measure where a tuning is due.
 
         Args:
             epoch: whose gradient steps have been taken.
+            nll_sum: of all the data at σ = 1, as it was over the epoch.
             gradient_seconds: that they took.
         """
         n_batches = self._batches_due(epoch, gradient_seconds)
         if n_batches == 0:
             return None
         try:
-            tuning = self.tuner.tune(n_batches, self.clock)
+            tuning = self.tuner.tune(n_batches, nll_sum, self.clock)
         except (InvalidBatchError, FloatingPointError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
             raise TrainingDiverged(f"no tuning was possible ({error})", epoch, self.checkpoint_on_disk()) from error
         self._check_finite("the log marginal likelihood", tuning.log_marglik, epoch)

@@ -46,6 +46,7 @@ def marglik_training(
     final_kfac_approx: str | Mapping[str, str] = TrainingOptions.final_kfac_approx,
     optimizer_cls: type[torch.optim.Optimizer] = TrainingOptions.optimizer_cls,
     optimizer_kwargs: Mapping[str, Any] | None = TrainingOptions.optimizer_kwargs,
+    refit: bool = TrainingOptions.refit,
     scheduler_cls: type[Any] | None = TrainingOptions.scheduler_cls,
     scheduler_kwargs: Mapping[str, Any] | None = TrainingOptions.scheduler_kwargs,
     n_epochs: int = Schedule.n_epochs,
@@ -113,6 +114,9 @@ def marglik_training(
         optimizer_cls, optimizer_kwargs: for the weights; SGD with lr 0.03 and Nesterov momentum 0.9 where not given.
             It must have no weight decay, as the prior takes its place, and need no closure, which rules out LBFGS. One whose first
             argument is the model, such as `laplace_ws.optim.KFAC`, is given it.
+        refit: whether tunings fit anew even where the optimizer has averaged the curvature. By default, with `KFAC` and "kron", and where
+            every parameter has Kronecker factors, a tuning takes those of the optimizer, whose curvature and kfac_approx then count, and
+            the training loss of the epoch; it costs no pass over the data. Otherwise, and for the posterior that is returned, there is a fit.
         scheduler_cls, scheduler_kwargs: stepped with the optimiser; a cosine to zero where not given.
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction, curvature_budget: see `Schedule`. Where
             not given, the burn-in is a fifth of the epochs and at most 20, and frequency and fraction are left to the budget; for
@@ -184,6 +188,7 @@ def marglik_training(
         final_kfac_approx=final_kfac_approx,
         optimizer_cls=optimizer_cls,
         optimizer_kwargs=optimizer_kwargs,
+        refit=refit,
         scheduler_cls=scheduler_cls,
         scheduler_kwargs=scheduler_kwargs,
         hyper_optimizer=hyper_optimizer,
@@ -297,8 +302,10 @@ def prepare(
                 scheduler_kwargs=lr_options,
                 hyper=hyper,
                 steps=options.steps,
+                refit=options.refit,
             ),
             rng=random_state(device),
+            refit=options.refit,
             checkpoint_path=None if checkpoint_path is None else Path(checkpoint_path),
             on_epoch=on_epoch,
             progress_bar=flag("progress_bar", progress_bar),
