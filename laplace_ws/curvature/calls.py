@@ -130,15 +130,14 @@ def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = Non
     if input.ndim < 2:
         raise UnreadableCallError("on an input without a batch axis (a single example is x[None])")
     name, transposed = call.matrix(weight)
-    shape = weight.shape if not transposed else weight.shape[::-1]
     use = LinearUse(
         rows=call.rows,
         call=call.name,
         weight=name,
         bias=call.parameter(bias),
-        weight_shape=shape,
+        weight_shape=weight.shape if not transposed else weight.shape[::-1],
         x=call.keep(input),
-        weight_is_transposed=transposed,
+        output_axes=(1,) if transposed else (0,),
     )
     return [use]
 
@@ -154,7 +153,7 @@ def _matmul(call: Call, input: Tensor, other: Tensor) -> list[Use]:
         bias=None,
         weight_shape=other.shape if not transposed else other.shape[::-1],
         x=call.keep(input),
-        weight_is_transposed=not transposed,
+        output_axes=(0,) if transposed else (1,),
     )
     return [use]
 

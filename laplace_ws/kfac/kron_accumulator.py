@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -20,6 +21,7 @@ from laplace_ws.kfac.conv_use import ConvUse
 from laplace_ws.kfac.embedding_use import EmbeddingUse
 from laplace_ws.kfac.uses import MatrixUse, Use, at_least_float32
 from laplace_ws.matrices import Kron, KronBlock
+from laplace_ws.matrices.axes import WeightAxes
 from laplace_ws.matrices.kron import at_least_one
 
 LARGEST_DENSE_VECTOR = 4096
@@ -151,8 +153,8 @@ class _FactorSums:
         self.n_inputs: float | Tensor = 0
         size: tuple[int, ...] = (parameter.numel(),) * (1 if role.diagonal_B else 2)
         if role.kind == "matrix":
-            n_outputs = parameter.shape[-1 if role.transposed else 0] // role.groups
-            size = (*([role.groups] if role.groups > 1 else []), n_outputs, n_outputs)
+            *groups, n_outputs, _ = WeightAxes(parameter.shape, role.output_axes, role.groups).sizes
+            size = (*groups, n_outputs, n_outputs)
         self._B = parameter.new_zeros(size)
 
     def add_inputs(self, role: _Role, uses: Sequence[Use]) -> None:
@@ -218,7 +220,7 @@ class _FactorSums:
             self._B.clone(),
             A,
             self.n_inputs,
-            transposed=self.role.transposed,
+            output_axes=self.role.output_axes,
             diagonal_A=self.role.diagonal_A,
             approx=approx,
         )
@@ -238,13 +240,13 @@ class _Role:
     approx: KfacApprox
     diagonal_A: bool = False
     diagonal_B: bool = False
-    transposed: bool = False
+    output_axes: tuple[int, ...] = (0,)
     groups: int = 1
 
     @property
-    def form(self) -> tuple[bool, ...]:
+    def form(self) -> tuple[Any, ...]:
         """What the factors of all batches must have in common to be added up."""
-        return self.kind == "matrix", self.diagonal_A, self.diagonal_B, self.transposed, self.groups > 1
+        return self.kind == "matrix", self.diagonal_A, self.diagonal_B, self.output_axes, self.groups > 1
 
     @classmethod
     def of(cls, name: str, parameter: Tensor, uses: Sequence[Use], approx: KfacApprox) -> _Role:
@@ -252,7 +254,7 @@ class _Role:
         if "matrix" in kinds:
             diagonal_A = _check_matrix_uses(name, uses, kinds, approx)
             first = next(use for use in uses if isinstance(use, MatrixUse))
-            return cls("matrix", approx, diagonal_A=diagonal_A, transposed=first.transposed, groups=first.groups)
+            return cls("matrix", approx, diagonal_A=diagonal_A, output_axes=first.output_axes, groups=first.groups)
         kind = "bias" if kinds == {"bias"} else "vector"
         return cls(kind, approx, diagonal_B=parameter.numel() > LARGEST_DENSE_VECTOR)
 
@@ -265,7 +267,7 @@ def _kind(name: str, use: Use) -> str:
 
 def _check_matrix_uses(name: str, uses: Sequence[Use], kinds: set[str], approx: KfacApprox) -> bool:
     """Whether the input factor is diagonal; raises where the uses of a weight share no Kronecker block."""
-    forms = {(use.transposed, use.groups, use.diagonal_inputs) for use in uses if isinstance(use, MatrixUse)}
+    forms = {(use.output_axes, use.groups, use.diagonal_inputs) for use in uses if isinstance(use, MatrixUse)}
     if kinds != {"matrix"} or len(forms) > 1:
         calls = " and ".join(sorted({use.call for use in uses}))
         raise UnsupportedParameterError(

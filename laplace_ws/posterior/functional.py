@@ -165,7 +165,7 @@ def _is_outer(name: str, use: Use, *, is_turned: bool) -> bool:
         and use.groups == 1
         and isinstance(use.n_positions, int)
         and use.n_positions == 1
-        and (is_turned or not use.transposed)
+        and (is_turned or use.axes.is_row_major)
     )
 
 
