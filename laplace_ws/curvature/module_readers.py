@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laplace_ws.curvature.calls import Call, Operand, read_call
+from laplace_ws.curvature.calls import Call, read_call
+from laplace_ws.curvature.operands import Operand
 from laplace_ws.kfac.examples import Examples
 from laplace_ws.kfac.uses import Use
 from laplace_ws.models.scalars import Bias, Scale
@@ -104,5 +105,5 @@ def module_uses(
     assert read is not None
     function, arguments = read(module, x)
     names = {id(p): name for name, p in parameters.items()}
-    operands = {id(p): Operand(names[id(p)], p.shape, p) for p in module.parameters(recurse=False) if id(p) in names}
+    operands = {id(p): Operand(names[id(p)], p, p) for p in module.parameters(recurse=False) if id(p) in names}
     return read_call(function, Call(type(module).__name__, operands, output, examples), *arguments)

@@ -22,13 +22,19 @@ from laplace_ws.curvature.calls import (
     OVERWRITES_INPUT,
     READERS,
     Call,
-    Operand,
+    NoBatchAxisError,
     UnreadableCallError,
+    is_added_to_all,
+    of_parameters,
     read_call,
 )
+from laplace_ws.curvature.batch_axis import OtherBatchAxisError, with_batch_first
 from laplace_ws.curvature.checks import check_unchanged, versions
 from laplace_ws.curvature.inputs import ModelInputs, call_model, examples_of
+from laplace_ws.curvature.operands import Operand
+from laplace_ws.curvature.rewrites import REWRITES
 from laplace_ws.errors import UnsupportedParameterError
+from laplace_ws.kfac import ExpressionUse
 from laplace_ws.kfac.examples import Examples
 from laplace_ws.kfac.uses import Use
 
@@ -190,7 +196,9 @@ class UseRecorder(TorchFunctionMode):
         self._differentiable = differentiable
         self.kept: list[KeptUse] = []
         self.examples = examples
-        self._operands = {id(p): Operand(name, p.shape, p) for name, p in parameters.items()}
+        self._operands = {id(p): Operand(name, p, p) for name, p in parameters.items()}
+        self._computed: list[Operand] = []
+        self._computed_further: set[str] = set()
         self.unsupported: dict[str, str] = {}
         self._versions: list[tuple[Use, Tensor, int]] = []
 
@@ -207,26 +215,51 @@ class UseRecorder(TorchFunctionMode):
             except UnreadableCallError as error:
                 self._refuse(operands, "multi_head_attention_forward", error)
                 return func(*args, **kwargs)
+        why: UnreadableCallError | None = None
+        if func in REWRITES:
+            try:
+                with self:
+                    rewritten = REWRITES[func](lambda t: id(t) in self._operands, *args, **kwargs)
+                if rewritten is not NotImplemented:
+                    return rewritten
+            except UnreadableCallError as error:
+                why = error
         before = (args[0].clone(), *args[1:]) if func in OVERWRITES_INPUT else args
         output = func(*args, **kwargs)
         if func in READERS and func not in IN_PLACE and isinstance(output, Tensor) and output._is_view():
             output = output.clone()  # a later in-place call on a view would take its gradient edge off the path
-        self._record(func, operands, before, kwargs, output)
+        try:
+            self._record(func, operands, before, kwargs, output, why)
+        except OtherBatchAxisError as error:
+            with self:
+                return with_batch_first(func, error.axis, *args, **kwargs)
         return output
 
-    def _record(self, func: Callable, operands: dict[int, Operand], args: Any, kwargs: Any, output: Any) -> None:
+    def _record(
+        self,
+        func: Callable,
+        operands: dict[int, Operand],
+        args: Any,
+        kwargs: Any,
+        output: Any,
+        why: UnreadableCallError | None,
+    ) -> None:
+        """Record the uses that a call makes, or why it has none.
+
+        Raises:
+            OtherBatchAxisError: its tensors have the examples of the batch along another axis than the first.
+        """
         if not any(t.requires_grad and id(t) not in self._operands for t in _tensors((output,))):
             return  # a shape query, a detached copy, a call without gradient
         first = operands.get(id(args[0])) if args else None
-        followed = first.follow(func, output, *args[1:], **kwargs) if first is not None else None
-        if followed is not None:
-            self._operands[id(output)] = followed
+        if first is not None and (parts := first.after(func, output, *args[1:], **kwargs)):
+            self._operands |= {id(part.tensor): part for part in parts}
             return
         # looked-up rows that are not added to every example belong to one example each, and are recorded where they were looked up
         read = {
             key: operand
             for key, operand in operands.items()
-            if operand.provisional is None or operand.is_added_to_all(func, output)
+            if operand.provisional is None or is_added_to_all(operand, func, output)
         }
         if not read:
             return
@@ -235,12 +268,30 @@ class UseRecorder(TorchFunctionMode):
         try:
             if func is F.embedding and self._look_up(call, *args, **kwargs):
                 return
-            self._keep(read_call(func, call, *args, **kwargs), output)
+            uses = read_call(func, call, *args, **kwargs)
         except UnreadableCallError as error:
-            self._refuse(read, name, error)
-        else:
-            for operand in read.values():
-                self.kept = [kept for kept in self.kept if kept.use is not operand.provisional]
+            of_data = [t for t in _tensors((*args, *kwargs.values())) if t.requires_grad and id(t) not in operands]
+            if isinstance(error, NoBatchAxisError) and (axis := call.other_batch_axis(func, *args)) is not None:
+                raise OtherBatchAxisError(axis) from None
+            if of_data or not self._compute(read, output, f"{name}, {why or error}"):
+                self._refuse(read, name, why or error)
+            return
+        self._keep([kept for use in uses for kept in of_parameters(use, read.values())], output)
+        for operand in read.values():
+            self.kept = [kept for kept in self.kept if kept.use is not operand.provisional]
+
+    def _compute(self, operands: Mapping[int, Operand], output: Any, refused: str) -> bool:
+        """Follow what a call computes from parameters alone; returns whether it can be followed."""
+        if not isinstance(output, Tensor) or output.is_leaf or any(operand.looked_up for operand in operands.values()):
+            return False
+        sources: dict[str, Tensor] = {}
+        for operand in operands.values():
+            sources |= operand.sources or {operand.name: operand.parameter}
+        computed = Operand(f"\0{len(self._computed)}", output, output, sources=sources, refused=refused)
+        self._computed.append(computed)
+        self._computed_further |= {operand.name for operand in operands.values()}
+        self._operands[id(output)] = computed
+        return True
 
     def _look_up(self, call: Call, input: Tensor, weight: Tensor, padding_idx: int | None = None, **rest: Any) -> bool:
         """Follow rows of an embedding that are looked up without a batch axis, as positions are; returns whether the call does so."""
@@ -251,7 +302,7 @@ class UseRecorder(TorchFunctionMode):
         if self.examples.rows(len(input)) is not None:  # as many as examples, or a multiple: perhaps theirs
             (use,) = read_call(F.embedding, call, input, weight, padding_idx, **rest)
             self._keep([use], call.output)
-        rows = call.operands[id(weight)].select(torch.Tensor.__getitem__, call.output, input)
+        (rows,) = call.operands[id(weight)].after(torch.Tensor.__getitem__, call.output, input)
         self._operands[id(call.output)] = replace(rows, looked_up=True, provisional=use)
         return True
 
@@ -268,7 +319,8 @@ class UseRecorder(TorchFunctionMode):
 
     def _refuse(self, operands: dict[int, Operand], name: str, error: UnreadableCallError) -> None:
         for operand in operands.values():
-            self.unsupported.setdefault(operand.name, f"{name}, {error}")
+            for of_parameter in operand.names:
+                self.unsupported.setdefault(of_parameter, operand.refused or f"{name}, {error}")
 
     def _keep(self, uses: Sequence[Use], output: Tensor) -> None:
         edge = get_gradient_edge(output)
@@ -277,6 +329,7 @@ class UseRecorder(TorchFunctionMode):
 
     def check(self, parameters: Mapping[str, nn.Parameter], f: Tensor) -> None:
         """Raise `UnsupportedParameterError` unless every parameter is covered and every recorded input is unchanged."""
+        self._check_computed(f)
         for name, how in self.unsupported.items():
             raise UnsupportedParameterError(f"{name!r} is used by {how}; {FREEZE_OR_WRITE}.")
         covered = {name for kept in self.kept for name in kept.use.parameters}
@@ -293,6 +346,19 @@ class UseRecorder(TorchFunctionMode):
             )
             raise UnsupportedParameterError(f"{name!r} requires grad but {why}; {FREEZE_HINT}.")
         self.check_unchanged()
+
+    def _check_computed(self, f: Tensor) -> None:
+        """Refuse the parameters of what was computed from them alone and reaches the outputs otherwise than by a use."""
+        used = {kept.use.value_name for kept in self.kept if isinstance(kept.use, ExpressionUse)} | self._computed_further
+        unused = [computed for computed in self._computed if computed.name not in used]
+        if not unused or not f.requires_grad:
+            return
+        values = [computed.tensor for computed in unused]
+        gradients = torch.autograd.grad(f.sum(), values, retain_graph=True, allow_unused=True)
+        for computed, gradient in zip(unused, gradients, strict=True):
+            if gradient is not None:
+                for name in computed.sources:
+                    self.unsupported.setdefault(name, computed.refused)
 
     def check_unchanged(self, kind: type[Use] = Use) -> None:
         """Raise `UnsupportedParameterError` if an input that a use, of one kind or of any, keeps has been overwritten since."""

@@ -11,10 +11,6 @@ from torch import Tensor
 
 from laplace_ws.kfac.uses import Use
 
-DERIVED = "\0"
-"""Name, in a use, of what is computed from parameters; no parameter has it."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExpressionUse(Use):
     """A use of q = h(p, …): exp(p), p + p′, a masked weight, a product of two weights.
@@ -23,12 +19,14 @@ class ExpressionUse(Use):
     Kronecker block but that of a vector.
 
     Attributes:
-        of_value: the use of q, which it calls `DERIVED`.
+        of_value: the use of q.
+        value_name: its name for q.
         value: q, in the autograd graph that leads to its parameters.
         sources: those that require grad, by name.
     """
 
     of_value: Use
+    value_name: str
     value: Tensor
     sources: Mapping[str, Tensor]
 
@@ -39,7 +37,7 @@ class ExpressionUse(Use):
 
     def example_gradients(self, name: str, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "K N ..."]:
         """See `Use.example_gradients`."""
-        of_value = self.of_value.example_gradients(DERIVED, g)
+        of_value = self.of_value.example_gradients(self.value_name, g)
         columns = of_value.flatten(0, 1).to(self.value.dtype)
         p = self.sources[name]
         with torch.enable_grad():

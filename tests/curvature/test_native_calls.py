@@ -1,0 +1,246 @@
+"""Calls that the native backend computes by others, or follows: each network has the full curvature of a dense oracle."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import LinearCase, double
+from curvature.test_conformance import errors_on_linear
+from torch import nn
+
+from laplace_ws import Laplace, UnsupportedParameterError, kron_factors
+from laplace_ws.curvature import exact
+
+N = 5
+
+
+class Net(nn.Module):
+    """A function of named parameters and the inputs."""
+
+    def __init__(self, forward, **shapes):
+        super().__init__()
+        for name, shape in shapes.items():
+            setattr(self, name, shape if isinstance(shape, nn.Module) else nn.Parameter(torch.randn(shape) * 0.5))
+        self.function = forward
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def vectors(*shape):
+    return lambda: torch.randn(N, *shape, dtype=torch.float64)
+
+
+def tokens(n, size=6):
+    return lambda: torch.randint(0, size, (N, n))
+
+
+def experts(m, x):
+    """Each row by the expert that its first entry names; one expert may get none."""
+    out = torch.zeros(len(x), 3, dtype=x.dtype)
+    gates = F.one_hot((x[:, 0] > 0).long(), 3).to(x.dtype)
+    for e in range(3):
+        out = out + gates[:, e, None] * torch.tanh(F.linear(x, m.w[e], m.b[e]))
+    return out
+
+
+MATRIX_NETS = {
+    "addmm": (lambda m, x: torch.addmm(m.b, x.tanh(), m.w), {"w": (4, 3), "b": (3,)}, vectors(4)),
+    "addmm as a method": (lambda m, x: m.b.addmm(x, m.w, beta=2, alpha=0.5), {"w": (4, 3), "b": (1, 3)}, vectors(4)),
+    "conv1d of GPT-2": (
+        lambda m, x: torch.addmm(m.b, x.view(-1, 4), m.w).view(N_of(x), -1, 3).mean(1).tanh() @ m.v,
+        {"w": (4, 3), "b": (3,), "v": (3, 2)},
+        vectors(6, 4),
+    ),
+    "einsum heads": (
+        lambda m, x: torch.einsum("bnd,dhk->bhnk", x, m.w).tanh().mean((1, 2)), {"w": (4, 2, 3)}, vectors(3, 4)
+    ),
+    "einsum merging heads": (
+        lambda m, x: torch.einsum("...hd,hdk->...k", x, m.w).tanh(), {"w": (2, 3, 4)}, vectors(2, 3)
+    ),
+    "einsum by head": (
+        lambda m, x: torch.einsum("bnhd,hde->bhne", x, m.w).tanh().mean((1, 2)), {"w": (2, 3, 4)}, vectors(3, 2, 3)
+    ),
+    "einsum with the weight first": (lambda m, x: torch.einsum("oi,bi->bo", m.w, x).tanh(), {"w": (3, 4)}, vectors(4)),
+    "einsum without an arrow": (lambda m, x: torch.einsum("bi,io", x, m.w).tanh(), {"w": (4, 3)}, vectors(4)),
+    "tensordot": (lambda m, x: torch.tensordot(x, m.w, dims=([1, 2], [1, 2])).tanh(), {"w": (4, 2, 3)}, vectors(2, 3)),
+    "tensordot of the last axes": (lambda m, x: torch.tensordot(x, m.w, 1).tanh(), {"w": (3, 4)}, vectors(3)),
+    "weight on the left": (lambda m, x: (m.w @ x).tanh().mean(-1), {"w": (3, 4)}, vectors(4, 2)),
+    "weight on the left of columns": (lambda m, x: (m.w @ x.T).T.tanh(), {"w": (3, 4)}, vectors(4)),
+    "vector on the right": (lambda m, x: torch.stack([x @ m.v, (x @ m.w).tanh()], 1), {"v": (4,), "w": (4,)}, vectors(4)),
+    "batched weights": (
+        lambda m, x: (x.transpose(0, 1) @ m.w).transpose(0, 1).tanh().flatten(1), {"w": (3, 4, 2)}, vectors(3, 4)
+    ),
+    "bmm": (
+        lambda m, x: torch.bmm(x.transpose(0, 1), m.w.transpose(1, 2)).tanh().mean(0), {"w": (3, 2, 4)}, vectors(3, 4)
+    ),
+    "baddbmm": (
+        lambda m, x: torch.baddbmm(m.b, x.transpose(0, 1), m.w).tanh().mean(0), {"w": (3, 4, 2), "b": (3, 1, 2)},
+        vectors(3, 4),
+    ),
+    "chunks": (
+        lambda m, x: sum(F.linear(x, part).tanh() for part in m.w.chunk(3)), {"w": (6, 4)}, vectors(4)
+    ),
+    "split and biases": (
+        lambda m, x: sum(F.linear(x, w, b).tanh() for w, b in zip(m.w.split(2), m.b.split(2), strict=True)),
+        {"w": (6, 4), "b": (6,)}, vectors(4),
+    ),
+    "time first": (
+        lambda m, x: m.norm(m.layer(x.transpose(0, 1)) * m.s + m.p).tanh().mean(0),
+        {"layer": nn.Linear(3, 4), "norm": nn.LayerNorm(4), "s": (4,), "p": (7, 1, 4)}, vectors(7, 3),
+    ),
+    "encoder with the time first": (
+        lambda m, x: m.layer(x.transpose(0, 1)).mean(0),
+        {"layer": nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=False)}, vectors(7, 4),
+    ),
+    "unbound": (lambda m, x: sum((x @ w).tanh() for w in m.w.unbind()), {"w": (3, 4, 2)}, vectors(4)),
+    "experts": (experts, {"w": (3, 3, 4), "b": (3, 3)}, vectors(4)),
+    "viewed": (lambda m, x: F.linear(x, m.w.view(3, 4)).tanh(), {"w": (3, 2, 2)}, vectors(4)),
+    "permuted": (lambda m, x: F.linear(x, m.w.permute(2, 0, 1).flatten(1)[:, :4]).tanh(), {"w": (2, 2, 3)}, vectors(4)),
+    "bilinear": (
+        lambda m, x: m.layer(x[:, :2].tanh(), x[:, 2:]).tanh(), {"layer": nn.Bilinear(2, 3, 4)}, vectors(5)
+    ),
+    "embedding bag": (
+        lambda m, x: torch.cat([m.mean(x), m.sum(x), m.max(x)], 1).tanh(),
+        {
+            "mean": nn.EmbeddingBag(6, 2, padding_idx=1), "sum": nn.EmbeddingBag(6, 2, mode="sum"),
+            "max": nn.EmbeddingBag(6, 2, mode="max"),
+        },
+        tokens(4),
+    ),
+    "embedding of a table": (lambda m, x: F.embedding(x, m.w).mean(1).tanh(), {"w": (6, 3)}, tokens(4)),
+    "conv_transpose1d": (
+        lambda m, x: m.layer(x).tanh().mean(2), {"layer": nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1)}, vectors(2, 4)
+    ),
+    "conv_transpose2d": (
+        lambda m, x: m.layer(x).tanh().mean((2, 3)),
+        {"layer": nn.ConvTranspose2d(4, 6, (3, 2), stride=(2, 3), padding=(1, 0), output_padding=(1, 2), groups=2, dilation=(1, 2))},
+        vectors(4, 3, 2),
+    ),
+    "conv_transpose3d": (
+        lambda m, x: m.layer(x).tanh().mean((2, 3, 4)), {"layer": nn.ConvTranspose3d(2, 2, 2, stride=2, padding=1)},
+        vectors(2, 2, 3, 2),
+    ),
+    "lstm": (lambda m, x: m.layer(x)[0].mean(1), {"layer": nn.LSTM(3, 2, num_layers=2, batch_first=True, bidirectional=True)}, vectors(4, 3)),
+    "lstm with a projection": (
+        lambda m, x: m.layer(x.transpose(0, 1))[0][-1], {"layer": nn.LSTM(3, 4, proj_size=2)}, vectors(4, 3)
+    ),
+    "gru": (lambda m, x: m.layer(x)[1][0], {"layer": nn.GRU(3, 2, batch_first=True)}, vectors(4, 3)),
+    "rnn": (lambda m, x: m.layer(x)[0][:, -1], {"layer": nn.RNN(3, 2, batch_first=True, bias=False)}, vectors(4, 3)),
+    "rnn relu": (
+        lambda m, x: m.layer(x)[0].sum(1), {"layer": nn.RNN(3, 2, nonlinearity="relu", batch_first=True)}, vectors(4, 3)
+    ),
+    "lstm cell": (lambda m, x: m.layer(x[:, 1], m.layer(x[:, 0]))[0], {"layer": nn.LSTMCell(3, 2)}, vectors(2, 3)),
+    "gru cell": (lambda m, x: m.layer(x[:, 1], m.layer(x[:, 0])), {"layer": nn.GRUCell(3, 2)}, vectors(2, 3)),
+}  # fmt: skip
+"""Weights of these have a Kronecker block."""
+
+
+
+class Linear(nn.Module):
+    """A linear function of the inputs, whose positions are averaged or kept, and a linear layer."""
+
+    def __init__(self, setting, function, *shape, size):
+        super().__init__()
+        self.setting, self.function = setting, function
+        self.w, self.head = shape[0] if shape[0:] and isinstance(shape[0], nn.Module) else nn.Parameter(torch.randn(shape)), nn.Linear(size, 2)
+
+    def forward(self, x):
+        y = self.head(self.function(self.w, x))
+        return y.mean(1) if self.setting == "reduce" else y
+
+
+def linear_case(name, function, *shape, size, x):
+    return LinearCase(name, lambda setting: Linear(setting, function, *shape, size=size), vectors(*x))
+
+
+def pixels_last(w, x):
+    return w(x).flatten(2).transpose(1, 2)
+
+
+LINEAR = [
+    linear_case("einsum", lambda w, x: torch.einsum("bnd,dhk->bnhk", x, w).flatten(2), 3, 2, 2, size=4, x=(4, 3)),
+    linear_case("einsum of two inputs", lambda w, x: torch.einsum("bnhd,hdk->bnk", x, w), 2, 3, 4, size=4, x=(4, 2, 3)),
+    linear_case("einsum inputs last", lambda w, x: torch.einsum("bnhd,khd->bnk", x, w), 4, 2, 3, size=4, x=(4, 2, 3)),
+    linear_case("einsum outputs apart", lambda w, x: torch.einsum("bni,hik->bnhk", x, w).flatten(2), 2, 3, 2, size=4, x=(4, 3)),
+    linear_case("groups", lambda w, x: torch.einsum("bnhd,hde->bnhe", x, w).flatten(2), 2, 3, 2, size=4, x=(4, 2, 3)),
+    linear_case("groups, outputs first", lambda w, x: torch.einsum("bnhd,hed->bnhe", x, w).flatten(2), 2, 2, 3, size=4, x=(4, 2, 3)),
+    linear_case("on the left", lambda w, x: (w @ x).mT, 4, 3, size=4, x=(3, 4)),
+    linear_case("time first", lambda w, x: F.linear(x.transpose(0, 1), w).transpose(0, 1), 4, 3, size=4, x=(7, 3)),
+    linear_case("transposed convolution", pixels_last, nn.ConvTranspose2d(2, 4, 3, 2, 1, 1, bias=False), size=4, x=(2, 3, 3)),
+    linear_case("transposed convolution, wide stride", pixels_last, nn.ConvTranspose1d(2, 4, 2, 3), size=4, x=(2, 4)),
+    linear_case("transposed convolution by group", pixels_last, nn.ConvTranspose2d(4, 4, 2, 1, 0, 0, 2), size=4, x=(4, 3, 3)),
+]  # fmt: skip
+"""Deep linear networks, for which Kronecker factors are exact in their setting, but for terms between groups."""
+
+
+EXPRESSION_NETS = {
+    "exponentiated": (lambda m, x: x.tanh() * m.s.exp() + m.b, {"s": (4,), "b": (4,)}, vectors(4)),
+    "added to each other": (
+        lambda m, x: (m.tokens(x) + (m.rows + m.columns).flatten(0, 1)).tanh().mean(1),
+        {"tokens": nn.Embedding(6, 3), "rows": (2, 1, 3), "columns": (1, 2, 3)}, tokens(4),
+    ),
+    "repeated": (lambda m, x: (m.tokens(x) + m.p.repeat(2, 1)).tanh().mean(1), {"tokens": nn.Embedding(6, 3), "p": (2, 3)}, tokens(4)),
+    "masked": (lambda m, x: F.linear(x, m.w * torch.eye(3, 4).double(), m.b).tanh(), {"w": (3, 4), "b": (3,)}, vectors(4)),
+    "a product of weights": (lambda m, x: F.linear(x, m.u @ m.v + m.w).tanh(), {"u": (3, 2), "v": (2, 4), "w": (3, 4)}, vectors(4)),
+    "normalised": (lambda m, x: F.linear(x, F.normalize(m.w, dim=1)).tanh(), {"w": (3, 4)}, vectors(4)),
+    "a softmax of parameters": (lambda m, x: (x.tanh() * m.a.softmax(0)[:, None]).sum(1), {"a": (3,)}, vectors(3, 4)),
+    "stacked": (lambda m, x: F.linear(x, torch.stack([m.u, m.v])).tanh(), {"u": (4,), "v": (4,)}, vectors(4)),
+}  # fmt: skip
+"""What enters the networks is computed from parameters alone, so that these have blocks as vectors have."""
+
+
+def N_of(x):
+    return len(x)
+
+
+def made(table, name):
+    torch.manual_seed(0)
+    function, shapes, make_x = table[name]
+    model, x = double(Net(function, **shapes)), make_x()
+    return model.eval(), x, torch.randn_like(model(x))
+
+
+ALL = {**MATRIX_NETS, **EXPRESSION_NETS}
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "ef"])
+@pytest.mark.parametrize("name", ALL)
+def test_the_full_curvature_is_that_of_the_oracle(name, curvature):
+    model, x, y = made(ALL, name)
+    la = Laplace(model, "regression", hessian_structure="full", curvature=curvature)
+    la.fit([(x[:3], y[:3]), (x[3:], y[3:])])
+    oracle = {"ggn": exact.ggn, "ef": exact.empirical_fisher}[curvature]
+    torch.testing.assert_close(la.H.to_dense(), oracle(model, "regression", x, y), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("name", MATRIX_NETS)
+def test_weights_have_a_kronecker_block(name, kfac_approx):
+    model, x, y = made(MATRIX_NETS, name)
+    la = Laplace(model, "regression", kfac_approx=kfac_approx)
+    la.fit([(x, y)])
+    matrices = ("w", "v", "weight", "weight_ih_l0", "weight_hh_l0", "weight_hr_l0", "weight_ih", "weight_hh")
+    weights = [block for p, block in la.H.items() if p.split(".")[-1] in matrices and "norm" not in p]
+    assert weights
+    assert all(block.A is not None for block in weights)
+    mean, variance = la(x)
+    assert mean.isfinite().all() and (variance.diagonal(dim1=-2, dim2=-1) > 0).any()
+
+
+@pytest.mark.parametrize("setting", ["expand", "reduce"])
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_exact_in_its_setting_and_not_in_the_other(case, setting):
+    other = {"expand": "reduce", "reduce": "expand"}[setting]
+    assert max(errors_on_linear(case, setting, setting, "native").values()) < 1e-10
+    weights = [error for name, error in errors_on_linear(case, setting, other, "native").items() if "bias" not in name]
+    assert min(weights) > 1e-2
+
+
+@pytest.mark.parametrize("name", EXPRESSION_NETS)
+def test_what_is_computed_has_a_dense_block(name):
+    model, x, y = made(EXPRESSION_NETS, name)
+    kron = kron_factors(model, "regression", [(x, y)])
+    truth, slices = exact.ggn(model, "regression", x, y), exact.parameter_slices(model)
+    for p, block in kron.items():
+        if block.A is None and "bias" not in p and p != "b":
+            torch.testing.assert_close(block.to_dense(), truth[slices[p], slices[p]], rtol=1e-9, atol=1e-11)
