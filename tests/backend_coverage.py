@@ -11,9 +11,9 @@ from pathlib import Path
 
 from cases import Case, LinearCase
 
-from laplace_ws.curvature import BACKENDS
+from laplace_ws.curvature import FACTOR_BACKENDS
 
-BACKEND_NAMES = list(BACKENDS)
+BACKEND_NAMES = list(FACTOR_BACKENDS)
 
 NO_MODULE = r"belongs to an? {}, which ASDL has no operation for; freeze it .* or choose backend=\"native\""
 OPAQUE = r"'{}' is used by {}, which has no curvature block; freeze it .* or choose backend=\"native\""

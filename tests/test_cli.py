@@ -17,7 +17,7 @@ import yaml
 from times import TIMES
 
 from laplace_ws.cli import bundled_configs, main, parse
-from laplace_ws.curvature import BACKENDS
+from laplace_ws.curvature import FACTOR_BACKENDS
 from laplace_ws.experiment import run as experiment
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.records import read_run
@@ -228,7 +228,7 @@ def test_every_field_can_be_overridden(config_file):
     assert config.baselines.fixed_prior_precisions == [1.0, 2.5]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FACTOR_BACKENDS)
 def test_a_run_with_each_backend(config_file, tmp_path, backend):
     arguments = [f"--config={config_file}", "--out", str(tmp_path), "--marglik.backend", backend, "--report", "false"]
     config, _ = parse_train([*arguments, "--baselines.fixed_prior_precisions", "[]"])

@@ -1,4 +1,8 @@
-"""Calls on tensors whose examples lie along another axis than the first, as in recurrent networks and transformers with the time first."""
+"""Calls on tensors whose examples lie along another axis than the first, as in recurrent networks and transformers with the time first.
+
+Where the first axis cannot be that of the examples, and one other can, a call is made with this one first. Where the first could be, as
+the time is a multiple of the batch, a check on single examples shows that it is not.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from laplace_ws.curvature.calls import MOVABLE
+
+
+class RowsElsewhere(Exception):
+    """A check has found parameters whose calls have the examples along another axis than the first; to be repeated."""
 
 
 class OtherBatchAxisError(Exception):

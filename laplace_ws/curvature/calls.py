@@ -70,26 +70,22 @@ class Call:
             raise NoBatchAxisError(how)
         return rows
 
-    def other_batch_axis(self, function: Callable[..., Any], *args: Any) -> int | None:
-        """An axis other than the first that has a place for each example, and along which no parameter has more than one entry.
-
-        None where there is none, or several of which any may be meant.
-        """
+    def other_batch_axes(self, function: Callable[..., Any], *args: Any) -> list[int]:
+        """The axes other than the first that have a place for each example, and along which no parameter has more than one entry."""
         if function not in MOVABLE or self.examples.are_ragged or declared_row_examples.get() is not None:
-            return None
+            return []
         data = [t for t in args if isinstance(t, Tensor) and id(t) not in self.operands]
         if not data or data[0].ndim != self.output.ndim:
-            return None
+            return []
         n_last = MOVABLE[function](args)
         operands = [] if n_last else [operand.tensor for operand in self.operands.values()]
         ndim = self.output.ndim
-        found = [
+        return [
             axis
             for axis in range(1, ndim - n_last)
             if self.output.shape[axis] == self.examples.n
             and all(t.ndim < ndim - axis or t.shape[axis - ndim] == 1 for t in operands)
         ]
-        return found[0] if len(found) == 1 or (found and self.examples.n == 1) else None
 
     def parameter(self, tensor: Tensor | None) -> str | None:
         """Name of a parameter that requires grad, None for any other tensor."""

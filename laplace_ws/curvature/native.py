@@ -40,8 +40,8 @@ from laplace_ws.kfac.uses import Use
 
 FREEZE_HINT = "freeze it (requires_grad_(False))"
 FREEZE_OR_WRITE = (
-    f"{FREEZE_HINT} or write the layer with calls that have a block (linear, matmul, conv, embedding, normalisations, scale, "
-    "bias)"
+    f"{FREEZE_HINT}, write the layer with calls that have a block (linear, matmul, einsum, conv, embedding, normalisations, scale, bias), "
+    'or choose subset_of_weights="last_layer", hessian_structure="lowrank", or "diag" with backend="autograd"'
 )
 
 
@@ -55,12 +55,27 @@ class NativeBackend(Backend):
 
     name = "native"
 
+    def __init__(self) -> None:
+        self.time_first: set[str] = set()
+
+    def forget(self) -> None:
+        """See `Backend.forget`."""
+        self.time_first.clear()
+
+    def rows_are_elsewhere(self, uses: Sequence[Use], n_examples: int, sizes: Sequence[torch.Size]) -> bool:
+        """See `Backend.rows_are_elsewhere`."""
+        names = {name for use in uses for name in use.parameters}
+        if names <= self.time_first or not all(len(size) > 2 and n_examples in size[1:-1] for size in sizes):
+            return False
+        self.time_first |= names
+        return True
+
     @contextmanager
     def linearise(
         self, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter], *, differentiable: bool = False
     ) -> Iterator[NativeLinearisation]:
         """See `Backend.linearise`; with `differentiable`, outputs, uses and pulled-back columns are differentiable in the inputs."""
-        with UseRecorder(parameters, examples_of(x), differentiable) as recorder:
+        with UseRecorder(parameters, examples_of(x), differentiable, self.time_first) as recorder:
             f = call_model(model, x)
         recorder.check(parameters, f)
         linearisation = NativeLinearisation(f, recorder.kept, differentiable)
@@ -184,6 +199,7 @@ class UseRecorder(TorchFunctionMode):
         parameters: whose uses, by name.
         examples: of the batch.
         differentiable: whether what the uses keep stays in the autograd graph.
+        time_first: names of parameters whose calls have the examples along another axis than the first; those that are found are added.
 
     Attributes:
         examples: of the batch.
@@ -191,8 +207,16 @@ class UseRecorder(TorchFunctionMode):
         unsupported: parameters that are used in a way that has no block, and how, in words.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], examples: Examples, differentiable: bool = False):
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        examples: Examples,
+        differentiable: bool = False,
+        time_first: set[str] | None = None,
+    ):
         super().__init__()
+        self.time_first: set[str] = set() if time_first is None else time_first
+        self._is_moved = False
         self._differentiable = differentiable
         self.kept: list[KeptUse] = []
         self.examples = examples
@@ -231,8 +255,13 @@ class UseRecorder(TorchFunctionMode):
         try:
             self._record(func, operands, before, kwargs, output, why)
         except OtherBatchAxisError as error:
-            with self:
-                return with_batch_first(func, error.axis, *args, **kwargs)
+            self.time_first |= {name for operand in operands.values() for name in operand.names}
+            self._is_moved = True
+            try:
+                with self:
+                    return with_batch_first(func, error.axis, *args, **kwargs)
+            finally:
+                self._is_moved = False
         return output
 
     def _record(
@@ -265,14 +294,18 @@ class UseRecorder(TorchFunctionMode):
             return
         name = getattr(func, "__name__", str(func))
         call = Call(name, read, output, self.examples, self._differentiable)
+        axes = [] if self._is_moved else call.other_batch_axes(func, *args)
+        is_known = self.examples.n > 1 and any(n in self.time_first for operand in read.values() for n in operand.names)
         try:
             if func is F.embedding and self._look_up(call, *args, **kwargs):
                 return
+            if is_known and axes:
+                raise NoBatchAxisError("along several of whose axes the examples may lie")
             uses = read_call(func, call, *args, **kwargs)
         except UnreadableCallError as error:
+            if isinstance(error, NoBatchAxisError) and (len(axes) == 1 or (axes and self.examples.n == 1)):
+                raise OtherBatchAxisError(axes[0]) from None
             of_data = [t for t in _tensors((*args, *kwargs.values())) if t.requires_grad and id(t) not in operands]
-            if isinstance(error, NoBatchAxisError) and (axis := call.other_batch_axis(func, *args)) is not None:
-                raise OtherBatchAxisError(axis) from None
             if of_data or not self._compute(read, output, f"{name}, {why or error}"):
                 self._refuse(read, name, why or error)
             return
@@ -287,6 +320,7 @@ class UseRecorder(TorchFunctionMode):
         sources: dict[str, Tensor] = {}
         for operand in operands.values():
             sources |= operand.sources or {operand.name: operand.parameter}
+        refused = next((operand.refused for operand in operands.values() if operand.refused), refused)
         computed = Operand(f"\0{len(self._computed)}", output, output, sources=sources, refused=refused)
         self._computed.append(computed)
         self._computed_further |= {operand.name for operand in operands.values()}

@@ -98,6 +98,8 @@ def stored_map(
     Read off the strides of the view; None where the weight does not hold the map in a way that a Kronecker block can follow.
     """
     parameter, tensor = operand.parameter, operand.tensor
+    if not operand.steps and tuple(group_axes) in ((), (0,)):
+        return StoredMap(tuple(output_axes), tensor.shape[0] if group_axes else 1)
     is_view = tensor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
     if not (is_view and parameter.is_contiguous() and parameter.ndim):
         return None

@@ -29,6 +29,7 @@ class ExpressionUse(Use):
     value_name: str
     value: Tensor
     sources: Mapping[str, Tensor]
+    hides_matrix = True
 
     @property
     def parameters(self) -> tuple[str, ...]:

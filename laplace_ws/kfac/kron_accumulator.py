@@ -250,11 +250,23 @@ class _Role:
 
     @classmethod
     def of(cls, name: str, parameter: Tensor, uses: Sequence[Use], approx: KfacApprox) -> _Role:
+        if not all(use.is_known for use in uses):
+            raise UnsupportedParameterError(
+                f'backend="{uses[0].call}" does not see how {name!r} is used, so that it has no Kronecker factors; choose '
+                'hessian_structure="diag", "full" or "lowrank", or backend="native".'
+            )
         kinds = {_kind(name, use) for use in uses}
         if "matrix" in kinds:
             diagonal_A = _check_matrix_uses(name, uses, kinds, approx)
             first = next(use for use in uses if isinstance(use, MatrixUse))
             return cls("matrix", approx, diagonal_A=diagonal_A, output_axes=first.output_axes, groups=first.groups)
+        if any(use.hides_matrix for use in uses) and parameter.ndim > 1 and parameter.numel() > LARGEST_DENSE_VECTOR:
+            calls = " and ".join(sorted({use.call for use in uses}))
+            raise UnsupportedParameterError(
+                f"{name!r} has no Kronecker factors, as it does not enter {calls} as it is; make the masks or products of weights that it is "
+                'part of permanent (torch.nn.utils.prune.remove(module, "weight") for pruned layers), freeze it '
+                '(requires_grad_(False)), or choose hessian_structure="diag" or "lowrank".'
+            )
         kind = "bias" if kinds == {"bias"} else "vector"
         return cls(kind, approx, diagonal_B=parameter.numel() > LARGEST_DENSE_VECTOR)
 

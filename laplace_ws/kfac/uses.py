@@ -39,6 +39,11 @@ class Use(ABC):
     rows: Rows
     call: str
 
+    hides_matrix = False
+    """Whether a weight may be part of a matrix, in a way that has no Kronecker factors."""
+    is_known = True
+    """Whether it is known how the parameters are used."""
+
     @property
     def n_examples(self) -> int:
         """N."""

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace_ws.curvature.autograd import AutogradBackend
 from laplace_ws.curvature.backend import Backend, evaluation_mode
 from laplace_ws.curvature.checks import LinearisationCheck
 from laplace_ws.curvature.finite import check_finite
@@ -56,6 +57,11 @@ class Network:
 
     def __post_init__(self) -> None:
         self.check = LinearisationCheck(self.backend, self.model)
+
+    @cached_property
+    def by_autograd(self) -> Network:
+        """The same, run by the backend that covers whatever autograd does."""
+        return Network(self.model, self.subset, AutogradBackend(), self.keys, self.last_layer_among)
 
     @cached_property
     def shapes(self) -> Mapping[str, torch.Size]:

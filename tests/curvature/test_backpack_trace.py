@@ -112,7 +112,7 @@ def test_use_that_never_reaches_the_output_is_zero():
     assert sorted(g.count_nonzero().item() for g in found) == [0, 16]
 
 
-BLOCKS = r"freeze it \(requires_grad_\(False\)\) or write the layer with calls that have a block"
+BLOCKS = r"freeze it \(requires_grad_\(False\)\), write the layer with calls that have a block"
 NATIVE = r'freeze it \(requires_grad_\(False\)\) or choose backend="native"'
 UNSUPPORTED = {
     "recurrence": (
@@ -129,7 +129,7 @@ UNSUPPORTED = {
     ),
     "indexing": (
         Wrapped(lambda m, x: F.linear(x, m.w[:2]), w=weight(3, 3)),
-        rf"'w' is used by linear, as a part or a view of itself; {BLOCKS}",
+        rf"'w' is used by linear, as a part or a view of itself that is not the matrix of a linear map; {BLOCKS}",
     ),
     "negative": (
         Wrapped(lambda m, x: x + -m.b, b=weight(3)),

@@ -88,6 +88,14 @@ MATRIX_NETS = {
         lambda m, x: m.norm(m.layer(x.transpose(0, 1)) * m.s + m.p).tanh().mean(0),
         {"layer": nn.Linear(3, 4), "norm": nn.LayerNorm(4), "s": (4,), "p": (7, 1, 4)}, vectors(7, 3),
     ),
+    "as many times as examples": (
+        lambda m, x: m.norm(m.layer(x.transpose(0, 1)) * m.s + m.p).tanh().mean(0),
+        {"layer": nn.Linear(3, 4), "norm": nn.LayerNorm(4), "s": (4,), "p": (5, 1, 4)}, vectors(5, 3),
+    ),
+    "twice as many times as examples": (
+        lambda m, x: m.layer(x.transpose(0, 1)).mean(0),
+        {"layer": nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=False)}, vectors(10, 4),
+    ),
     "encoder with the time first": (
         lambda m, x: m.layer(x.transpose(0, 1)).mean(0),
         {"layer": nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=False)}, vectors(7, 4),
@@ -155,6 +163,49 @@ def linear_case(name, function, *shape, size, x):
 
 def pixels_last(w, x):
     return w(x).flatten(2).transpose(1, 2)
+
+
+def test_rows_are_the_examples_own_in_every_batch():
+    """The check sees few examples; a later batch may have as many examples as steps in time."""
+    torch.manual_seed(0)
+    model = double(Net(lambda m, x: m.layer(x.transpose(0, 1)).tanh().mean(0), layer=nn.Linear(3, 4)))
+    x = torch.randn(10, 7, 3, dtype=torch.float64)
+    y = torch.randn_like(model(x))
+    la = Laplace(model, "regression", hessian_structure="full")
+    la.fit([(x[:3], y[:3]), (x[3:], y[3:])])
+    torch.testing.assert_close(la.H.to_dense(), exact.ggn(model, "regression", x, y), rtol=1e-9, atol=1e-11)
+
+
+HIDDEN = Net(lambda m, x: m.a(torch.cdist(x, m.w)), w=(4, 3), a=nn.Linear(4, 2)).double()
+"""No backend sees how it uses w."""
+
+
+@pytest.mark.parametrize("hessian_structure", ["full", "diag"])
+def test_autograd_covers_what_others_refuse(hessian_structure):
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 2
+    la = Laplace(HIDDEN, "classification", hessian_structure=hessian_structure, backend="autograd")
+    la.fit([(x[:4], y[:4]), (x[4:], y[4:])])
+    truth = exact.ggn(HIDDEN, "classification", x, y)
+    truth = truth if hessian_structure == "full" else torch.diag(truth.diagonal())
+    torch.testing.assert_close(la.H.to_dense(), truth, rtol=1e-10, atol=1e-12)
+
+
+def test_autograd_has_no_kronecker_factors():
+    with pytest.raises(UnsupportedParameterError, match=r'backend="autograd" does not see how \'w\' is used'):
+        kron_factors(HIDDEN, "classification", [(torch.randn(4, 3).double(), torch.arange(4) % 2)], backend="autograd")
+
+
+def test_a_low_rank_posterior_predicts_wherever_it_fits():
+    """Of full rank here, so that its predictions are those of the full matrix."""
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 2
+    data = [(x[:4], y[:4]), (x[4:], y[4:])]
+    low, full = (
+        Laplace(HIDDEN, "classification", hessian_structure=name, backend=backend, **options)
+        for name, backend, options in (("lowrank", "native", {"rank": 22}), ("full", "autograd", {}))
+    )
+    low.fit(data)
+    full.fit(data)
+    torch.testing.assert_close(low(x), full(x), rtol=1e-6, atol=1e-8)
 
 
 LINEAR = [
