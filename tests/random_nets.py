@@ -264,8 +264,8 @@ def attention_by_hand(net, h):
 
 def attention_of_heads(net, h):
     d = h.shape[-1]
-    q, k, v, o = (net.add(d, 2, 2) for _ in range(3)), None, None, net.add(2, 2, d)
-    wq, wk, wv = q
+    wq, wk, wv = (net.add(d, 2, 2) for _ in range(3))
+    o = net.add(2, 2, d)
 
     def step(x):
         a, b, c = (torch.einsum("ntd,dhk->nhtk", x, w) for w in (wq, wk, wv))
@@ -298,7 +298,9 @@ def folded(net, h):
 
 def encoder(net, h):
     d = h.shape[-1]
-    return net.module(nn.TransformerEncoderLayer(d, 1, 3, dropout=0.0, batch_first=True, norm_first=net.rng.random() < 0.5))
+    return net.module(
+        nn.TransformerEncoderLayer(d, 1, 3, dropout=0.0, batch_first=True, norm_first=net.rng.random() < 0.5)
+    )
 
 
 def class_token(net, h):

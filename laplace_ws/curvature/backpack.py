@@ -35,11 +35,11 @@ from laplace_ws.curvature.backpack_rules import (
 from laplace_ws.curvature.backpack_structure import model_state
 from laplace_ws.curvature.backpack_trace import convert
 from laplace_ws.curvature.calls import Call, UnreadableCallError, read_call
-from laplace_ws.curvature.operands import Operand
 from laplace_ws.curvature.checks import check_covered
 from laplace_ws.curvature.inputs import ModelInputs, StructuredInputs, check_outputs, examples_of, running
 from laplace_ws.curvature.module_readers import instead_of, module_uses
 from laplace_ws.curvature.native import FREEZE_OR_WRITE
+from laplace_ws.curvature.operands import Operand
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac.examples import Examples, row_examples
 from laplace_ws.kfac.uses import Use

@@ -18,7 +18,18 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from laplace_ws.curvature.operands import Operand, StoredMap, stored_map
-from laplace_ws.kfac import ConvTransposeUse, ConvUse, ElementwiseUse, EmbeddingUse, ExpressionUse, GroupedLinearUse, LinearUse, MatrixUse, PackedLinearUse, Use
+from laplace_ws.kfac import (
+    ConvTransposeUse,
+    ConvUse,
+    ElementwiseUse,
+    EmbeddingUse,
+    ExpressionUse,
+    GroupedLinearUse,
+    LinearUse,
+    MatrixUse,
+    PackedLinearUse,
+    Use,
+)
 from laplace_ws.kfac.conv import ConvGeometry, per_axis
 from laplace_ws.kfac.conv_transpose_use import transposed_geometry
 from laplace_ws.kfac.examples import Examples, Rows, declared_row_examples
@@ -450,8 +461,8 @@ MOVABLE: Mapping[Callable[..., Any], Callable[[Sequence[Any]], int]] = {
     **dict.fromkeys((torch.mul, torch.Tensor.mul, torch.add, torch.Tensor.add), lambda args: 0),
     **dict.fromkeys((torch.sub, torch.Tensor.sub), lambda args: 0),
 }
-"""Calls that act alike at each place along the axes of their first argument, but for the last ones, of which there are as many as a function
-of the arguments says; 0 where the arguments are broadcast against each other.
+"""Calls that act alike at each place along the axes of their first argument, but for the last ones, whose number is given by a function of
+the arguments; 0 where the arguments are broadcast against each other.
 """
 
 IN_PLACE: set[Any] = {torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.sub_}
@@ -461,6 +472,7 @@ OVERWRITES_INPUT = {torch.Tensor.mul_}
 
 SUMS = {function for function, reader in READERS.items() if reader in (_add, _sub)}
 """Calls that add or subtract."""
+
 
 def read_call(function: Callable[..., Any], call: Call, *args: Any, **kwargs: Any) -> list[Use]:
     """Uses that a call makes of the parameters among its arguments.

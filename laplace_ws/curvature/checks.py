@@ -181,9 +181,7 @@ def check_linearisation(
             continue
 
 
-def _check_once(
-    backend: Backend, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]
-) -> Findings:
+def _check_once(backend: Backend, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]) -> Findings:
     """Raises `RowsElsewhere` where a repetition may find other rows."""
     with random_state_after_refusal(x.device):
         f = outputs_with_gradient(model, x)  # before the backend, which might hide what it does

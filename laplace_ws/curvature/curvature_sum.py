@@ -287,7 +287,7 @@ def kron_factors(
         data: iterable of batches: pairs (x, y), rows (x1, x2, …, y) for `model(x1, x2, …)`, or mappings, see `inputs.split_batch`.
         curvature: "ggn" (exact columns), "ggn_mc" (sampled labels), "ggn_mc_rademacher" (random signs) or "ef" (empirical Fisher).
         kfac_approx: "auto", "expand", "reduce", or a mapping from patterns of parameter names to them.
-        backend: "native", "asdl", "backpack", "autograd" (slow, without Kronecker factors), or a `Backend`, which runs the model; the numbers are the same.
+        backend: "native", "asdl", "backpack", or a `Backend`, which runs the model; the numbers are the same.
         mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
         generator: source of the labels or signs; by default a separate one, which `torch.manual_seed` makes reproducible.
         factor_precision: precision of the products that make up the factors: "float32", "tf32" or "bf16", see `FactorPrecision`.

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from laplace_ws.curvature.attention import Parts, multi_head_attention, read_projection, take_parts
 from laplace_ws.curvature.backend import Backend, Linearisation, Receiver, columns_in_memory
+from laplace_ws.curvature.batch_axis import OtherBatchAxisError, with_batch_first
 from laplace_ws.curvature.calls import (
     IN_PLACE,
     OVERWRITES_INPUT,
@@ -28,7 +29,6 @@ from laplace_ws.curvature.calls import (
     of_parameters,
     read_call,
 )
-from laplace_ws.curvature.batch_axis import OtherBatchAxisError, with_batch_first
 from laplace_ws.curvature.checks import check_unchanged, versions
 from laplace_ws.curvature.inputs import ModelInputs, call_model, examples_of
 from laplace_ws.curvature.operands import Operand
@@ -383,7 +383,9 @@ class UseRecorder(TorchFunctionMode):
 
     def _check_computed(self, f: Tensor) -> None:
         """Refuse the parameters of what was computed from them alone and reaches the outputs otherwise than by a use."""
-        used = {kept.use.value_name for kept in self.kept if isinstance(kept.use, ExpressionUse)} | self._computed_further
+        used = {
+            kept.use.value_name for kept in self.kept if isinstance(kept.use, ExpressionUse)
+        } | self._computed_further
         unused = [computed for computed in self._computed if computed.name not in used]
         if not unused or not f.requires_grad:
             return

@@ -69,7 +69,10 @@ class Operand:
             replace(
                 self,
                 tensor=tensor,
-                steps=(*self.steps, lambda x, i=i: function(x, *args, **kwargs)[i] if many else function(x, *args, **kwargs)),
+                steps=(
+                    *self.steps,
+                    lambda x, i=i: function(x, *args, **kwargs)[i] if many else function(x, *args, **kwargs),
+                ),
             )
             for i, tensor in enumerate(outputs)
         ]
@@ -115,7 +118,7 @@ def stored_map(
         axes.append(own)
     covered = [axis for own in axes for axis in own]
     is_missing = any(size > 1 and axis not in covered for axis, size in enumerate(shape[1:], 1))
-    start, rest = divmod(tensor.storage_offset() - parameter.storage_offset(), strides[0])
+    start, rest = divmod(int(tensor.storage_offset()) - int(parameter.storage_offset()), strides[0])
     if is_missing or len(set(covered)) < len(covered) or rest or shape[0] % n_first or start % n_first:
         return None
     groups, outputs, inputs = ([axis for i in own for axis in axes[i]] for own in (group_axes, output_axes, input_axes))
@@ -140,7 +143,9 @@ def _axes_of(size: int, stride: int, shape: Sequence[int], strides: Sequence[int
         first -= 1
         n *= shape[first]
     is_part = first == 0 and size < n and size % (n // shape[0]) == 0
-    return tuple(axis for axis in range(first, last + 1) if shape[axis] > 1 or axis == 0) if n == size or is_part else None
+    return (
+        tuple(axis for axis in range(first, last + 1) if shape[axis] > 1 or axis == 0) if n == size or is_part else None
+    )
 
 
 SELECTIONS: set[Callable[..., Any]] = {

@@ -39,7 +39,9 @@ def _relu_cell(of_x: Tensor, of_h: Tensor, state: State) -> State:
     return ((of_x + of_h).relu(),)
 
 
-def _direction(cell: Cell, x: Float[Tensor, "N T I"], state: State, params: Sequence[Tensor], has_biases: bool, back: bool) -> tuple[Tensor, State]:
+def _direction(
+    cell: Cell, x: Float[Tensor, "N T I"], state: State, params: Sequence[Tensor], has_biases: bool, back: bool
+) -> tuple[Tensor, State]:
     """One layer in one direction: the outputs `[N, T, H]` and the last state."""
     w_ih, w_hh, *rest = params
     b_ih, b_hh = rest[:2] if has_biases else (None, None)
@@ -89,7 +91,9 @@ def _network(
 
 
 def _of_network(cell: Cell) -> Callable[..., tuple[Tensor, ...]]:
-    def rewrite(is_parameter: Callable[[Any], bool], input: Tensor, hx: Any, params: Any, *options: Any) -> tuple[Tensor, ...]:
+    def rewrite(
+        is_parameter: Callable[[Any], bool], input: Tensor, hx: Any, params: Any, *options: Any
+    ) -> tuple[Tensor, ...]:
         return _network(cell, input, hx if isinstance(hx, (list, tuple)) else [hx], params, *options)
 
     return rewrite
@@ -107,7 +111,7 @@ def _of_cell(cell: Cell) -> Callable[..., Any]:
     ) -> Any:
         state = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
         found = cell(F.linear(input, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)
-        return found if len(found) > 1 else found[0]
+        return found if len(found) > 1 else next(iter(found))
 
     return rewrite
 

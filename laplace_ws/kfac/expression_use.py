@@ -11,6 +11,7 @@ from torch import Tensor
 
 from laplace_ws.kfac.uses import Use
 
+
 @dataclass(frozen=True, kw_only=True)
 class ExpressionUse(Use):
     """A use of q = h(p, …): exp(p), p + p′, a masked weight, a product of two weights.

@@ -263,8 +263,8 @@ class _Role:
         if any(use.hides_matrix for use in uses) and parameter.ndim > 1 and parameter.numel() > LARGEST_DENSE_VECTOR:
             calls = " and ".join(sorted({use.call for use in uses}))
             raise UnsupportedParameterError(
-                f"{name!r} has no Kronecker factors, as it does not enter {calls} as it is; make the masks or products of weights that it is "
-                'part of permanent (torch.nn.utils.prune.remove(module, "weight") for pruned layers), freeze it '
+                f"{name!r} has no Kronecker factors, as it does not enter {calls} as it is; make the masks or products of weights that it "
+                'is part of permanent (torch.nn.utils.prune.remove(module, "weight") for pruned layers), freeze it '
                 '(requires_grad_(False)), or choose hessian_structure="diag" or "lowrank".'
             )
         kind = "bias" if kinds == {"bias"} else "vector"

@@ -49,7 +49,7 @@ from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 from laplace_ws.marglik.steps import GradientSteps, StepOptions
 from laplace_ws.marglik.tuning import Tuner, Tuning
 from laplace_ws.posterior import Laplace
-from laplace_ws.posterior.averages import averages_curvature
+from laplace_ws.posterior.averages import averages_of
 from laplace_ws.posterior.evidence import optimal_prior_and_noise
 from laplace_ws.randomness import random_state, set_random_state
 from laplace_ws.saved import on_device
@@ -117,8 +117,8 @@ class Trainer:
         self.stiffness: float = self.n_data / lr if lr > 0 else math.inf
         self.budget: Budget | None = self.schedule.budget(self.facts.n_batches)
         averages = None
-        if averages_curvature(self.optimizer) and self.la.structure.name == "kron" and not self.refit:
-            averages = self.optimizer
+        if self.la.structure.name == "kron" and not self.refit:
+            averages = averages_of(self.optimizer)
         self.keeps_last: bool = (
             averages is not None
             or "temperature" in self.hyper.tuned_names
@@ -186,7 +186,9 @@ class Trainer:
         la, network = self.final_la, self.la.network
         self.hyper.assign_to(la)
         la.fit(self.batches, n_data=self.n_data, recheck=False)
-        by_another = self.tuner.optimizer is not None or la.structure.resolved(network) != self.la.structure.resolved(network)
+        by_another = self.tuner.optimizer is not None or la.structure.resolved(network) != self.la.structure.resolved(
+            network
+        )
         if self.schedule.n_hypersteps and by_another:
             fix_noise = "sigma_noise" not in self.hyper.tuned_names
             delta, sigma = optimal_prior_and_noise(la.fitted, la.prior, self.prior_structure, fix_noise=fix_noise)

@@ -116,7 +116,7 @@ def marglik_training(
             argument is the model, such as `laplace_ws.optim.KFAC`, is given it.
         refit: whether tunings fit anew even where the optimizer has averaged the curvature. By default, with `KFAC` and "kron", and where
             every parameter has Kronecker factors, a tuning takes those of the optimizer, whose curvature and kfac_approx then count, and
-            the training loss of the epoch; it costs no pass over the data. Otherwise, and for the posterior that is returned, there is a fit.
+            the training loss of the epoch; it costs no pass over the data. The posterior that is returned is fitted in any case.
         scheduler_cls, scheduler_kwargs: stepped with the optimiser; a cosine to zero where not given.
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction, curvature_budget: see `Schedule`. Where
             not given, the burn-in is a fifth of the epochs and at most 20, and frequency and fraction are left to the budget; for

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from laplace_ws.curvature.batches import Batches
+from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.marglik.budget import TuningCost
 from laplace_ws.marglik.checks import DataFacts
 from laplace_ws.marglik.hyperparameters import Hyperparameters
 from laplace_ws.marglik.passes import same_order_after
 from laplace_ws.matrices import CurvatureMatrix
-from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.posterior import Laplace
 from laplace_ws.posterior.averages import CurvatureAverages
 
@@ -104,7 +104,11 @@ class Tuner:
             return None
         try:
             return Laplace.from_optimizer(
-                self.optimizer, self.la.likelihood, n_data=self.facts.n_data, nll_sum=nll_sum, temperature=self.la.temperature
+                self.optimizer,
+                self.la.likelihood,
+                n_data=self.facts.n_data,
+                nll_sum=nll_sum,
+                temperature=self.la.temperature,
             )
         except UnsupportedParameterError:
             self.optimizer = None

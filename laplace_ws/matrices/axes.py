@@ -91,5 +91,7 @@ def saved_output_axes(state: dict[str, object], shape: Sequence[int], of: str) -
     axes = saved.entry(state, "output_axes", list, of=of)
     are_whole = all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes)
     if not are_whole or len(set(axes)) < len(axes) or not all(0 <= axis < len(shape) for axis in axes):
-        raise FileFormatError(f"the saved state is damaged: 'output_axes'{of} are {axes}, no axes of shape {tuple(shape)}.")
+        raise FileFormatError(
+            f"the saved state is damaged: 'output_axes'{of} are {axes}, no axes of shape {tuple(shape)}."
+        )
     return tuple(axes)

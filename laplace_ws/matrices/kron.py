@@ -26,8 +26,8 @@ class KronBlock(Block):
     """The block of one parameter: B ⊗ A over `weight.flatten(1)`, or B alone over a vector.
 
     Layers with channel groups, and attention's packed projections, hold one pair of factors per group, stacked along a leading axis; their
-    block is the direct sum of the groups'. Where other axes of the weight than the first run over the outputs (embeddings, `x @ W`, transposed
-    convolutions), the block is B ⊗ A in the order of the flattened matrices `[O, I]`, see `WeightAxes`.
+    block is the direct sum of the groups'. Where other axes of the weight than the first run over the outputs (embeddings, `x @ W`,
+    transposed convolutions), the block is B ⊗ A in the order of the flattened matrices `[O, I]`, see `WeightAxes`.
 
     Attributes:
         shape: shape of the parameter.
@@ -69,10 +69,8 @@ class KronBlock(Block):
         if self.A is None:
             return B
         A = torch.diag(self.A) if self.diagonal_A else self.A
-        if B.ndim == 3:
-            dense = torch.block_diag(*(torch.kron(b, a) for b, a in zip(B, A, strict=True)))
-        else:
-            dense = torch.kron(B, A)
+        is_grouped = B.ndim == 3
+        dense = torch.block_diag(*map(torch.kron, B, A)) if is_grouped else torch.kron(B, A)
         if self.axes.is_row_major:
             return dense
         places = self.axes.places(dense.device)

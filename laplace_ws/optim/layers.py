@@ -76,7 +76,15 @@ class Layer:
     def from_state(cls, state: Mapping[str, Any]) -> Layer:
         """The layer of `state`."""
         A, B = FactorForm(**state["A"]), FactorForm(**state["B"])
-        return cls(**{**state, "output_axes": tuple(state["output_axes"]), "approx": KfacApprox(state["approx"]), "A": A, "B": B})
+        return cls(
+            **{
+                **state,
+                "output_axes": tuple(state["output_axes"]),
+                "approx": KfacApprox(state["approx"]),
+                "A": A,
+                "B": B,
+            }
+        )
 
 
 def find_layers(

@@ -54,6 +54,11 @@ def averages_curvature(optimizer: object) -> TypeGuard[CurvatureAverages]:
     return all(hasattr(type(optimizer), name) for name in ("kron", "curvature", "n_arguments", "output_shape"))
 
 
+def averages_of(optimizer: object) -> CurvatureAverages | None:
+    """An optimiser that averages Kronecker factors; None for any other."""
+    return optimizer if averages_curvature(optimizer) else None
+
+
 def check_averages(optimizer: object) -> CurvatureAverages:
     """Raise `TypeError` unless an optimiser averages Kronecker factors."""
     if not averages_curvature(optimizer):

@@ -61,7 +61,11 @@ class LinearisedModel:
             try:
                 self.network.check.start(x, parameters)
             except UnsupportedParameterError:
-                if not isinstance(H, LowRank) or isinstance(self.network.backend, AutogradBackend) or self.differentiable:
+                if (
+                    not isinstance(H, LowRank)
+                    or isinstance(self.network.backend, AutogradBackend)
+                    or self.differentiable
+                ):
                     raise
                 return replace(self, network=self.network.by_autograd).moments(x, H, pushforward)
             n_at_once = len(x) if layout is Layout.JOINT else self._examples_at_once(layout)

@@ -74,7 +74,8 @@ class Laplace(Predictive):
         temperature: τ; the likelihood enters to the power 1/τ. A tempered class likelihood is not normalised, so values of the log marginal
             likelihood compare only at equal τ.
         curvature: "ggn", "ggn_mc" (sampled labels), "ggn_mc_rademacher" (random signs) or "ef" (empirical Fisher).
-        backend: "native", "asdl", "backpack", "autograd" (slow, without Kronecker factors), or a `Backend`: what runs the model; the results are the same.
+        backend: "native", "asdl", "backpack", or a `Backend`: what runs the model; the results are the same. "autograd" covers whatever can
+            be differentiated, slowly and without Kronecker factors.
         mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
         generator: source of the labels or signs; by default an internal one, which `torch.manual_seed` makes reproducible.
         dict_key_x: for batches that are mappings, the entry that gives the number of examples and the device.

@@ -150,7 +150,9 @@ UNSUPPORTED = {
         r"'w' is used by embedding and linear in roles that share no Kronecker block",
     ),
     "time first, flat": (
-        Wrapped(lambda m, x: m.a(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (2, 4)).transpose(0, 1), a=nn.Linear(3, 2)),
+        Wrapped(
+            lambda m, x: m.a(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (2, 4)).transpose(0, 1), a=nn.Linear(3, 2)
+        ),
         r"rows that are not grouped by example",
     ),
     "mixed examples": (

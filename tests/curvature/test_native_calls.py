@@ -128,7 +128,11 @@ MATRIX_NETS = {
         lambda m, x: m.layer(x).tanh().mean((2, 3, 4)), {"layer": nn.ConvTranspose3d(2, 2, 2, stride=2, padding=1)},
         vectors(2, 2, 3, 2),
     ),
-    "lstm": (lambda m, x: m.layer(x)[0].mean(1), {"layer": nn.LSTM(3, 2, num_layers=2, batch_first=True, bidirectional=True)}, vectors(4, 3)),
+    "lstm": (
+        lambda m, x: m.layer(x)[0].mean(1),
+        {"layer": nn.LSTM(3, 2, num_layers=2, batch_first=True, bidirectional=True)},
+        vectors(4, 3),
+    ),
     "lstm with a projection": (
         lambda m, x: m.layer(x.transpose(0, 1))[0][-1], {"layer": nn.LSTM(3, 4, proj_size=2)}, vectors(4, 3)
     ),
@@ -143,14 +147,16 @@ MATRIX_NETS = {
 """Weights of these have a Kronecker block."""
 
 
-
 class Linear(nn.Module):
     """A linear function of the inputs, whose positions are averaged or kept, and a linear layer."""
 
     def __init__(self, setting, function, *shape, size):
         super().__init__()
         self.setting, self.function = setting, function
-        self.w, self.head = shape[0] if shape[0:] and isinstance(shape[0], nn.Module) else nn.Parameter(torch.randn(shape)), nn.Linear(size, 2)
+        self.w, self.head = (
+            shape[0] if shape[0:] and isinstance(shape[0], nn.Module) else nn.Parameter(torch.randn(shape)),
+            nn.Linear(size, 2),
+        )
 
     def forward(self, x):
         y = self.head(self.function(self.w, x))
@@ -275,7 +281,8 @@ def test_weights_have_a_kronecker_block(name, kfac_approx):
     assert weights
     assert all(block.A is not None for block in weights)
     mean, variance = la(x)
-    assert mean.isfinite().all() and (variance.diagonal(dim1=-2, dim2=-1) > 0).any()
+    assert mean.isfinite().all()
+    assert (variance.diagonal(dim1=-2, dim2=-1) > 0).any()
 
 
 @pytest.mark.parametrize("setting", ["expand", "reduce"])

@@ -61,7 +61,9 @@ def test_at_fixed_weights_the_averages_tune_as_fits_do(regression, approx):
     ]
     assert results[0].margliks == pytest.approx(results[1].margliks, rel=1e-9)
     assert results[0].prior_precision == pytest.approx(results[1].prior_precision, rel=1e-6)
-    tuned = [[r["fit_batches"] for r in result.history if r["log_marginal_likelihood"] is not None] for result in results]
+    tuned = [
+        [r["fit_batches"] for r in result.history if r["log_marginal_likelihood"] is not None] for result in results
+    ]
     assert tuned == [[0] * len(results[0].margliks), [1] * len(results[1].margliks)]
 
 
