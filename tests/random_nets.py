@@ -327,7 +327,9 @@ def functional_conv2d(net, h):
 
 def standardised_conv2d(net, h):
     w = net.add(2, h.shape[1], 2, 2)
-    return lambda x: F.conv2d(x, (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 0.1))
+    return lambda x: F.conv2d(
+        x, (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 0.1), padding=1
+    )
 
 
 def batch_norm(net, h):
@@ -349,7 +351,7 @@ def squeeze_excite(net, h):
 
 
 def pool(net, h):
-    return lambda x: F.avg_pool2d(x, 2, 1)
+    return lambda x: F.avg_pool2d(x, 2, 1, padding=1)
 
 
 def to_patches(net, h):

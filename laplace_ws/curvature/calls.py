@@ -315,19 +315,19 @@ def _sub(call: Call, input: Tensor, other: Tensor, *, alpha: float = 1) -> list[
 
 def _sum(call: Call, input: Tensor, other: Tensor, sign: float) -> list[Use]:
     parameter, factor = (input, 1.0) if id(input) in call.operands else (other, sign)
-    if call.operands[id(parameter)].looked_up:
-        return [_added_positions(call, parameter, factor)]
-    return [_elementwise(call, parameter, call.output.new_tensor(factor))]
+    positions = _positions(call, parameter) if factor == 1.0 and call.operands[id(parameter)].looked_up else None
+    return [positions or _elementwise(call, parameter, call.output.new_tensor(factor))]
 
 
-def _added_positions(call: Call, positions: Tensor, sign: float) -> Use:
-    """Rows of an embedding that are looked up once and added to every example."""
-    operand = call.operands[id(positions)]
-    index = operand.index
+def _positions(call: Call, added: Tensor) -> Use | None:
+    """The use of rows of an embedding that are looked up once and added to every example; None where they were turned before."""
+    operand = call.operands[id(added)]
+    index, n_columns = operand.index, operand.shape[1]
     assert index is not None
-    if sign != 1.0 or positions.shape[-1] != operand.shape[1] or call.output.shape[-1] != operand.shape[1]:
-        raise UnreadableCallError("other than added to every example")
-    rows = index[..., 0] // operand.shape[1]
+    rows = index[..., 0] // n_columns
+    columns = torch.arange(n_columns, device=index.device)
+    if call.output.shape[-1] != n_columns or not torch.equal(index, rows[..., None] * n_columns + columns):
+        return None
     return EmbeddingUse(
         rows=call.rows,
         call=call.name,
@@ -335,7 +335,7 @@ def _added_positions(call: Call, positions: Tensor, sign: float) -> Use:
         bias=None,
         weight_shape=operand.shape,
         indices=rows.expand(call.output.shape[:-1]),
-        dtype=positions.dtype,
+        dtype=added.dtype,
     )
 
 

@@ -329,8 +329,7 @@ class UseRecorder(TorchFunctionMode):
 
     def _look_up(self, call: Call, input: Tensor, weight: Tensor, padding_idx: int | None = None, **rest: Any) -> bool:
         """Follow rows of an embedding that are looked up without a batch axis, as positions are; returns whether the call does so."""
-        without_batch = self.examples.n > 1 and (input.ndim == 1 or len(input) == 1)
-        if not without_batch or padding_idx is not None or id(weight) not in call.operands:
+        if self.examples.n == 1 or padding_idx is not None or id(weight) not in call.operands or input.ndim == 0:
             return False
         use = None
         if self.examples.rows(len(input)) is not None:  # as many as examples, or a multiple: perhaps theirs

@@ -138,6 +138,23 @@ def _bilinear(
     return F.linear((input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2), weight.flatten(1), bias)
 
 
+def _attention(
+    is_parameter: IsParameter,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if attn_mask is None or not is_parameter(attn_mask) or enable_gqa or any(map(is_parameter, (query, key, value))):
+        return NotImplemented
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale) + attn_mask
+    return F.dropout(scores.softmax(-1), dropout_p) @ value
+
+
 def _embedding_bag(
     is_parameter: IsParameter,
     input: Tensor,
@@ -204,6 +221,7 @@ REWRITES: Mapping[Callable[..., Any], Rewrite] = {
     torch.Tensor.baddbmm: _addmm,
     F.bilinear: _bilinear,
     F.embedding_bag: _embedding_bag,
+    F.scaled_dot_product_attention: _attention,
     **RECURRENT,
 }
 """Rewrites by the function that a `TorchFunctionMode` reports."""
