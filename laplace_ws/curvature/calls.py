@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -53,6 +53,7 @@ class Call:
         output: what it returned.
         examples: the examples of the batch.
         differentiable: whether the tensors that its uses keep stay in the autograd graph.
+        selected: where the rows were selected from the batch, the example of each.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Call:
     output: Tensor
     examples: Examples
     differentiable: bool = False
+    selected: Int[Tensor, " B"] | None = None
 
     def keep(self, tensor: Tensor) -> Tensor:
         """An argument in the form in which a use keeps it."""
@@ -68,6 +70,8 @@ class Call:
     @property
     def rows(self) -> Rows:
         """Which example each row of the output, and of the input, belongs to."""
+        if self.selected is not None and declared_row_examples.get() is None:
+            return Rows(len(self.selected), self.examples.n, self.selected)
         rows = self.examples.rows(len(self.output)) if self.output.ndim else None
         if rows is None:
             how = (

@@ -33,8 +33,9 @@ from laplace_ws.curvature.checks import check_unchanged, versions
 from laplace_ws.curvature.inputs import ModelInputs, call_model, examples_of
 from laplace_ws.curvature.operands import Operand
 from laplace_ws.curvature.rewrites import REWRITES
+from laplace_ws.curvature.selected_rows import SelectedRows
 from laplace_ws.errors import UnsupportedParameterError
-from laplace_ws.kfac import ExpressionUse
+from laplace_ws.kfac import AbsentUse, ExpressionUse
 from laplace_ws.kfac.examples import Examples
 from laplace_ws.kfac.uses import Use
 
@@ -215,6 +216,7 @@ class UseRecorder(TorchFunctionMode):
         time_first: set[str] | None = None,
     ):
         super().__init__()
+        self._selected = SelectedRows(examples)
         self.time_first: set[str] = set() if time_first is None else time_first
         self._is_moved = False
         self._differentiable = differentiable
@@ -232,7 +234,9 @@ class UseRecorder(TorchFunctionMode):
             id(t): self._operands[id(t)] for t in _tensors((*args, *kwargs.values())) if id(t) in self._operands
         }
         if not operands:
-            return func(*args, **kwargs)
+            output = func(*args, **kwargs)
+            self._selected.follow(func, args, output)
+            return output
         if func is F.multi_head_attention_forward:
             try:
                 return multi_head_attention(self._project, *args, **kwargs)
@@ -262,6 +266,7 @@ class UseRecorder(TorchFunctionMode):
                     return with_batch_first(func, error.axis, *args, **kwargs)
             finally:
                 self._is_moved = False
+        self._selected.follow(func, args, output)
         return output
 
     def _record(
@@ -293,7 +298,8 @@ class UseRecorder(TorchFunctionMode):
         if not read:
             return
         name = getattr(func, "__name__", str(func))
-        call = Call(name, read, output, self.examples, self._differentiable)
+        selected = self._selected.of(args, len(output)) if isinstance(output, Tensor) and output.ndim else None
+        call = Call(name, read, output, self.examples, self._differentiable, selected)
         axes = [] if self._is_moved else call.other_batch_axes(func, *args)
         is_known = self.examples.n > 1 and any(n in self.time_first for operand in read.values() for n in operand.names)
         try:
@@ -367,11 +373,15 @@ class UseRecorder(TorchFunctionMode):
             raise UnsupportedParameterError(f"{name!r} is used by {how}; {FREEZE_OR_WRITE}.")
         covered = {name for kept in self.kept for name in kept.use.parameters}
         missing = {name: p for name, p in parameters.items() if name not in covered}
+        rows = self.examples.rows(self.examples.n)
         for name, parameter in missing.items():
             seen = (
                 f.requires_grad
                 and torch.autograd.grad(f.sum(), parameter, retain_graph=True, allow_unused=True)[0] is not None
             )
+            if not seen and self._selected.any and f.requires_grad and rows is not None:  # no example was routed to it
+                self._keep([AbsentUse(rows=rows, call="no call", name=name, shape=parameter.shape)], f)
+                continue
             why = (
                 "reaches the output through a call that cannot be seen from Python"
                 if seen

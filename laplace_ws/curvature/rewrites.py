@@ -138,6 +138,22 @@ def _bilinear(
     return F.linear((input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2), weight.flatten(1), bias)
 
 
+def _grouped_mm(
+    is_parameter: IsParameter,
+    input: Tensor,
+    mat2: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    if input.ndim != 2 or mat2.ndim != 3 or offs is None or bias is not None or is_parameter(input):
+        raise UnreadableCallError("other than as stacked matrices, for rows that offsets divide among them")
+    ends = offs.tolist()
+    parts = [input[start:end] @ mat2[e] for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
+    out = torch.cat(parts)
+    return out if out_dtype is None else out.to(out_dtype)
+
+
 def _attention(
     is_parameter: IsParameter,
     query: Tensor,
@@ -204,6 +220,8 @@ def _over_bag(rows: Tensor, weights: Tensor, counted: Tensor, mode: str) -> Tens
     return sums if mode == "sum" else sums / counted.sum(1).clamp(min=1)
 
 
+_GROUPED_MM = (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None))
+
 REWRITES: Mapping[Callable[..., Any], Rewrite] = {
     torch.einsum: _einsum,
     torch.matmul: _matmul,
@@ -221,6 +239,7 @@ REWRITES: Mapping[Callable[..., Any], Rewrite] = {
     torch.Tensor.baddbmm: _addmm,
     F.bilinear: _bilinear,
     F.embedding_bag: _embedding_bag,
+    **{function: _grouped_mm for function in _GROUPED_MM if function is not None},
     F.scaled_dot_product_attention: _attention,
     **RECURRENT,
 }

@@ -1,5 +1,6 @@
 """K-FAC-expand and K-FAC-reduce as pure functions of inputs and output gradients."""
 
+from laplace_ws.kfac.absent_use import AbsentUse
 from laplace_ws.kfac.accumulator import (
     Accumulator,
     DenseAccumulator,
@@ -25,6 +26,7 @@ from laplace_ws.kfac.uses import (
 )
 
 __all__ = [
+    "AbsentUse",
     "Accumulator",
     "ConvTransposeUse",
     "ConvUse",

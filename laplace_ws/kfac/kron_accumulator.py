@@ -14,6 +14,7 @@ from torch import Tensor
 from laplace_ws.distributed import Processes
 from laplace_ws.errors import CurvatureWarning, UnsupportedParameterError
 from laplace_ws.kfac import factors
+from laplace_ws.kfac.absent_use import AbsentUse
 from laplace_ws.kfac.accumulator import Accumulator, OutputGradients
 from laplace_ws.kfac.approximation import KfacApprox
 from laplace_ws.kfac.conv_gram import PatchGram, Plan
@@ -56,9 +57,11 @@ class KronAccumulator(Accumulator):
 
     def start_batch(self, uses: Sequence[Use], in_reduce_setting: Collection[str] = ()) -> None:
         """See `Accumulator.start_batch`; adds the input factors. "auto" is decided by the first batch, for all."""
-        super().start_batch(uses, in_reduce_setting)
+        super().start_batch([use for use in uses if not isinstance(use, AbsentUse)], in_reduce_setting)
         for name, parameter in self.parameters.items():
-            own = [use for use in uses if name in use.parameters]
+            own = [use for use in uses if name in use.parameters and not isinstance(use, AbsentUse)]
+            if not own:
+                continue
             known = self._sums.get(name)
             approx = (
                 _chosen(self.approximations[name], own, name in in_reduce_setting)
@@ -82,10 +85,14 @@ class KronAccumulator(Accumulator):
 
     def add(self, number: int, g: Tensor) -> None:
         """See `Accumulator.add`."""
+        if isinstance(self._uses[number], AbsentUse):
+            return
         with factors.products_in(self.factor_precision):
             super().add(number, g)
 
     def _needs_example_gradients(self, name: str) -> bool:
+        if name not in self._sums:  # it has had no part in any batch yet
+            return False
         role = self._sums[name].role
         return role.kind == "vector" or role.diagonal_B
 
@@ -133,8 +140,14 @@ class KronAccumulator(Accumulator):
         processes.sum_(plain, symmetric)
 
     def result(self) -> Kron:
-        """See `Accumulator.result`."""
-        return Kron({name: sums.block() for name, sums in self._sums.items()})
+        """See `Accumulator.result`; the curvature of what no example was routed to is zero."""
+        blocks = {name: sums.block() for name, sums in self._sums.items()}
+        absent = {
+            name: KronBlock(p.shape, p.new_zeros(p.numel()), diagonal_B=True)
+            for name, p in self.parameters.items()
+            if name not in blocks
+        }
+        return Kron({name: (blocks | absent)[name] for name in self.parameters})
 
 
 class _FactorSums:

@@ -9,6 +9,7 @@ from torch import nn
 
 from laplace_ws import Laplace, UnsupportedParameterError, kron_factors
 from laplace_ws.curvature import exact
+from laplace_ws.curvature.rewrites import REWRITES
 
 N = 5
 
@@ -43,7 +44,47 @@ def experts(m, x):
     return out
 
 
+def masked_routing(m, x):
+    """Each row to the expert of its largest entry, as mixtures of experts are written; one of the four gets none."""
+    out = torch.zeros(len(x), 3, dtype=x.dtype)
+    h = torch.cat([m.layer(x).tanh(), torch.full_like(x[:, :1], -9.0)], 1)
+    chosen = h.detach().argmax(1)
+    for e in range(4):
+        mask = chosen == e
+        if mask.any():
+            out[mask] = F.linear(F.linear(h[mask], m.w[e], m.b[e]).tanh(), m.v[e]) * h[mask].sum(1, keepdim=True)
+    return out
+
+
+def token_routing(m, x):
+    """By places of tokens, added up; each expert is a module."""
+    h = m.layer(x).tanh()
+    flat = h.reshape(-1, 3)
+    out = torch.zeros_like(flat)
+    chosen = flat.detach().argmax(1)
+    for e, expert in enumerate((m.first, m.second, m.third)):
+        places = torch.where(chosen == e)[0]
+        out = out.index_add(0, places, expert(flat[places]).tanh())
+    return out.view(h.shape).mean(1)
+
+
+def by_mask_of_tokens(m, x):
+    h = m.layer(x).tanh()
+    mask = h.detach()[..., 0] > 0.1
+    out = torch.zeros_like(h)
+    out[mask] = m.first(h[mask]).tanh()
+    out[~mask] = m.second(h[~mask]).tanh()
+    return out.sum(1)
+
+
 MATRIX_NETS = {
+    "masked routing": (masked_routing, {"layer": nn.Linear(4, 3), "w": (4, 3, 4), "b": (4, 3), "v": (4, 3, 3)}, vectors(4)),
+    "routing of tokens": (
+        token_routing, {"layer": nn.Linear(4, 3), **{n: nn.Linear(3, 3) for n in ("first", "second", "third")}}, vectors(3, 4)
+    ),
+    "a mask of tokens": (
+        by_mask_of_tokens, {"layer": nn.Linear(4, 3), "first": nn.Linear(3, 3), "second": nn.Linear(3, 3)}, vectors(3, 4)
+    ),
     "addmm": (lambda m, x: torch.addmm(m.b, x.tanh(), m.w), {"w": (4, 3), "b": (3,)}, vectors(4)),
     "addmm as a method": (lambda m, x: m.b.addmm(x, m.w, beta=2, alpha=0.5), {"w": (4, 3), "b": (1, 3)}, vectors(4)),
     "conv1d of GPT-2": (
@@ -169,6 +210,35 @@ def linear_case(name, function, *shape, size, x):
 
 def pixels_last(w, x):
     return w(x).flatten(2).transpose(1, 2)
+
+
+def test_stacked_experts_have_the_blocks_of_experts_apart():
+    torch.manual_seed(0)
+    stacked, x, y = made(MATRIX_NETS, "masked routing")
+    apart = Net(
+        lambda m, x: masked_routing(m, x),
+        layer=nn.Linear(4, 3), **{f"{n}{e}": getattr(stacked, n)[e].shape for n in "wbv" for e in range(4)},
+    ).double()  # fmt: skip
+    apart.layer.load_state_dict(stacked.layer.state_dict())
+    with torch.no_grad():
+        for name in "wbv":
+            for e in range(4):
+                getattr(apart, f"{name}{e}").copy_(getattr(stacked, name)[e])
+    for name in "wbv":
+        setattr(apart, name, [getattr(apart, f"{name}{e}") for e in range(4)])
+    for approx in ("expand", "reduce"):
+        one, other = (kron_factors(net, "regression", [(x, y)], kfac_approx=approx) for net in (stacked, apart))
+        for name in "wv":
+            for e in range(3):  # no example is routed to the fourth
+                torch.testing.assert_close(one[name].A[e], other[f"{name}{e}"].A)
+                torch.testing.assert_close(one[name].B[e], other[f"{name}{e}"].B)
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="torch has none")
+def test_grouped_products_are_products_of_parts():
+    x, w = torch.randn(7, 3), torch.randn(3, 3, 2)
+    parts = REWRITES[torch._grouped_mm](lambda t: t is w, x, w, offs=torch.tensor([2, 2, 7]))
+    torch.testing.assert_close(parts, torch.cat([x[:2] @ w[0], x[2:] @ w[2]]))
 
 
 def test_rows_are_the_examples_own_in_every_batch():

@@ -36,7 +36,7 @@ def test_positions_looked_up_once_are_covered(name, n_tokens):
 def test_positions_that_are_negated_are_named():
     model = Positions(lambda embedding, i: -embedding(i) + 0)
     model.positions = nn.Embedding(12, 4)
-    with pytest.raises(UnsupportedParameterError, match="'positions.weight' .*is used by neg"):
+    with pytest.raises(UnsupportedParameterError, match=r"'positions.weight' .*is used by neg"):
         kron_factors(model, "classification", [(torch.randint(0, 6, (5, 3)), torch.randint(0, 3, (5,)))])
 
 
