@@ -37,8 +37,7 @@ from laplace_ws.curvature.backpack_trace import convert
 from laplace_ws.curvature.calls import Call, UnreadableCallError, read_call
 from laplace_ws.curvature.checks import check_covered
 from laplace_ws.curvature.inputs import ModelInputs, StructuredInputs, check_outputs, examples_of, running
-from laplace_ws.curvature.module_readers import instead_of, module_uses
-from laplace_ws.curvature.native import FREEZE_OR_WRITE
+from laplace_ws.curvature.module_readers import NATIVE_INSTEAD, module_uses
 from laplace_ws.curvature.operands import Operand
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac.examples import Examples, row_examples
@@ -219,7 +218,6 @@ def _uses(leaf: nn.Module, parameters: Mapping[str, nn.Parameter], examples: Exa
     if not operands:
         return []
     name, parameter = next((operand.name, operand.tensor) for operand in operands.values())
-    instead = FREEZE_OR_WRITE
     call = type(leaf).__name__
     try:
         if not isinstance(leaf, Apply):
@@ -229,14 +227,12 @@ def _uses(leaf: nn.Module, parameters: Mapping[str, nn.Parameter], examples: Exa
             return uses
         reader = leaf.expression.reader(parameter)
         call = reader.name
-        if reader.module is not None:
-            instead = instead_of(reader.module)
         args, kwargs = leaf.expression.arguments(leaf.values(stored_inputs(leaf)), _following(operands))
         return read_call(
             leaf.expression.torch_function, Call(call, operands, stored_output(leaf), examples), *args, **kwargs
         )
     except UnreadableCallError as error:
-        raise UnsupportedParameterError(f"{name!r} is used by {call}, {error}; {instead}.") from None
+        raise UnsupportedParameterError(f"{name!r} is used by {call}, {error}; {NATIVE_INSTEAD}.") from None
 
 
 def _following(operands: dict[int, Operand]) -> Callable[[Expression, dict[str, Any]], Any]:

@@ -32,6 +32,12 @@ def _conv(m: Any, x: Tensor) -> ModuleCall:
     return conv, (padded, m.weight, m.bias, m.stride, 0, m.dilation, m.groups)
 
 
+def _conv_transpose(m: Any, x: Tensor) -> ModuleCall:
+    n_axes = m.weight.ndim - 2
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n_axes - 1]
+    return function, (x, m.weight, m.bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+
+
 def _batch_norm(m: Any, x: Tensor) -> ModuleCall:
     by_batch = m.training or m.running_mean is None
     return F.batch_norm, (x, m.running_mean, m.running_var, m.weight, m.bias, by_batch, 0.0, m.eps)
@@ -51,6 +57,9 @@ MODULE_CALLS: dict[type[nn.Module], Callable[[Any, Tensor], ModuleCall]] = {
     nn.Conv1d: _conv,
     nn.Conv2d: _conv,
     nn.Conv3d: _conv,
+    nn.ConvTranspose1d: _conv_transpose,
+    nn.ConvTranspose2d: _conv_transpose,
+    nn.ConvTranspose3d: _conv_transpose,
     nn.Embedding: _embedding,
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
@@ -68,8 +77,8 @@ MODULE_CALLS: dict[type[nn.Module], Callable[[Any, Tensor], ModuleCall]] = {
 """The call that a module makes on its input, by class; a subclass with its own forward has none."""
 
 
-COVERED_BY_NONE = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
-"""Modules whose parameters no backend has a block for."""
+NATIVE_INSTEAD = 'freeze it (requires_grad_(False)) or choose backend="native"'
+"""What to do about what a backend does not cover."""
 
 
 def module_call(module: nn.Module) -> Callable[[Any, Tensor], ModuleCall] | None:
@@ -78,12 +87,6 @@ def module_call(module: nn.Module) -> Callable[[Any, Tensor], ModuleCall] | None
         if kind in MODULE_CALLS:
             return MODULE_CALLS[kind] if type(module).forward is kind.forward else None
     return None
-
-
-def instead_of(module: nn.Module) -> str:
-    """What to do about a module that a backend does not cover."""
-    freeze = "freeze it (requires_grad_(False))"
-    return freeze if isinstance(module, COVERED_BY_NONE) else f'{freeze} or choose backend="native"'
 
 
 def module_uses(
