@@ -26,7 +26,7 @@ from laplace_ws.files import FileFormatError
 from laplace_ws.kfac.uses import at_least_float32
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.marglik.accuracy import n_correct
-from laplace_ws.marglik.budget import Budget, Spent, TuningCost
+from laplace_ws.marglik.budget import OTHER_APPROXIMATION, Budget, Spent, TuningCost
 from laplace_ws.marglik.checkpoint import (
     SAFE_TO_CHANGE,
     check_settings,
@@ -115,7 +115,8 @@ class Trainer:
         self.device: torch.device = self.parameters[0].device
         lr = max(float(g.get("initial_lr", g["lr"])) for g in self.optimizer.param_groups)
         self.stiffness: float = self.n_data / lr if lr > 0 else math.inf
-        self.budget: Budget | None = self.schedule.budget(self.facts.n_batches)
+        is_other = self.final_la.structure.options() != self.la.structure.options()
+        self.budget: Budget | None = self.schedule.budget(self.facts.n_batches, OTHER_APPROXIMATION if is_other else 1.0)
         averages = None
         if self.la.structure.name == "kron" and not self.refit:
             averages = averages_of(self.optimizer)
