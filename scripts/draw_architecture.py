@@ -33,7 +33,7 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"likelihoods": 3},
     {"matrices": 1, "metrics": 3, "models": 0, "data": 4},
     {"saved": 0, "options": 1, "records": 2, "tables": 3, "interrupts": 4},
-    {"option_errors": 1},
+    {"option_errors": 1, "memory": 2},
     {
         "_version": 0,
         "errors": 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from laplace_ws.kfac.uses import MatrixUse, Use, at_least_float32
 from laplace_ws.matrices import Kron, KronBlock
 from laplace_ws.matrices.axes import WeightAxes
 from laplace_ws.matrices.kron import at_least_one
+from laplace_ws.memory import check_memory, in_words
 
 LARGEST_DENSE_VECTOR = 4096
 """Vectors (biases, scales, affine parameters) with more entries keep only the diagonal of their block, to fit in memory."""
@@ -58,8 +60,14 @@ class KronAccumulator(Accumulator):
     def start_batch(self, uses: Sequence[Use], in_reduce_setting: Collection[str] = ()) -> None:
         """See `Accumulator.start_batch`; adds the input factors. "auto" is decided by the first batch, for all."""
         super().start_batch([use for use in uses if not isinstance(use, AbsentUse)], in_reduce_setting)
+        by_parameter = {
+            name: [use for use in uses if name in use.parameters and not isinstance(use, AbsentUse)]
+            for name in self.parameters
+        }
+        if not self._sums:
+            self._check_memory(by_parameter)
         for name, parameter in self.parameters.items():
-            own = [use for use in uses if name in use.parameters and not isinstance(use, AbsentUse)]
+            own = by_parameter[name]
             if not own:
                 continue
             known = self._sums.get(name)
@@ -82,6 +90,28 @@ class KronAccumulator(Accumulator):
                 self._sums[name].add_inputs(role, own)
         of_vectors = {name for name in self._sums if self._needs_example_gradients(name)}
         self._uses = [use if of_vectors & set(use.parameters) else use.without_inputs() for use in uses]
+
+    def _check_memory(self, by_parameter: Mapping[str, Sequence[Use]]) -> None:
+        """Raise `NotEnoughMemoryError` where the factors, and the copies that `result` gives, take more memory than is free."""
+        entries: dict[str, int] = {}
+        for name, uses in by_parameter.items():
+            use = next((use for use in uses if isinstance(use, MatrixUse) and use.weight == name), None)
+            if use is not None:
+                *groups, n_outputs, n_inputs = use.axes.sizes
+                has_diagonal = use.diagonal_inputs and self.approximations[name] is not KfacApprox.REDUCE
+                entries[name] = prod(groups) * (n_outputs**2 + (n_inputs if has_diagonal else n_inputs**2))
+        if not entries:
+            return
+        largest = max(entries, key=lambda name: entries[name])
+        p = self.parameters[largest]
+        share = in_words(2 * entries[largest] * p.element_size())
+        check_memory(
+            2 * sum(entries.values()) * p.element_size(),
+            p.device,
+            f"a pair of Kronecker factors for each of {len(entries)} weights, {share} of it for {largest!r} {tuple(p.shape)},",
+            'choose hessian_structure="diag" or "lowrank", freeze the largest weights (requires_grad_(False)), or name others by '
+            "subset_of_weights",
+        )
 
     def add(self, number: int, g: Tensor) -> None:
         """See `Accumulator.add`."""

@@ -116,7 +116,9 @@ class Trainer:
         lr = max(float(g.get("initial_lr", g["lr"])) for g in self.optimizer.param_groups)
         self.stiffness: float = self.n_data / lr if lr > 0 else math.inf
         is_other = self.final_la.structure.options() != self.la.structure.options()
-        self.budget: Budget | None = self.schedule.budget(self.facts.n_batches, OTHER_APPROXIMATION if is_other else 1.0)
+        self.budget: Budget | None = self.schedule.budget(
+            self.facts.n_batches, OTHER_APPROXIMATION if is_other else 1.0
+        )
         averages = None
         if self.la.structure.name == "kron" and not self.refit:
             averages = averages_of(self.optimizer)

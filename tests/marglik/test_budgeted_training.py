@@ -83,7 +83,8 @@ def test_the_result_says_what_tuning_and_the_last_fit_cost():
 
 def test_more_is_put_aside_for_a_last_fit_by_another_approximation():
     spent = [
-        sum(chosen(trainer(options=replace(OPTIONS, final_kfac_approx=approx)).run())) for approx in ("expand", "reduce")
+        sum(chosen(trainer(options=replace(OPTIONS, final_kfac_approx=approx)).run()))
+        for approx in ("expand", "reduce")
     ]
     assert spent[0] < spent[1]
 
