@@ -244,10 +244,10 @@ class UseRecorder(TorchFunctionMode):
                 self._refuse(operands, "multi_head_attention_forward", error)
                 return func(*args, **kwargs)
         why: UnreadableCallError | None = None
-        if func in REWRITES:
+        if func in REWRITES and any(operand.provisional is None for operand in operands.values()):
             try:
                 with self:
-                    rewritten = REWRITES[func](lambda t: id(t) in self._operands, *args, **kwargs)
+                    rewritten = REWRITES[func](self._is_parameter, *args, **kwargs)
                 if rewritten is not NotImplemented:
                     return rewritten
             except UnreadableCallError as error:
@@ -268,6 +268,11 @@ class UseRecorder(TorchFunctionMode):
                 self._is_moved = False
         self._selected.follow(func, args, output)
         return output
+
+    def _is_parameter(self, value: Any) -> bool:
+        """Whether a value is, or is computed from, parameters alone; rows that are looked up for each example are data."""
+        operand = self._operands.get(id(value))
+        return operand is not None and operand.provisional is None
 
     def _record(
         self,
@@ -307,6 +312,8 @@ class UseRecorder(TorchFunctionMode):
                 return
             if is_known and axes:
                 raise NoBatchAxisError("along several of whose axes the examples may lie")
+            if axes and Examples.rows(self.examples, len(output)) is None:
+                raise NoBatchAxisError("whose first axis is not that of the examples")
             uses = read_call(func, call, *args, **kwargs)
         except UnreadableCallError as error:
             if isinstance(error, NoBatchAxisError) and (len(axes) == 1 or (axes and self.examples.n == 1)):

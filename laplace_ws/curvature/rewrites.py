@@ -29,6 +29,8 @@ def _einsum(is_parameter: IsParameter, equation: Any, *operands: Any) -> Tensor:
     if not isinstance(equation, str) or len(tensors) != 2:
         raise UnreadableCallError("with other than two operands and an equation in letters")
     is_first, is_second = (is_parameter(t) for t in tensors)
+    if not (is_first or is_second):
+        return NotImplemented
     if is_first and is_second:
         raise UnreadableCallError("as a product of two parameters")
     (of_x, of_w), out = _letters(equation, [t.ndim for t in tensors])
