@@ -89,6 +89,15 @@ class OnNodes(nn.Module):
         return self.layer(nodes)[:2]
 
 
+class Table:
+    """What other libraries keep numbers in, as pandas does."""
+
+    shape = (1, 1)
+
+    def __array__(self):
+        raise AssertionError
+
+
 def tensors(**options) -> data.TensorLoader:
     return data.TensorLoader(x, labels, **{"batch_size": 4, **options})
 
