@@ -137,7 +137,7 @@ class _LaplaceEstimator(BaseEstimator):
         check_is_fitted(self, "posterior_")
         return self._tensor(validate_data(self, X, reset=False, dtype=[np.float64, np.float32]))
 
-    def _tensor(self, X: np.ndarray) -> Tensor:
+    def _tensor(self, X: Any) -> Tensor:
         """A copy on the device, in the type of the network, or, before there is one, of the numbers."""
         dtype = _TYPES[X.dtype] if not hasattr(self, "posterior_") else self.posterior_.mean.dtype
         return torch.tensor(X, dtype=dtype, device=self.device)
@@ -147,7 +147,12 @@ class _LaplaceEstimator(BaseEstimator):
         return torch.Generator(self.device).manual_seed(self._seed)
 
 
-_PARAMETERS = """
+class LaplaceClassifier(ClassifierMixin, _LaplaceEstimator):
+    """A network for classes whose prior precisions tune themselves while it trains, with a Laplace posterior.
+
+    It is trained by `laplace_ws.marglik_training` on all the data: the log marginal likelihood chooses how far each layer is held to zero,
+    so there is no weight decay to search for. Inputs are taken as they are; scale them by a `StandardScaler` before it.
+
     Args:
         module: makes the network, given the numbers of features and of outputs; a perceptron if not given.
         hidden: widths of the perceptron's hidden layers.
@@ -156,25 +161,13 @@ _PARAMETERS = """
         batch_size: examples per gradient step.
         lr: step size of Adam at the start, from which a cosine takes it to zero.
         hessian_structure: of the posterior, see `laplace_ws.Laplace`.
-        pred_type: "glm", by the linearised network, or "nn", by networks drawn from the posterior.{of_classes}
+        pred_type: "glm", by the linearised network, or "nn", by networks drawn from the posterior.
+        link_approx: for "glm", how probabilities follow from Gaussian outputs: "probit", "mc", "bridge" or "bridge_norm".
         n_samples: of predictions that are sampled; the same draws at each call.
         training_options: further options of `laplace_ws.marglik_training`, or others in place of the above.
         device: where it is trained and predicts.
         random_state: of the initial weights, the order of the batches and all samples.
-"""
 
-
-class LaplaceClassifier(ClassifierMixin, _LaplaceEstimator):
-    __doc__ = f"""A network for classes whose prior precisions tune themselves while it trains, with a Laplace posterior.
-
-    It is trained by `laplace_ws.marglik_training` on all the data: the log marginal likelihood chooses how far each layer is held to zero,
-    so there is no weight decay to search for. Inputs are taken as they are; scale them by a `StandardScaler` before it.
-{
-        _PARAMETERS.format(
-            of_classes='''
-        link_approx: for "glm", how probabilities follow from Gaussian outputs: "probit", "mc", "bridge" or "bridge_norm".'''
-        )
-    }
     Attributes:
         classes_: the labels, sorted; the columns of `predict_proba`.
         posterior_: the `Laplace` posterior, of class numbers.
@@ -237,14 +230,9 @@ class LaplaceClassifier(ClassifierMixin, _LaplaceEstimator):
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities `[N, classes]` of the posterior predictive, in the order of `classes_`."""
-        x = self._inputs(X)
-        return (
-            self.posterior_.predict_proba(
-                x, self.pred_type, self.link_approx, self.n_samples, generator=self._generator()
-            )
-            .cpu()
-            .numpy()
-        )
+        x, generator = self._inputs(X), self._generator()
+        found = self.posterior_.predict_proba(x, self.pred_type, self.link_approx, self.n_samples, generator=generator)
+        return found.cpu().numpy()
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable labels `[N]`."""
@@ -253,11 +241,25 @@ class LaplaceClassifier(ClassifierMixin, _LaplaceEstimator):
 
 
 class LaplaceRegressor(RegressorMixin, _LaplaceEstimator):
-    __doc__ = f"""A network for numbers whose prior precisions and noise tune themselves while it trains, with a Laplace posterior.
+    """A network for numbers whose prior precisions and noise tune themselves while it trains, with a Laplace posterior.
 
     It is trained by `laplace_ws.marglik_training` on all the data: the log marginal likelihood chooses the noise and how far each layer is
     held to zero. Inputs are taken as they are; scale them by a `StandardScaler` before it.
-{_PARAMETERS.format(of_classes="")}        normalize_y: whether the network learns targets of mean 0 and standard deviation 1; what is predicted has their own units.
+
+    Args:
+        module: makes the network, given the numbers of features and of outputs; a perceptron if not given.
+        hidden: widths of the perceptron's hidden layers.
+        activation: between them, see `laplace_ws.models.MLP`.
+        n_epochs: of the training.
+        batch_size: examples per gradient step.
+        lr: step size of Adam at the start, from which a cosine takes it to zero.
+        hessian_structure: of the posterior, see `laplace_ws.Laplace`.
+        pred_type: "glm", by the linearised network, or "nn", by networks drawn from the posterior.
+        n_samples: of predictions that are sampled; the same draws at each call.
+        training_options: further options of `laplace_ws.marglik_training`, or others in place of the above.
+        device: where it is trained and predicts.
+        random_state: of the initial weights, the order of the batches and all samples.
+        normalize_y: whether the network learns targets of mean 0 and standard deviation 1; what is predicted has their own units.
 
     Attributes:
         posterior_: the `Laplace` posterior, of normalised targets.
