@@ -211,7 +211,7 @@ def test_lightning_says_what_is_wrong(library, callback_class, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_hugging_face(tmp_path):
     transformers = pytest.importorskip("transformers")
-    from laplace_ws.callbacks.transformers import LaplaceCallback, TakesBatch
+    from laplace_ws.callbacks.huggingface import LaplaceCallback, TakesBatch
 
     torch.manual_seed(0)
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -68,8 +68,8 @@ class PosteriorFits:
         """
         la = Laplace(unwrapped(model), self.likelihood, **self.options).fit(loader)
         if self.prior_structure is not None:
-            noise = {"optimize_noise": True} if la.likelihood.has_noise else {}
-            la.optimize_prior_precision("marglik", prior_structure=self.prior_structure, **noise)
+            has_noise = la.likelihood.has_noise
+            la.optimize_prior_precision("marglik", prior_structure=self.prior_structure, optimize_noise=has_noise)
         self.last = la
         self.history[epoch] = la.log_marginal_likelihood().item()
         return self.history[epoch]

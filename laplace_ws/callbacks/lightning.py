@@ -96,7 +96,8 @@ class LaplaceCallback(Callback):
         loader = trainer.train_dataloader if self._train_loader is None else self._train_loader
         if isinstance(loader, (list, tuple, Mapping)) and self._train_loader is None:
             raise TypeError(
-                f"the trainer's training data are a {type(loader).__name__}, not one loader; pass the callback the data of the fit as train_loader."
+                f"the trainer's training data are a {type(loader).__name__}, not one loader; pass the callback the data of the fit as "
+                "train_loader."
             )
         return self._fits.fit(self._network_of(pl_module), _OnDevice(loader, trainer), epoch)
 

@@ -16,7 +16,7 @@ try:
     from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise ImportError(
-        "laplace_ws.callbacks.transformers needs Hugging Face's transformers; install it by: pip install transformers."
+        "laplace_ws.callbacks.huggingface needs Hugging Face's transformers; install it by: pip install transformers."
     ) from error
 
 __all__ = ["LaplaceCallback", "TakesBatch"]
