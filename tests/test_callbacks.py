@@ -258,7 +258,7 @@ def test_hugging_face(tmp_path):
             "needs Lightning; install it by: pip install lightning.",
         ),
         (
-            "transformers",
+            "huggingface",
             ["transformers"],
             "needs Hugging Face's transformers; install it by: pip install transformers.",
         ),
