@@ -37,6 +37,7 @@ from laplace_ws.experiment.records import FIXED, METRICS, SUMMARY, DataFacts, Mo
 from laplace_ws.experiment.training import check_config, check_training, train_loader, training_options
 from laplace_ws.experiment.workers import side_by_side
 from laplace_ws.marglik import CheckpointError, TrainingDiverged, marglik_training
+from laplace_ws.marglik.lines import has_terminal
 from laplace_ws.marglik.result import Record
 from laplace_ws.models import build_model
 
@@ -224,7 +225,7 @@ def train_one(
             checkpoint_path=folder / task.checkpoint,
             resume=resume,
             on_epoch=epoch_logger(config, task.run, model, data, folder / METRICS),
-            progress_bar=progress_bar,
+            progress_bar=progress_bar and has_terminal(),
         )
         return model_result(result, data), result.history
 
