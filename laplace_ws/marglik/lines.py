@@ -20,7 +20,9 @@ def say_epoch(record: Record, n_epochs: int, name: str = "") -> None:
         n_epochs: of the training.
         name: of the network, where there are several.
     """
-    parts = [f"epoch {record['epoch']:>{len(str(n_epochs))}}/{n_epochs}", f"loss {record['loss']:.4f}"]
+    parts = [f"epoch {record['epoch']:>{len(str(n_epochs))}}/{n_epochs}"]
+    if record["loss"] is not None:
+        parts.append(f"loss {record['loss']:.4f}")
     if record["log_marginal_likelihood"] is not None:
         parts.append(f"log marginal likelihood {record['log_marginal_likelihood']:.1f}")
     print(f"{name}: " * bool(name) + ", ".join(parts), file=sys.stderr, flush=True)
