@@ -6,7 +6,7 @@ They need scikit-learn, `pip install 'laplace_ws[sklearn]'`, which nothing else 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,15 +19,47 @@ from laplace_ws.models import MLP
 from laplace_ws.posterior import Laplace
 from laplace_ws.values import real_number, shown, whole_number
 
+if TYPE_CHECKING:
+    # scikit-learn has no types; what users call of its classes has these
+
+    class BaseEstimator:
+        """See scikit-learn."""
+
+        def get_params(self, deep: bool = True) -> dict[str, Any]:
+            """Its parameters by name."""
+            ...
+
+        def set_params(self, **params: Any) -> Any:
+            """Change some; returns the estimator."""
+            ...
+
+        def __sklearn_tags__(self) -> Any: ...
+
+    class ClassifierMixin:
+        """See scikit-learn."""
+
+        def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+            """Share of right labels."""
+            ...
+
+    class RegressorMixin:
+        """See scikit-learn."""
+
+        def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+            """Coefficient of determination R²."""
+            ...
+
+
 try:
-    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    if not TYPE_CHECKING:
+        from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
     from sklearn.utils import check_random_state
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "laplace_ws.sklearn needs scikit-learn, 1.6 or newer; install it by: pip install 'laplace_ws[sklearn]'."
-    ) from error
+    ) from _error
 
 __all__ = ["LaplaceClassifier", "LaplaceRegressor"]
 
@@ -40,7 +72,9 @@ class _LaplaceEstimator(BaseEstimator):
     """What the two estimators share: a network, its training by `marglik_training`, and its posterior."""
 
     posterior_: Laplace
+    log_marginal_likelihood_value_: float
     n_features_in_: int
+    _seed: int
 
     def __init__(
         self,
@@ -176,6 +210,8 @@ class LaplaceClassifier(ClassifierMixin, _LaplaceEstimator):
         n_features_in_, feature_names_in_: of the inputs.
     """
 
+    classes_: np.ndarray
+
     def __init__(
         self,
         module: ModuleFactory | None = None,
@@ -225,7 +261,7 @@ class LaplaceClassifier(ClassifierMixin, _LaplaceEstimator):
                 f"{type(self).__name__} needs two classes or more, but y holds one class alone, {self.classes_[0]!r}."
             )
         self._train(X, torch.as_tensor(numbers), "classification", len(self.classes_))
-        self.log_marginal_likelihood_value_ = self.posterior_.log_marginal_likelihood().item()
+        self.log_marginal_likelihood_value_: float = float(self.posterior_.log_marginal_likelihood())
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -268,6 +304,8 @@ class LaplaceRegressor(RegressorMixin, _LaplaceEstimator):
         log_marginal_likelihood_value_: log p(y | X) in nats, of y in its own units.
         n_features_in_, feature_names_in_: of the inputs.
     """
+
+    noise_: float | np.ndarray
 
     def __init__(
         self,
@@ -328,7 +366,7 @@ class LaplaceRegressor(RegressorMixin, _LaplaceEstimator):
         self.noise_ = float(noise[0]) if self._is_flat else noise
         # the density of y is that of the normalised targets by their scale
         log_scale = len(y) * float(np.log(self._y_std.astype(np.float64)).sum())
-        self.log_marginal_likelihood_value_ = self.posterior_.log_marginal_likelihood().item() - log_scale
+        self.log_marginal_likelihood_value_: float = float(self.posterior_.log_marginal_likelihood()) - log_scale
         return self
 
     def predict(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,12 +12,18 @@ from laplace_ws.curvature.processes import unwrapped
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.posterior import Laplace
 
-try:
-    from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
-except ImportError as error:
-    raise ImportError(
-        "laplace_ws.callbacks.huggingface needs Hugging Face's transformers; install it by: pip install transformers."
-    ) from error
+if TYPE_CHECKING:
+
+    class TrainerCallback:
+        """See Hugging Face's transformers."""
+
+else:
+    try:
+        from transformers import TrainerCallback
+    except ImportError as error:
+        raise ImportError(
+            "laplace_ws.callbacks.huggingface needs Hugging Face's transformers; install it by: pip install transformers."
+        ) from error
 
 __all__ = ["LaplaceCallback", "TakesBatch"]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,19 +15,20 @@ from laplace_ws.curvature.batches import Data
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.posterior import Laplace
 
-# Lightning has two names, whose classes are not those of each other: that of the program's own trainer is taken.
-try:
-    if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
-        from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports]
+if TYPE_CHECKING:
+
+    class Callback:
+        """See Lightning."""
+
+else:
+    # Lightning has two names, whose classes are not those of each other: that of the program's own trainer is taken.
+    is_older = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
+    for name in ("pytorch_lightning", "lightning.pytorch") if is_older else ("lightning.pytorch", "pytorch_lightning"):
+        with suppress(ImportError):
+            Callback = importlib.import_module(name).Callback
+            break
     else:
-        from lightning.pytorch import Callback  # pyright: ignore[reportMissingImports]
-except ImportError:
-    try:
-        from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError(
-            "laplace_ws.callbacks.lightning needs Lightning; install it by: pip install lightning."
-        ) from error
+        raise ImportError("laplace_ws.callbacks.lightning needs Lightning; install it by: pip install lightning.")
 
 __all__ = ["LaplaceCallback"]
 
