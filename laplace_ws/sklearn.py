@@ -39,15 +39,11 @@ if TYPE_CHECKING:
         """See scikit-learn."""
 
         def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-            """Share of right labels."""
+            """Share of right labels, or the coefficient of determination R²."""
             ...
 
-    class RegressorMixin:
+    class RegressorMixin(ClassifierMixin):
         """See scikit-learn."""
-
-        def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-            """Coefficient of determination R²."""
-            ...
 
 
 try:
@@ -272,8 +268,7 @@ class LaplaceClassifier(ClassifierMixin, _LaplaceEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable labels `[N]`."""
-        probabilities = self.predict_proba(X)
-        return self.classes_[probabilities.argmax(1)]
+        return self.classes_[self.predict_proba(X).argmax(1)]
 
 
 class LaplaceRegressor(RegressorMixin, _LaplaceEstimator):
