@@ -25,7 +25,7 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"cli": 2},
     {"report": 2},
     {"calibration": 1, "selection": 3},
-    {"experiment": 2},
+    {"experiment": 2, "sklearn": 3, "callbacks": 1},
     {"marglik": 2, "optim": 3},
     {"posterior": 2},
     {"curvature": 2},

@@ -41,6 +41,7 @@ from laplace_ws.marglik.checkpoint import (
 from laplace_ws.marglik.checkpoint_checks import check_fits
 from laplace_ws.marglik.checks import DataFacts, one_pass_error
 from laplace_ws.marglik.hyperparameters import Hyperparameters, TemperatureWarning
+from laplace_ws.marglik.lines import has_terminal, say_epoch
 from laplace_ws.marglik.objective import PriorGradient
 from laplace_ws.marglik.optimizers import rescale_lr
 from laplace_ws.marglik.plain import plain_record
@@ -83,7 +84,7 @@ class Trainer:
         refit: whether tunings fit anew even where the optimiser averages curvature.
         checkpoint_path: where a checkpoint is kept.
         on_epoch: called after each epoch with its record.
-        progress_bar: whether to show one.
+        progress_bar: whether to show one, or, without a terminal, a line for each epoch.
         clock: tells the time in seconds, by which a budget is kept.
     """
 
@@ -198,16 +199,19 @@ class Trainer:
             la.prior = la.prior.changed(precision=delta, sigma_noise=sigma)
 
     def _train(self) -> None:
+        shows = self.progress_bar and self.processes.is_first
         bar = tqdm(
             total=self.schedule.n_epochs,
             initial=self.progress.epoch,
             desc="marglik training",
             unit="epoch",
-            disable=not (self.progress_bar and self.processes.is_first and sys.stderr.isatty()),
+            disable=not (shows and sys.stderr.isatty()),
         )
         with bar, self._kept_if_cut_off():
             while self.progress.epoch < self.schedule.n_epochs:
                 record = self._epoch(self.progress.epoch + 1)
+                if shows and not has_terminal():
+                    say_epoch(record, self.schedule.n_epochs)
                 bar.update()
                 bar.set_postfix(nll=record["train_nll"], log_marglik=self.progress.margliks[-1:] or None)
         if self.progress.best is not None:

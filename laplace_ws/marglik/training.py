@@ -153,7 +153,7 @@ def marglik_training(
             targets.
         on_epoch: called after every epoch with a record of it, to which it may add numbers, strings, None, and dicts and
             lists of them.
-        progress_bar: show one, if stderr is a terminal.
+        progress_bar: show one on stderr, or, where that is no terminal, a line for each epoch.
 
     Raises:
         UnsupportedParameterError: a parameter has no curvature block; before training.
@@ -248,7 +248,7 @@ def prepare(
         n_data: number of examples N that an epoch stands for.
         keys: names of the entries of batches that are mappings.
         on_epoch: called after every epoch with its record.
-        progress_bar: show one, if stderr is a terminal.
+        progress_bar: show one on stderr, or, where that is no terminal, a line for each epoch.
 
     Raises:
         UnsupportedParameterError: a parameter has no curvature block.

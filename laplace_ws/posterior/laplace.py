@@ -371,7 +371,7 @@ class Laplace(Predictive):
         progress_bar: bool = False,
         recheck: bool = True,
         averaged_with: tuple[CurvatureMatrix, float] | None = None,
-    ) -> None:
+    ) -> Laplace:
         """Compute the curvature at the current weights, in one pass over the data ("ekfac": two, "lowrank": many).
 
         Args:
@@ -383,6 +383,9 @@ class Laplace(Predictive):
                 that was checked before. A training that refits one network again and again may leave it out.
             averaged_with: a curvature at earlier weights, scaled to N like this one, and its weight in the mean with that at the current
                 weights: for tuning while training, where each fit sees few of the data. For structures that read the data once.
+
+        Returns:
+            The posterior itself, so that `la = Laplace(…).fit(train_loader)`.
 
         Raises:
             UnsupportedParameterError: a parameter that should be covered cannot be.
@@ -400,6 +403,7 @@ class Laplace(Predictive):
             recheck=flag("recheck", recheck),
             averaged_with=averaged_with,
         )
+        return self
 
     def check(self, x: Any) -> None:
         """Run the model on one batch and raise what a fit would raise, before any work is done.

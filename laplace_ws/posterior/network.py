@@ -134,10 +134,16 @@ class Network:
                     outputs.append(at_least_float32(call_model(self.model, own_copy(x))))
         return torch.stack(outputs)
 
-    def check_outputs(self, x: ModelInputs) -> None:
-        """Raise `InvalidBatchError` unless the outputs at the model's own weights are finite."""
+    def own_outputs(self, x: ModelInputs) -> Float[Tensor, "N ..."]:
+        """Outputs at the model's own weights, of at least float32.
+
+        Raises:
+            InvalidBatchError: they are not finite.
+        """
         with evaluation_mode(self.model), torch.no_grad():
-            check_finite(self.model, call_model(self.model, own_copy(x)))
+            f = at_least_float32(call_model(self.model, own_copy(x)))
+        check_finite(self.model, f)
+        return f
 
     def forget(self) -> None:
         """Look anew at the weights: whether they are those of a fit, and whether the model runs on others than its own."""
