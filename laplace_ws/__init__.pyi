@@ -56,6 +56,7 @@ from .files import FileFormatError
 from .kfac import KfacApprox, row_examples
 from .likelihoods import (
     Bernoulli,
+    BradleyTerry,
     Categorical,
     Gaussian,
     HeteroscedasticGaussian,
@@ -81,6 +82,7 @@ from .posterior import (
 __all__ = [
     "Backend",
     "Bernoulli",
+    "BradleyTerry",
     "Categorical",
     "Curvature",
     "CurvatureWarning",
