@@ -4,6 +4,9 @@ from . import (
     calibration as calibration,
 )
 from . import (
+    compat as compat,
+)
+from . import (
     curvature as curvature,
 )
 from . import (

@@ -1,4 +1,4 @@
-"""A plugin of pytest under which `import laplace` and what is below it give `laplace_ws.compat.laplace_torch`; it notes how each test ended."""
+"""A plugin of pytest that puts `laplace_ws.compat.laplace_torch` in the place of `laplace`, and notes how each test ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 THEIRS, OURS = "laplace", "laplace_ws.compat.laplace_torch"
 OUTCOMES = "PEER_SUITE_OUTCOMES"
-"""The variable that names the file for how the tests ended."""
+"""The variable of the environment that names the file for how the tests ended."""
 
 
 class Alias(MetaPathFinder, Loader):
@@ -31,13 +31,17 @@ class Alias(MetaPathFinder, Loader):
         module.__spec__ = self._own_spec  # the import has put its own in place
 
 
-sys.meta_path.insert(0, Alias())
 _outcomes: dict[str, str] = {}
 
 
+def pytest_configure() -> None:
+    sys.meta_path.insert(0, Alias())
+
+
 def pytest_runtest_logreport(report: Any) -> None:
-    if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
-        _outcomes[report.nodeid] = "xfailed" if hasattr(report, "wasxfail") else report.outcome
+    if report.when == "call" or report.outcome != "passed":
+        is_marked = hasattr(report, "wasxfail")
+        _outcomes[report.nodeid] = "passed" if is_marked and report.outcome == "skipped" else report.outcome
 
 
 def pytest_collectreport(report: Any) -> None:
@@ -46,5 +50,6 @@ def pytest_collectreport(report: Any) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    with open(os.environ[OUTCOMES], "w") as file:
-        json.dump(_outcomes, file)
+    if OUTCOMES in os.environ:
+        with open(os.environ[OUTCOMES], "w") as file:
+            json.dump(_outcomes, file)

@@ -76,7 +76,14 @@ def test_curvature_evidence_and_density(key, likelihood, make):
     a, b, _ = pair(likelihood, *key, make, prior_precision=0.6, prior_mean=0.1)
     close(dense(a.H), dense(b.H))
     close(dense(a.posterior_precision), dense(b.posterior_precision))
-    for name in ("loss", "log_likelihood", "scatter", "log_det_ratio", "log_det_posterior_precision", "prior_precision"):
+    for name in (
+        "loss",
+        "log_likelihood",
+        "scatter",
+        "log_det_ratio",
+        "log_det_posterior_precision",
+        "prior_precision",
+    ):
         close(getattr(a, name), getattr(b, name))
     assert (a.n_data, a.n_outputs, a.n_params, a.n_layers) == (b.n_data, b.n_outputs, b.n_params, b.n_layers)
     close(a.log_marginal_likelihood(), b.log_marginal_likelihood())
@@ -100,7 +107,9 @@ def test_predictions(key):
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-@pytest.mark.parametrize(("structure", "prior_structure"), [("kron", "layerwise"), ("full", "layerwise"), ("diag", "diag")])
+@pytest.mark.parametrize(
+    ("structure", "prior_structure"), [("kron", "layerwise"), ("full", "layerwise"), ("diag", "diag")]
+)
 def test_prior_precisions_chosen_by_the_evidence(structure, prior_structure, likelihood):
     a, b, _ = pair(likelihood, "all", structure)
     for la in (a, b):
@@ -119,13 +128,16 @@ def test_what_is_passed_to_the_evidence_is_kept(structure, likelihood):
     sigma = [torch.tensor(0.4, dtype=torch.float64, requires_grad=True) for _ in BOTH]
     is_regression = likelihood == "regression"
     values = [
-        la.log_marginal_likelihood(d, s if is_regression else None) for la, d, s in zip((a, b), delta, sigma, strict=True)
+        la.log_marginal_likelihood(d, s if is_regression else None)
+        for la, d, s in zip((a, b), delta, sigma, strict=True)
     ]
     close(*values)
     inputs = list(zip(delta, sigma, strict=True)) if is_regression else [(d,) for d in delta]
     gradients = [torch.autograd.grad(value, of) for value, of in zip(values, inputs, strict=True)]
     close(gradients[0][0], gradients[1][0])
-    if is_regression and structure != "kron":  # theirs leaves its log determinant out of the slope in σ, see test_numbers
+    if (
+        is_regression and structure != "kron"
+    ):  # theirs leaves its log determinant out of the slope in σ, see test_numbers
         close(gradients[0][1], gradients[1][1])
     close(a.prior_precision, delta[0])
     f = [la(x) for la in (a, b)]
@@ -135,7 +147,7 @@ def test_what_is_passed_to_the_evidence_is_kept(structure, likelihood):
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_the_temperature_divides_the_loss_and_not_the_normaliser(likelihood, temperature):
-    a, b, x = pair(likelihood, "all", "diag", temperature=temperature)
+    a, b, _ = pair(likelihood, "all", "diag", temperature=temperature)
     close(a.log_likelihood, b.log_likelihood)
     close(a.log_marginal_likelihood(), b.log_marginal_likelihood())
     close(a.posterior_variance, b.posterior_variance)

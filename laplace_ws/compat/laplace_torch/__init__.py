@@ -1,7 +1,7 @@
 """laplace-torch's names and calls: `from laplace_ws.compat.laplace_torch import Laplace` in place of `from laplace import Laplace`.
 
-Each of its posteriors holds one of ours, `posterior`, and translates: the order of arguments, defaults, shapes, and the few numbers that the
-two libraries mean differently, in which this module follows laplace-torch. `docs/from_laplace_torch.md` lists all differences.
+Each of its posteriors holds one of ours, `posterior`, and translates: the order of arguments, defaults, shapes, and the few numbers that
+the two libraries mean differently, in which this module follows laplace-torch. `docs/from_laplace_torch.md` lists all differences.
 """
 
 from laplace_ws.compat.laplace_torch.baselaplace import (

@@ -14,9 +14,7 @@ from torch.nn.utils import parameters_to_vector
 
 from laplace_ws.compat.laplace_torch.curvature.curvature import CurvatureInterface, loss_of
 from laplace_ws.compat.laplace_torch.curvature.curvlinops import CurvlinopsGGN
-from laplace_ws.compat.laplace_torch.hyperparameters import Hyperparameters
 from laplace_ws.compat.laplace_torch.likelihood import empirical_fisher_factor, likelihood_of
-from laplace_ws.compat.laplace_torch.predictions import Predictions
 from laplace_ws.compat.laplace_torch.state import fit_of_state, merged, state_of
 from laplace_ws.compat.laplace_torch.tuning import Tuning
 from laplace_ws.compat.laplace_torch.utils.data import on_device
@@ -38,7 +36,7 @@ __all__ = [
 ]
 
 
-class BaseLaplace(Predictions, Tuning, Hyperparameters):
+class BaseLaplace(Tuning):
     """A Laplace approximation of a network.
 
     Args:
@@ -280,8 +278,10 @@ class BaseLaplace(Predictions, Tuning, Hyperparameters):
 class ParametricLaplace(BaseLaplace):
     """A posterior over weights: its density, samples and files."""
 
-    H: Any
-    """Curvature at σ = 1 and τ = 1."""
+    @property
+    def H(self) -> Any:
+        """Curvature at σ = 1 and τ = 1, in the form of the structure."""
+        raise NotImplementedError
 
     def _init_H(self) -> None:
         """Forget the fit."""
@@ -360,8 +360,8 @@ class FullLaplace(ParametricLaplace):
     _structure = "full"
 
     @property
-    def H(self) -> Float[Tensor, "P P"]:
-        """Curvature at σ = 1 and τ = 1; zeros before a fit."""
+    def H(self) -> Any:
+        """Curvature at σ = 1 and τ = 1, `[P, P]`; zeros before a fit."""
         if self._posterior is None:
             n_params = len(self.prior_precision_diag)
             return torch.zeros(n_params, n_params, device=self._device, dtype=self._dtype)
@@ -393,8 +393,8 @@ class DiagLaplace(ParametricLaplace):
     _structure = "diag"
 
     @property
-    def H(self) -> Float[Tensor, " P"]:
-        """Curvature at σ = 1 and τ = 1; zeros before a fit."""
+    def H(self) -> Any:
+        """Curvature at σ = 1 and τ = 1, `[P]`; zeros before a fit."""
         if self._posterior is None:
             return torch.zeros_like(self.prior_precision_diag)
         found = self._posterior.H
@@ -474,7 +474,7 @@ class KronLaplace(ParametricLaplace):
         return Kron([[factor.to(self._dtype) for factor in F] for F in factors_of(found)]) * self._ef_factor
 
     @property
-    def H(self) -> Kron | KronDecomposed:
+    def H(self) -> Any:
         """Curvature at σ = 1 and τ = 1, by its eigenvectors; factors of zeros before a fit."""
         factors = self.H_facs
         if factors is None:
@@ -485,9 +485,7 @@ class KronLaplace(ParametricLaplace):
     def posterior_precision(self) -> KronDecomposed:
         """P = H/(τσ²) + Δ; an `AttributeError` before a fit."""
         _ = self.posterior
-        H = self.H
-        assert isinstance(H, KronDecomposed)
-        return H * self._H_factor + self.prior_precision
+        return self.H * self._H_factor + self.prior_precision
 
 
 class LowRankLaplace(ParametricLaplace):
@@ -541,7 +539,7 @@ class LowRankLaplace(ParametricLaplace):
         super().fit(train_loader, override, progress_bar)
 
     @property
-    def H(self) -> tuple[Float[Tensor, "P k"], Float[Tensor, " k"]] | None:
+    def H(self) -> Any:
         """Eigenvectors and eigenvalues at σ = 1 and τ = 1; None before a fit."""
         if self._posterior is None:
             return None
@@ -553,9 +551,8 @@ class LowRankLaplace(ParametricLaplace):
     def posterior_precision(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Eigenvectors and eigenvalues of H/(τσ²), and Δ."""
         _ = self.posterior
-        found = self.H
-        assert found is not None
-        return (found[0], self._H_factor * found[1]), self.prior_precision_diag
+        vectors, values = self.H
+        return (vectors, self._H_factor * values), self.prior_precision_diag
 
 
 class FunctionalLaplace:

@@ -39,8 +39,6 @@ class LLLaplace(ParametricLaplace):
         asdl_fisher_kwargs: None.
     """
 
-    model: FeatureExtractor
-
     def __init__(
         self,
         model: nn.Module,
@@ -80,23 +78,28 @@ class LLLaplace(ParametricLaplace):
         if extractor.last_layer is None:
             self.mean = None
 
+    @property
+    def _extractor(self) -> FeatureExtractor:
+        assert isinstance(self.model, FeatureExtractor)
+        return self.model
+
     def _set_sizes(self, parameters: list[nn.Parameter]) -> None:
         self.n_params = self.n_layers = None
-        if self.model.last_layer is not None:
+        if self._extractor.last_layer is not None:
             super()._set_sizes(self._covered)
 
     @property
     def _covered(self) -> list[nn.Parameter]:
-        layer = self.model.last_layer
+        layer = self._extractor.last_layer
         return [] if layer is None else list(layer.parameters())
 
     @property
     def _network(self) -> nn.Module:
-        return self.model.model
+        return self._extractor.model
 
     @property
     def _subset(self) -> dict[str, Any]:
-        return {"subset_of_weights": [str(self.model._last_layer_name)]}
+        return {"subset_of_weights": [str(self._extractor._last_layer_name)]}
 
     def fit(self, train_loader: Any, override: bool = True, progress_bar: bool = False) -> None:
         """See `BaseLaplace.fit`; data are not added."""
@@ -105,7 +108,7 @@ class LLLaplace(ParametricLaplace):
         super().fit(train_loader, override, progress_bar)
 
     def _prepare(self, train_loader: Any) -> None:
-        if self.model.last_layer is None:
+        if self._extractor.last_layer is None:
             self.data = next(iter(train_loader))
             self._find_last_layer(self.data)
 
@@ -113,7 +116,7 @@ class LLLaplace(ParametricLaplace):
     def _find_last_layer(self, batch: Any) -> None:
         """Run the network on a batch, and check the prior now that it is known of how many weights it is."""
         is_mapping = isinstance(batch, Mapping)
-        self.model.find_last_layer(moved(batch if is_mapping else batch[0][:1], self._device))
+        self._extractor.find_last_layer(moved(batch if is_mapping else batch[0][:1], self._device))
         self._set_sizes(self._covered)
         self.prior_precision, self.prior_mean = self._prior_precision, self._prior_mean
 
@@ -136,7 +139,7 @@ class LLLaplace(ParametricLaplace):
                 f"the saved posterior has last_layer_name={state_dict['_last_layer_name']!r}, this one {self._last_layer_name!r}."
             )
         self.data = state_dict["data"]
-        if self.data is not None and self.model.last_layer is None:
+        if self.data is not None and self._extractor.last_layer is None:
             self._find_last_layer(self.data)
         super().load_state_dict(state_dict)
 
@@ -147,7 +150,7 @@ class FullLLLaplace(LLLaplace, FullLaplace):
     _key = ("last_layer", "full")
 
     @property
-    def H(self) -> Float[Tensor, "P P"] | None:
+    def H(self) -> Any:
         """See `FullLaplace.H`; None while the last layer is not known."""
         return None if self.n_params is None else FullLaplace.H.fget(self)  # pyright: ignore
 
@@ -158,7 +161,7 @@ class DiagLLLaplace(LLLaplace, DiagLaplace):
     _key = ("last_layer", "diag")
 
     @property
-    def H(self) -> Float[Tensor, " P"] | None:
+    def H(self) -> Any:
         """See `DiagLaplace.H`; None while the last layer is not known."""
         return None if self.n_params is None else DiagLaplace.H.fget(self)  # pyright: ignore
 

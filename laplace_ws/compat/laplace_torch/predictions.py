@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws.compat.laplace_torch.hyperparameters import Hyperparameters
 from laplace_ws.compat.laplace_torch.utils.data import moved
 from laplace_ws.compat.laplace_torch.utils.enums import Likelihood, LinkApprox, PredType
 from laplace_ws.likelihoods import Categorical, links
 from laplace_ws.posterior import Laplace as Posterior
 
 
-class Predictions:
-    """The prediction methods of a posterior."""
+class Predictions(Hyperparameters, ABC):
+    """The prediction methods of a posterior.
+
+    Attributes:
+        likelihood: "classification", "regression" or "reward_modeling".
+        enable_backprop: whether predictions keep the graph to the inputs.
+    """
 
     likelihood: str
     enable_backprop: bool
 
-    if TYPE_CHECKING:
-
-        @property
-        def posterior(self) -> Posterior:
-            """Ours, at the current hyperparameters."""
-            ...
-
-        @property
-        def _device(self) -> torch.device: ...
-
-        @property
-        def _dtype(self) -> torch.dtype: ...
+    @property
+    @abstractmethod
+    def posterior(self) -> Posterior:
+        """Our posterior, at the current hyperparameters; an `AttributeError` before a fit."""
 
     def __call__(
         self,

@@ -135,7 +135,7 @@ class FullSubnetLaplace(SubnetLaplace, FullLaplace):
     _key = ("subnetwork", "full")
 
     @property
-    def H(self) -> Float[Tensor, "D D"]:
+    def H(self) -> Any:
         """See `FullLaplace.H`."""
         return self._as_given(FullLaplace.H.fget(self), axes=None)  # pyright: ignore
 
@@ -146,7 +146,7 @@ class DiagSubnetLaplace(SubnetLaplace, DiagLaplace):
     _key = ("subnetwork", "diag")
 
     @property
-    def H(self) -> Float[Tensor, " D"]:
+    def H(self) -> Any:
         """See `DiagLaplace.H`."""
         return self._as_given(DiagLaplace.H.fget(self))  # pyright: ignore
 

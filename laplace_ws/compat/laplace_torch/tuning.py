@@ -6,50 +6,31 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torchmetrics
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws.compat.laplace_torch.predictions import Predictions
 from laplace_ws.compat.laplace_torch.utils.data import on_device
 from laplace_ws.compat.laplace_torch.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod
 from laplace_ws.compat.laplace_torch.utils.metrics import RunningNLLMetric
 from laplace_ws.compat.laplace_torch.utils.utils import Loss, Scorer
-from laplace_ws.posterior import Laplace as Posterior
 
 OURS = {PriorStructure.SCALAR: "scalar", PriorStructure.LAYERWISE: "parameter", PriorStructure.DIAG: "weight"}
 """Our name of each structure: theirs calls a parameter tensor a layer."""
 
 
-class Tuning:
-    """`optimize_prior_precision` of a posterior."""
+class Tuning(Predictions):
+    """`optimize_prior_precision` of a posterior.
 
-    likelihood: str
+    Attributes:
+        dict_key_y: the entry with the targets, of batches that are mappings.
+    """
+
     dict_key_y: str
-    n_outputs: Any
-    prior_precision: Any
-
-    if TYPE_CHECKING:
-
-        @property
-        def posterior(self) -> Posterior:
-            """Ours, at the current hyperparameters."""
-            ...
-
-        @property
-        def _device(self) -> torch.device: ...
-
-        @property
-        def _dtype(self) -> torch.dtype: ...
-
-        @staticmethod
-        def _probabilities(f: Tensor, spread: Tensor, link: LinkApprox, n_samples: int) -> Tensor: ...
-
-        def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-            """A prediction."""
-            ...
 
     def optimize_prior_precision(
         self,
@@ -132,7 +113,11 @@ class Tuning:
         """The loss of each point of a grid."""
         if loss is None:
             is_regression = self.likelihood == Likelihood.REGRESSION
-            metric = torchmetrics.MeanSquaredError(num_outputs=self.n_outputs) if is_regression else RunningNLLMetric()
+            metric = (
+                torchmetrics.MeanSquaredError(num_outputs=self.posterior.n_outputs or 1)
+                if is_regression
+                else RunningNLLMetric()
+            )
             loss = metric.to(self._device)
         scorers = [Scorer(loss) for _ in grid]
         for x, y in on_device(val_loader, self._device, self.dict_key_y).pairs():

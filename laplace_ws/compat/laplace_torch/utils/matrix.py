@@ -70,7 +70,9 @@ class Kron:
     def decompose(self, damping: bool = False) -> KronDecomposed:
         """The eigenvectors and eigenvalues of every factor."""
         pairs = [[_eigen(factor) for factor in F] for F in self.kfacs]
-        return KronDecomposed([[Q for _, Q in F] for F in pairs], [[values for values, _ in F] for F in pairs], damping=damping)
+        return KronDecomposed(
+            [[Q for _, Q in F] for F in pairs], [[values for values, _ in F] for F in pairs], damping=damping
+        )
 
     def bmm(self, W: Tensor, exponent: float = 1) -> Tensor:
         """The product with vectors over all weights, `[P]`, `[N, P]` or `[N, C, P]`."""
