@@ -297,6 +297,53 @@ def test_rewards_from_comparisons():
     close(preferred.sum(1), torch.ones(9, dtype=torch.float64))
 
 
+def test_labels_of_minus_100_do_not_count():
+    x, y = loader("classification").dataset.tensors
+    y = y.clone()
+    y[2:4] = -100
+    la = Laplace(mlp(), "classification", "all", "full")
+    la.fit(DataLoader(TensorDataset(x, y), batch_size=4))
+    counted = y != -100
+    close(la.H, exact.ggn(la.model, "classification", x[counted], y[counted]))
+    close(la.loss, nn.functional.cross_entropy(la.model(x), y, reduction="sum").detach())
+
+
+def test_a_network_that_has_changed_since_the_fit_does_not_predict():
+    la, x, _ = fitted()
+    assert not la.model.training
+    with torch.no_grad():
+        la.model[0].weight.mul_(2)
+    with pytest.raises(ValueError, match="load_mean"):
+        la(x)
+    last, x, _ = fitted(subset="last_layer")
+    assert last.model.model is not la.model
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize("backend", [CurvlinopsGGN, AsdlGGN, BackPackGGN])
+def test_batches_that_are_mappings(backend, subset):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, data):
+            return self.net(data["features"])
+
+    x, y = loader("classification").dataset.tensors
+    rows = [{"features": a, "target": b} for a, b in zip(x, y, strict=True)]
+    keys = {"dict_key_x": "features", "dict_key_y": "target"}
+    la = Laplace(Net(), "classification", subset, "kron", backend=backend, **keys)
+    la.fit(DataLoader(rows, batch_size=4))
+    plain = Laplace(mlp(), "classification", subset, "kron", backend=backend)
+    plain.fit(loader("classification"))
+    close(la.log_marginal_likelihood(), plain.log_marginal_likelihood())
+    close(la({"features": x}), plain(x))
+    la.optimize_prior_precision(method="gridsearch", val_loader=DataLoader(rows, batch_size=4), grid_size=3)
+    plain.optimize_prior_precision(method="gridsearch", val_loader=loader("classification"), grid_size=3)
+    close(la.prior_precision, plain.prior_precision)
+
+
 CALLS = [
     (lambda: Laplace(mlp(), "poisson"), ValueError, "'poisson' is not a valid Likelihood"),
     (lambda: Laplace(mlp(), "classification", "all", "gp"), NotImplementedError, "not offered here"),

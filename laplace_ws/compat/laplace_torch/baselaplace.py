@@ -23,6 +23,7 @@ from laplace_ws.compat.laplace_torch.utils.matrix import Kron, KronDecomposed, f
 from laplace_ws.compat.laplace_torch.utils.utils import invsqrt_precision
 from laplace_ws.matrices import Dense, Diag, LowRank
 from laplace_ws.matrices import Kron as OurKron
+from laplace_ws.posterior import Fit
 from laplace_ws.posterior import Laplace as Posterior
 
 __all__ = [
@@ -422,6 +423,7 @@ class KronLaplace(ParametricLaplace):
 
     _key = ("all", "kron")
     _structure = "kron"
+    _decomposed: tuple[Fit, KronDecomposed] | None = None
 
     def __init__(
         self,
@@ -477,9 +479,12 @@ class KronLaplace(ParametricLaplace):
     def H(self) -> Any:
         """Curvature at σ = 1 and τ = 1, by its eigenvectors; factors of zeros before a fit."""
         factors = self.H_facs
-        if factors is None:
+        if factors is None or self._posterior is None:
             return Kron.init_from_model(self._covered, self._device, self._dtype)
-        return factors.decompose(damping=self.damping)
+        fit = self._posterior.fitted
+        if self._decomposed is None or self._decomposed[0] is not fit:
+            self._decomposed = fit, factors.decompose(damping=self.damping)
+        return self._decomposed[1]
 
     @property
     def posterior_precision(self) -> KronDecomposed:
