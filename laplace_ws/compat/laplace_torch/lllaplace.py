@@ -76,7 +76,7 @@ class LLLaplace(ParametricLaplace):
         self._backend_kwargs["last_layer"] = True
         self.data: Any = None
         if extractor.last_layer is None:
-            self.mean = None
+            self.mean: Tensor | None = None
 
     @property
     def _extractor(self) -> FeatureExtractor:
@@ -84,7 +84,8 @@ class LLLaplace(ParametricLaplace):
         return self.model
 
     def _set_sizes(self, parameters: list[nn.Parameter]) -> None:
-        self.n_params = self.n_layers = None
+        self.n_params: int | None = None
+        self.n_layers: int | None = None
         if self._extractor.last_layer is not None:
             super()._set_sizes(self._covered)
 
@@ -212,7 +213,7 @@ class KronLLLaplace(LLLaplace, KronLaplace):
             backend_kwargs,
             asdl_fisher_kwargs,
         )
-        self.damping = damping
+        self.damping: bool = damping
 
     @property
     def H(self) -> Any:

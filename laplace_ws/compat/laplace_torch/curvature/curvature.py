@@ -57,12 +57,13 @@ class CurvatureInterface:
         self.likelihood = likelihood
         self.last_layer = last_layer
         self.subnetwork_indices = subnetwork_indices
-        self.dict_key_x, self.dict_key_y = dict_key_x, dict_key_y
+        self.dict_key_x: str = dict_key_x
+        self.dict_key_y: str = dict_key_y
         is_regression = likelihood == Likelihood.REGRESSION
         self.lossfunc: nn.Module = (
             nn.MSELoss(reduction="sum") if is_regression else nn.CrossEntropyLoss(reduction="sum")
         )
-        self.factor = 0.5 if is_regression else 1.0
+        self.factor: float = 0.5 if is_regression else 1.0
 
     @classmethod
     def options(cls, backend_kwargs: MutableMapping[str, Any]) -> dict[str, Any]:
@@ -214,7 +215,8 @@ class GGNInterface(CurvatureInterface):
         num_samples: int = 1,
     ) -> None:
         super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
-        self.stochastic, self.num_samples = stochastic, num_samples
+        self.stochastic: bool = stochastic
+        self.num_samples: int = num_samples
 
     @classmethod
     def options(cls, backend_kwargs: MutableMapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,9 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         self.model = model
         self.enable_backprop = enable_backprop
-        self.feature_reduction = None if feature_reduction is None else FeatureReduction(feature_reduction)
+        self.feature_reduction: FeatureReduction | None = (
+            None if feature_reduction is None else FeatureReduction(feature_reduction)
+        )
         self.last_layer = None
         self._last_layer_name: str | None = None
         self._features: Tensor | None = None

@@ -118,7 +118,7 @@ class KronDecomposed:
         self.eigenvectors = eigenvectors
         self.eigenvalues = eigenvalues
         self.deltas: Tensor = eigenvalues[0][0].new_zeros(len(self)) if deltas is None else deltas
-        self.damping = damping
+        self.damping: bool = damping
         self._check_deltas(self.deltas)
 
     def __len__(self) -> int:

@@ -174,7 +174,7 @@ class LargestVarianceSWAGSubnetMask(ScoreBasedSubnetMask):
         super().__init__(model, n_params_subnet)
         losses: dict[str, Callable[[Tensor, Tensor], Tensor]]
         losses = {"classification": nn.CrossEntropyLoss(), "regression": nn.MSELoss()}
-        self.likelihood = Likelihood(likelihood)
+        self.likelihood: Likelihood = Likelihood(likelihood)
         if self.likelihood.value not in losses:
             raise ValueError(f"SWAG is for classification and regression, not for {self.likelihood.value!r}.")
         self._loss = losses[self.likelihood.value]
