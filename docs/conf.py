@@ -16,6 +16,8 @@ release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["measured/*.md"]  # tables that benchmarks.md holds too
 
+autodoc_mock_imports = ["lightning", "transformers"]  # which only their callbacks import
+
 html_theme = "furo"
 html_title = f"laplace_ws {__version__}"
 

@@ -14,7 +14,7 @@ import torchvision
 from tqdm import tqdm
 
 from laplace_ws import Laplace, UnsupportedParameterError
-from laplace_ws.curvature import BACKENDS
+from laplace_ws.curvature import FACTOR_BACKENDS
 
 IMAGE_SIZES = {
     "alexnet": 96,
@@ -61,9 +61,9 @@ def main() -> None:
     for name in names:
         if name not in IMAGE_SIZES:
             parser.error(f"unknown model {name!r}: choose of {', '.join(IMAGE_SIZES)}")
-    print(f"| | {' | '.join(BACKENDS)} |\n{'|---' * (len(BACKENDS) + 1)}|")
+    print(f"| | {' | '.join(FACTOR_BACKENDS)} |\n{'|---' * (len(FACTOR_BACKENDS) + 1)}|")
     for name in tqdm(names, unit="model", disable=None):
-        answers = [answer(name, backend) for backend in BACKENDS]
+        answers = [answer(name, backend) for backend in FACTOR_BACKENDS]
         tqdm.write(f"| {name} | {' | '.join(answers)} |")
 
 

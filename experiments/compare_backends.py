@@ -23,7 +23,7 @@ from study import read_config, write_result
 from torch import nn
 from tqdm import tqdm
 
-from laplace_ws.curvature import BACKENDS, kron_factors
+from laplace_ws.curvature import FACTOR_BACKENDS, kron_factors
 from laplace_ws.matrices import Kron
 from laplace_ws.models import MLP, Norm
 
@@ -87,7 +87,7 @@ def largest_difference(config: CompareConfig, model: nn.Module, curvature: str, 
     x, y = make_batch(config.n_images_compared, config.n_classes, config.image_size, config.seed)
     model, data = model.double(), [(x.double(), y)]
     krons = []
-    for backend in BACKENDS:
+    for backend in FACTOR_BACKENDS:
         generator = torch.Generator().manual_seed(config.seed)
         options = {"curvature": curvature, "kfac_approx": approx, "backend": backend, "generator": generator}
         krons.append(kron_factors(model, "classification", data, **options))
@@ -101,7 +101,7 @@ def times(config: CompareConfig, model: nn.Module, curvature: str, approx: str) 
     """Median CPU time of each backend for one batch, and of a training step, in seconds."""
     x, y = make_batch(config.n_images, config.n_classes, config.image_size, config.seed)
     work: dict[str, Callable[[], None]] = {"training step": TrainingStep(model, x, y)}
-    for name in BACKENDS:
+    for name in FACTOR_BACKENDS:
         work[name] = prepare(Setting(model, x, y, approx, curvature), backend=name)
     for do in work.values():
         do()  # the check, and what a backend does once for a model
@@ -120,7 +120,7 @@ def compare(config: CompareConfig) -> list[dict]:
         model = make_model(config, network)
         difference = largest_difference(config, model, curvature, approx)
         seconds = times(config, model, curvature, approx)
-        in_steps = {name: seconds[name] / seconds["training step"] for name in BACKENDS}
+        in_steps = {name: seconds[name] / seconds["training step"] for name in FACTOR_BACKENDS}
         setting = {"network": network, "curvature": curvature, "kfac_approx": approx}
         rows.append({**setting, **difference, "in_training_steps": in_steps, "seconds": seconds})
     return rows
@@ -129,11 +129,11 @@ def compare(config: CompareConfig) -> list[dict]:
 def as_markdown(rows: list[dict]) -> str:
     """The table that is printed."""
     lines = [
-        f"| network | curvature | approximation | largest difference of a factor | {' | '.join(BACKENDS)} |",
-        "|---" * (4 + len(BACKENDS)) + "|",
+        f"| network | curvature | approximation | largest difference of a factor | {' | '.join(FACTOR_BACKENDS)} |",
+        "|---" * (4 + len(FACTOR_BACKENDS)) + "|",
     ]
     for row in rows:
-        cells = " | ".join(f"{row['in_training_steps'][name]:.2f}" for name in BACKENDS)
+        cells = " | ".join(f"{row['in_training_steps'][name]:.2f}" for name in FACTOR_BACKENDS)
         setting = f"{row['network']} | {row['curvature']} | {row['kfac_approx']}"
         lines.append(f"| {setting} | {row['largest_difference']:.1e} ({row['factor']}) | {cells} |")
     return "\n".join(lines)

@@ -17,6 +17,10 @@ class NotFittedError(RuntimeError):
     """A posterior was asked for something that only a fit can give."""
 
 
+class NotEnoughMemoryError(MemoryError):
+    """What was asked for takes more memory than is free; the message says how much, and what takes less."""
+
+
 class NumericalRepairWarning(UserWarning):
     """A number was repaired (clamped, floored); the message says which and by how much."""
 

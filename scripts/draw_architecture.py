@@ -25,7 +25,7 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"cli": 2},
     {"report": 2},
     {"calibration": 1, "selection": 3},
-    {"experiment": 2},
+    {"experiment": 2, "sklearn": 3, "callbacks": 1},
     {"compat": 1, "marglik": 2, "optim": 3},
     {"posterior": 2},
     {"curvature": 2},
@@ -33,7 +33,7 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"likelihoods": 3},
     {"matrices": 1, "metrics": 3, "models": 0, "data": 4},
     {"saved": 0, "options": 1, "records": 2, "tables": 3, "interrupts": 4},
-    {"option_errors": 1},
+    {"option_errors": 1, "memory": 2},
     {
         "_version": 0,
         "errors": 1,

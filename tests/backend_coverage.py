@@ -11,9 +11,9 @@ from pathlib import Path
 
 from cases import Case, LinearCase
 
-from laplace_ws.curvature import BACKENDS
+from laplace_ws.curvature import FACTOR_BACKENDS
 
-BACKEND_NAMES = list(BACKENDS)
+BACKEND_NAMES = list(FACTOR_BACKENDS)
 
 NO_MODULE = r"belongs to an? {}, which ASDL has no operation for; freeze it .* or choose backend=\"native\""
 OPAQUE = r"'{}' is used by {}, which has no curvature block; freeze it .* or choose backend=\"native\""
@@ -32,10 +32,20 @@ REFUSED: dict[str, dict[str, str]] = {
         "adapters-bare": NO_MODULE.format("LowRankAdapters"),
         "transformer-encoder-layer": NO_MODULE.format("MultiheadAttention"),
         "cross-attention": NO_MODULE.format("MultiheadAttention"),
+        "recurrent": NO_MODULE.format("LSTM"),
+        "einsum-attention": NO_MODULE.format("EinsumAttention"),
+        "experts": NO_MODULE.format("Experts"),
+        "time-first": NO_MODULE.format("MultiheadAttention"),
+        "expressions": NO_MODULE.format("Expressions"),
     },
     "backpack": {
         "transformer-encoder-layer": OPAQUE.format("1.self_attn.in_proj_weight", "TransformerEncoderLayer"),
         "cross-attention": OPAQUE.format("attention.in_proj_weight", "MultiheadAttention"),
+        "recurrent": OPAQUE.format("lstm.weight_ih_l0", "LSTM"),
+        "einsum-attention": OPAQUE.format("q", "einsum"),
+        "experts": r"Experts cannot be traced for BackPACK .* or choose backend=\"native\"",
+        "time-first": OPAQUE.format("layer.self_attn.in_proj_weight", "TransformerEncoderLayer"),
+        "expressions": OPAQUE.format("log_scale", "exp"),
     },
 }
 """The error of each backend on the cases that it does not cover, as a regular expression."""
@@ -81,6 +91,14 @@ ROWS = {
         *("positions", "positions-as-many-as-examples")
     ],
     "message passing on batches of graphs": ["message-passing"],
+    "transposed convolutions, as in U-Nets": ["u-net"],
+    "`nn.LSTM`, `nn.GRU`, `nn.RNN` and their cells": ["recurrent"],
+    "products of any form: `einsum`, `tensordot`, `bmm`, `addmm`, weights on the left, stacked, split or viewed": [
+        "einsum-attention"
+    ],
+    "mixtures of experts with masked routing": ["experts"],
+    "layers that take the time as their first axis": ["time-first"],
+    "parameters that enter by what is computed from them: exponentiated, added, masked, multiplied": ["expressions"],
 }
 """Lines of the table, and the cases that they stand for."""
 

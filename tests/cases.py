@@ -231,6 +231,12 @@ CASES = [
     Case("adapters", lambda: nets.LowRankAdapters(False), _vectors),
     Case("adapters-bare", lambda: nets.LowRankAdapters(True), _vectors),
     Case("message-passing", nets.MessagePassing, nets.graphs),
+    Case("u-net", nets.UNet, _images, target_shape=(N, 16)),
+    Case("recurrent", nets.Recurrent, _sequences),
+    Case("einsum-attention", nets.EinsumAttention, _sequences),
+    Case("experts", nets.Experts, _sequences),
+    Case("time-first", nets.TimeFirst, _sequences),
+    Case("expressions", nets.Expressions, _sequences),
 ]
 
 WIDE_RESNETS = [

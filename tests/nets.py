@@ -297,3 +297,88 @@ def encoder() -> nn.Module:
 
 def mlp(n_outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, n_outputs))
+
+
+class UNet(nn.Module):
+    """Down and up again by a transposed convolution, beside a skip; one row of outputs per pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(2, 3, 2, stride=2), nn.ConvTranspose2d(3, 2, 2, stride=2)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up(torch.tanh(self.down(x)))
+        return self.head(torch.cat([x, torch.tanh(up)], 1)).flatten(2).transpose(1, 2)
+
+
+class Recurrent(nn.Module):
+    """An LSTM in both directions, and a GRU over its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 2, batch_first=True, bidirectional=True)
+        self.gru, self.head = nn.GRU(4, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(self.lstm(x)[0])[1][0])
+
+
+class EinsumAttention(nn.Module):
+    """Attention with a weight for each head, as einsum has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(3, 2, 2)) for _ in range(3))
+        self.o = nn.Parameter(torch.randn(2, 2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.einsum("ntd,dhe->nhte", x, w) for w in (self.q, self.k, self.v))
+        return torch.einsum("nhte,hed->ntd", (q @ k.mT).softmax(-1) @ v, self.o).mean(1)
+
+
+class Experts(nn.Module):
+    """Tokens routed to stacked experts by a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.w, self.b = (
+            nn.Linear(3, 3),
+            nn.Parameter(torch.randn(3, 3, 3)),
+            nn.Parameter(torch.randn(3, 3)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inner(x))
+        chosen, out = h.detach().argmax(-1), torch.zeros_like(h)
+        for expert in range(3):
+            mask = chosen == expert
+            if mask.any():
+                out[mask] = torch.tanh(nn.functional.linear(h[mask], self.w[expert], self.b[expert]))
+        return out.sum(1)
+
+
+class TimeFirst(nn.Module):
+    """An encoder layer that takes the time as its first axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, batch_first=False)
+        self.inner = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.inner(x).transpose(0, 1)).mean(0)
+
+
+class Expressions(nn.Module):
+    """Parameters that enter by what is computed from them: a scale kept positive, positions of rows and columns, a merged adapter."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale, self.rows, self.columns = (nn.Parameter(torch.randn(s)) for s in ((3,), (4, 1), (1, 3)))
+        self.w, self.a, self.b = (nn.Parameter(torch.randn(s)) for s in ((3, 3), (3, 1), (1, 3)))
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(x * self.log_scale.exp() + (self.rows + self.columns))
+        return self.head(nn.functional.linear(h, self.w + self.a @ self.b).tanh().mean(1))

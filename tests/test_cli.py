@@ -17,7 +17,7 @@ import yaml
 from times import TIMES
 
 from laplace_ws.cli import bundled_configs, main, parse
-from laplace_ws.curvature import BACKENDS
+from laplace_ws.curvature import FACTOR_BACKENDS
 from laplace_ws.experiment import run as experiment
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.records import read_run
@@ -198,6 +198,15 @@ def test_resume_after_an_interrupt_gives_the_same_files(config_file, finished, t
     assert results(tmp_path / "runs" / "tiny") == results(finished)
 
 
+def test_without_a_terminal_each_network_says_its_epochs(config_file, capsys):
+    assert main(["train", "--config", str(config_file), "--baselines.fixed_prior_precisions", "[0.5]"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(", loss ")[0] for line in said] == [
+        f"tiny {run}: epoch {epoch}/4" for run in ("tuned", "fixed-0.5") for epoch in range(1, 5)
+    ]
+    assert ["log marginal likelihood -" in line for line in said] == [False, True, True, True] + 4 * [False]
+
+
 def test_report_is_written_and_named(config_file, tmp_path, capsys):
     assert (
         main(["train", "--config", str(config_file), "--report", "true", "--baselines.fixed_prior_precisions", "[]"])
@@ -228,7 +237,7 @@ def test_every_field_can_be_overridden(config_file):
     assert config.baselines.fixed_prior_precisions == [1.0, 2.5]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FACTOR_BACKENDS)
 def test_a_run_with_each_backend(config_file, tmp_path, backend):
     arguments = [f"--config={config_file}", "--out", str(tmp_path), "--marglik.backend", backend, "--report", "false"]
     config, _ = parse_train([*arguments, "--baselines.fixed_prior_precisions", "[]"])

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import re
+import shlex
+import sys
 import types
 from collections import OrderedDict
 from pathlib import Path
@@ -13,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import laplace_ws
+from laplace_ws.cli import main
 
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "docs" / "guide").glob("*.md"))
@@ -21,6 +24,13 @@ EXAMPLES = [
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
 ]
+NEEDS = {
+    "scikit_learn.md": ("sklearn",),
+    "training_loops.md": ("lightning", "transformers", "tensorboard"),
+}
+"""Libraries that a page is about, without which it is not run."""
+RUN = ("python", "bash", "yaml")
+"""Blocks that `run_block` knows."""
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
@@ -42,23 +52,38 @@ def test_example_runs(code, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
 def test_guide_prints_what_it_says(path, tmp_path, monkeypatch):
     """The blocks of a page run in order in one namespace; what one prints is the text block after it."""
+    for library in NEEDS.get(path.name, ()):
+        pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # a command adds the current folder
     namespace: dict = {"__name__": path.stem}
     n_shown = 0
-    for number, (code, shown) in enumerate(blocks(path.read_text())):
+    for number, (kind, code, shown) in enumerate(blocks(path.read_text())):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(code, f"{path.name}, block {number}", "exec"), namespace)
+            run_block(kind, code, f"{path.name}, block {number}", namespace)
         assert_says(printed.getvalue(), shown)
         n_shown += bool(shown)
     assert n_shown, "the page shows no result"
 
 
-def blocks(page: str) -> list[tuple[str, str]]:
-    """Each Python block with the text block that follows it directly, "" where none does."""
+def run_block(kind: str, code: str, name: str, namespace: dict) -> None:
+    """Run Python code; write a file whose name is its first line; run commands for such a file, whose tables are not compared."""
+    first = code.partition("\n")[0]
+    if re.fullmatch(r"# \w+\.(py|yaml)", first):
+        Path(first[2:]).write_text(code)
+    elif first.startswith("laplace-ws ") and list(Path().glob("*.py")):
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert [main(shlex.split(line)[1:]) for line in code.splitlines()] == [0] * len(code.splitlines())
+    elif kind == "python":
+        exec(compile(code, name, "exec"), namespace)
+
+
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    """Each block of Python, commands or a file with the text block that follows it directly, "" where none does."""
     found = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     pairs = zip(found, [*found[1:], ("", "")], strict=True)
-    return [(body, after[1] if after[0] == "text" else "") for (kind, body), after in pairs if kind == "python"]
+    return [(kind, body, after[1] if after[0] == "text" else "") for (kind, body), after in pairs if kind in RUN]
 
 
 def assert_says(printed: str, shown: str) -> None:
@@ -91,7 +116,8 @@ def test_outputs_are_compared_to_the_last_digits(printed, shown, agree):
 
 def test_the_blocks_of_a_page():
     page = "a\n```python\nx = 1\n```\nb\n\n```python\nprint(x)\n```\n\nIt says\n\n```text\n1\n```\n\n```bash\nls\n```\n"
-    assert blocks(page) == [("x = 1\n", ""), ("print(x)\n", "1\n")]
+    expected = [("python", "x = 1\n", ""), ("python", "print(x)\n", "1\n"), ("bash", "ls\n", "")]
+    assert blocks(page) == expected
 
 
 def test_the_reference_names_all_that_is_public():

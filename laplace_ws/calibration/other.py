@@ -69,9 +69,10 @@ def load_other(config: CalibrateConfig, trained: TrainedRun, given: str, option:
 def _images_of(run: RunConfig, config: CalibrateConfig) -> dict[str, Any]:
     """What says which images a run was trained on; folders of images are told apart by their place, unless another one is given now."""
     d = run.data
-    has_place = d.name == "image-folder" and config.data.root is None
+    has_place = (d.name == "image-folder" or d.factory is not None) and config.data.root is None
     return {
-        "name": d.name,
+        "name": None if d.factory else d.name,
+        "factory": d.factory,
         "root": Path(d.root).absolute().as_posix() if has_place else None,
         "n_train": d.n_train,
         "seed": None if d.n_train is None else run.data_seed,

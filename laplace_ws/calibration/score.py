@@ -52,6 +52,11 @@ def load_scored_images(config: CalibrateConfig, trained: TrainedRun) -> ScoredIm
         ValueError: they have another shape, or a subset is larger than its data set.
     """
     data, n = trained.data, config.data.n_corrupted
+    if not data.has_pixels and (config.data.corruptions or config.data.ood):
+        raise ValueError(
+            f"data.corruptions and data.ood need images of known pixels, which the tensors of {data.name} are not; leave them out, "
+            "--data.corruptions [], or let the function return a laplace_ws.data.ImageData."
+        )
     if n is not None and not 1 <= n <= len(data.y_test):
         raise ValueError(f"data.n_corrupted={n} must be from 1 to {len(data.y_test)}, the number of test images")
     chosen = slice(None) if n is None else balanced_indices(data.y_test, n, seed=config.seed).to(data.x_test.device)

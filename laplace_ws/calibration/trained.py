@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laplace_ws.calibration.config import CalibrateConfig
-from laplace_ws.data import ImageData, balanced_indices, load_dataset
+from laplace_ws.data import ImageData, balanced_indices
 from laplace_ws.experiment.config import RunConfig, read_config
 from laplace_ws.experiment.folder import CONFIG, ExperimentError, Json, Task, check_whole
 from laplace_ws.experiment.kept import kept_by_training
-from laplace_ws.experiment.run import device_of, load_data
+from laplace_ws.experiment.run import load_data
 from laplace_ws.matrices import by_parameter
 
 
@@ -56,7 +56,8 @@ class TrainedRun:
 
 
 def load_trained(config: CalibrateConfig) -> TrainedRun:
-    """Rebuild network and data of a training run; no code from its files is run.
+    """Rebuild network and data of a training run. No code from its files is run; where it was trained with a factory, the function that
+    its configuration names is imported and called, as it was by the training.
 
     Raises:
         ExperimentError: there is no checkpoint or configuration, or they do not fit together.
@@ -118,11 +119,7 @@ def _validation_images(run: RunConfig, data: ImageData, n_validation: int | None
     """The training images that the run left out, as the run itself would have held them out, or a part of them."""
     if run.data.n_train is None:
         return data.x_train[:0], data.y_train[:0]
-    d = run.data
-    device = device_of(run)
-    held_out = load_dataset(
-        d.name, root=d.root, download=d.download, n_train=d.n_train, held_out=True, seed=run.data_seed, device=device
-    )
+    held_out = load_data(replace(run, data=replace(run.data, n_test=None, held_out=True)))
     if n_validation is None:
         return held_out.x_test, held_out.y_test
     if not 1 <= n_validation <= len(held_out.y_test):
@@ -130,5 +127,5 @@ def _validation_images(run: RunConfig, data: ImageData, n_validation: int | None
             f"data.n_validation={n_validation} must be from 1 to {len(held_out.y_test)}, the number of training images that the network "
             "was not trained on"
         )
-    chosen = balanced_indices(held_out.y_test, n_validation, seed=run.data_seed).to(device)
+    chosen = balanced_indices(held_out.y_test, n_validation, seed=run.data_seed).to(held_out.y_test.device)
     return held_out.x_test[chosen], held_out.y_test[chosen]

@@ -25,7 +25,7 @@ from laplace_ws.curvature.backend import Backend, ColumnwiseLinearisation
 from laplace_ws.curvature.calls import UnreadableCallError
 from laplace_ws.curvature.checks import check_covered, check_unchanged, versions
 from laplace_ws.curvature.inputs import ModelInputs, call_model, examples_of
-from laplace_ws.curvature.module_readers import MODULE_CALLS, instead_of, module_call, module_uses
+from laplace_ws.curvature.module_readers import MODULE_CALLS, NATIVE_INSTEAD, module_call, module_uses
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac.examples import Examples
 from laplace_ws.kfac.uses import Use
@@ -134,7 +134,7 @@ class _KeepOperation(asdl.Operation):
         except UnreadableCallError as error:
             name = next(n for n, p in self._parameters.items() if any(p is own for own in self.module.parameters()))
             raise UnsupportedParameterError(
-                f"{name!r} is used by {type(self.module).__name__}, {error}; {instead_of(self.module)}."
+                f"{name!r} is used by {type(self.module).__name__}, {error}; {NATIVE_INSTEAD}."
             ) from None
         self.versions += versions(self.uses[-1])
         self._shapes.append(out_data.shape)
@@ -150,7 +150,7 @@ class _KeepOperation(asdl.Operation):
         if len(self.output_gradients) < len(self._shapes):
             raise UnsupportedParameterError(
                 f"{self._name!r} is called {len(self._shapes)} times, but only {len(self.output_gradients)} of the calls reach the output "
-                f"(checkpointing calls it again), and ASDL does not tell which; {instead_of(self.module)}."
+                f"(checkpointing calls it again), and ASDL does not tell which; {NATIVE_INSTEAD}."
             )
         return self.output_gradients[::-1]
 
@@ -166,7 +166,7 @@ def _owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[st
         kind = type(module).__name__
         if module_call(module) is None:
             raise UnsupportedParameterError(
-                f"{own[0]!r} belongs to a {kind}, which ASDL has no operation for; {instead_of(module)}."
+                f"{own[0]!r} belongs to a {kind}, which ASDL has no operation for; {NATIVE_INSTEAD}."
             )
         if module._is_full_backward_hook:
             raise UnsupportedParameterError(

@@ -99,6 +99,19 @@ class Backend(ABC):
     def forget(self) -> None:  # noqa: B027 - most backends keep nothing
         """Drop what is kept of a model from one batch to the next."""
 
+    def rows_are_elsewhere(self, uses: Sequence[Use], n_examples: int, sizes: Sequence[torch.Size]) -> bool:
+        """Take note that the rows of some uses are not the examples', which may lie along another axis of their outputs.
+
+        Args:
+            uses: these uses.
+            n_examples: of the batch.
+            sizes: of their outputs.
+
+        Returns:
+            Whether a repetition may find other rows.
+        """
+        return False
+
     @abstractmethod
     def linearise(
         self, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]

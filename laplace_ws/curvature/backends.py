@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from laplace_ws.curvature.autograd import AutogradBackend
 from laplace_ws.curvature.backend import Backend
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.registry import Registry
@@ -22,9 +23,14 @@ def _backpack() -> Backend:
 
 
 BACKENDS: Registry[Callable[[], Backend]] = Registry(
-    "backend", {"native": NativeBackend, "asdl": _asdl, "backpack": _backpack}, ", or pass an instance of a `Backend`"
+    "backend",
+    {"native": NativeBackend, "asdl": _asdl, "backpack": _backpack, "autograd": AutogradBackend},
+    ", or pass an instance of a `Backend`",
 )
 """Makers of the backends by name; a library is imported only when its backend is made."""
+
+FACTOR_BACKENDS = ("native", "asdl", "backpack")
+"""Those of ours that give Kronecker factors."""
 
 
 def register_backend(name: str, make: Callable[[], Backend]) -> None:

@@ -34,11 +34,11 @@ from laplace_ws.curvature.backpack_rules import (
 )
 from laplace_ws.curvature.backpack_structure import model_state
 from laplace_ws.curvature.backpack_trace import convert
-from laplace_ws.curvature.calls import Call, Operand, UnreadableCallError, read_call
+from laplace_ws.curvature.calls import Call, UnreadableCallError, read_call
 from laplace_ws.curvature.checks import check_covered
 from laplace_ws.curvature.inputs import ModelInputs, StructuredInputs, check_outputs, examples_of, running
-from laplace_ws.curvature.module_readers import instead_of, module_uses
-from laplace_ws.curvature.native import FREEZE_OR_WRITE
+from laplace_ws.curvature.module_readers import NATIVE_INSTEAD, module_uses
+from laplace_ws.curvature.operands import Operand
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac.examples import Examples, row_examples
 from laplace_ws.kfac.uses import Use
@@ -214,11 +214,10 @@ def _uses(leaf: nn.Module, parameters: Mapping[str, nn.Parameter], examples: Exa
     """Uses that a module of the chain makes of the parameters."""
     names = {id(p): name for name, p in parameters.items()}
     held = leaf.expression.held() if isinstance(leaf, Apply) else list(leaf.parameters())
-    operands = {id(p): Operand(names[id(p)], p.shape, p) for p in held if id(p) in names}
+    operands = {id(p): Operand(names[id(p)], p, p) for p in held if id(p) in names}
     if not operands:
         return []
     name, parameter = next((operand.name, operand.tensor) for operand in operands.values())
-    instead = FREEZE_OR_WRITE
     call = type(leaf).__name__
     try:
         if not isinstance(leaf, Apply):
@@ -228,14 +227,12 @@ def _uses(leaf: nn.Module, parameters: Mapping[str, nn.Parameter], examples: Exa
             return uses
         reader = leaf.expression.reader(parameter)
         call = reader.name
-        if reader.module is not None:
-            instead = instead_of(reader.module)
         args, kwargs = leaf.expression.arguments(leaf.values(stored_inputs(leaf)), _following(operands))
         return read_call(
             leaf.expression.torch_function, Call(call, operands, stored_output(leaf), examples), *args, **kwargs
         )
     except UnreadableCallError as error:
-        raise UnsupportedParameterError(f"{name!r} is used by {call}, {error}; {instead}.") from None
+        raise UnsupportedParameterError(f"{name!r} is used by {call}, {error}; {NATIVE_INSTEAD}.") from None
 
 
 def _following(operands: dict[int, Operand]) -> Callable[[Expression, dict[str, Any]], Any]:
@@ -247,13 +244,11 @@ def _following(operands: dict[int, Operand]) -> Callable[[Expression, dict[str, 
         operand = operands.get(id(args[0]))
         if operand is None:
             return result
-        if function is look_up:
-            followed = replace(operand.select(torch.Tensor.__getitem__, result, args[1]), looked_up=True)
-        else:
-            followed = operand.follow(function, result, *args[1:], **kwargs)
-        if followed is None:
+        is_look_up = function is look_up
+        parts = operand.after(torch.Tensor.__getitem__ if is_look_up else function, result, *args[1:], **kwargs)
+        if len(parts) != 1:
             raise UnreadableCallError("as a part or a view of itself")
-        operands[id(result)] = followed
+        operands[id(result)] = replace(parts[0], looked_up=is_look_up or operand.looked_up)
         return result
 
     return evaluate

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
-from laplace_ws.curvature.calls import SELECTIONS, TRANSPOSES
+from laplace_ws.curvature.operands import SELECTIONS
 from laplace_ws.errors import UnsupportedParameterError
 
 _TORCH_FUNCTIONS = {
@@ -106,7 +106,7 @@ class Expression:
         first = self.args[0] if self.args else None
         if not (isinstance(first, Tensor) or (isinstance(first, Expression) and first.follows)):
             return False
-        return self.torch_function in TRANSPOSES or self.torch_function in SELECTIONS or self.function is look_up
+        return self.torch_function in SELECTIONS or self.function is look_up
 
     def _arguments(self) -> list[Any]:
         """Arguments that are not containers."""

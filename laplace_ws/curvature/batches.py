@@ -42,6 +42,13 @@ def check_iterable(data: Any) -> None:
         raise InvalidBatchError(
             f"the loader must give batches, but it is {what} that holds single examples; give {mend}."
         )
+    arrays: list[object] = [data] if _is_array(data) else list(data) if isinstance(data, (tuple, list)) else []  # pyright: ignore[reportUnknownArgumentType]
+    if arrays and all(_is_array(part) for part in arrays):
+        what = shown(data) if _is_array(data) else f"a {type(data).__name__} of arrays"  # pyright: ignore[reportUnknownArgumentType]
+        raise InvalidBatchError(
+            f"the loader must give batches of tensors, but it is {what}; give DataLoader(TensorDataset(torch.from_numpy(x), "
+            "torch.from_numpy(y)), batch_size=…)."
+        )
     if isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data):  # pyright: ignore[reportUnknownVariableType]
         raise InvalidBatchError(
             "the loader must give batches, but it is a tuple of tensors; give [(x, y)] for one batch."
@@ -50,6 +57,11 @@ def check_iterable(data: Any) -> None:
         raise InvalidBatchError(
             f"the loader must be an iterable of batches, such as a DataLoader or a list, got {shown(data)}."
         )
+
+
+def _is_array(data: object) -> bool:
+    """Whether something is an array or a table of another library, such as numpy's and pandas'."""
+    return not isinstance(data, Tensor) and hasattr(data, "__array__") and hasattr(data, "shape")
 
 
 @dataclass(frozen=True)

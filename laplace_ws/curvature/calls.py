@@ -6,17 +6,32 @@ another call, add its reader to `READERS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
-from laplace_ws.kfac import ConvUse, ElementwiseUse, EmbeddingUse, LinearUse, Use
-from laplace_ws.kfac.conv import ConvGeometry
+from laplace_ws.curvature.operands import Operand, StoredMap, stored_map
+from laplace_ws.kfac import (
+    ConvTransposeUse,
+    ConvUse,
+    ElementwiseUse,
+    EmbeddingUse,
+    ExpressionUse,
+    GroupedLinearUse,
+    LinearUse,
+    MatrixUse,
+    PackedLinearUse,
+    Use,
+)
+from laplace_ws.kfac.conv import ConvGeometry, per_axis
+from laplace_ws.kfac.conv_transpose_use import transposed_geometry
 from laplace_ws.kfac.examples import Examples, Rows, declared_row_examples
 
 
@@ -24,51 +39,8 @@ class UnreadableCallError(Exception):
     """A call uses a parameter in a way that has no block; the message completes "'name' is used by call, …"."""
 
 
-@dataclass(frozen=True)
-class Operand:
-    """A parameter, its transpose, or a selection of its entries, as an argument of a call.
-
-    Attributes:
-        name: name of the parameter.
-        shape: shape of the parameter.
-        tensor: the tensor that is passed to the call.
-        transposed: whether that is the transpose of the parameter.
-        index: where it is a selection (a slice, a view, rows looked up), the place of each entry in the flattened parameter.
-        looked_up: whether it is rows of an embedding, looked up without a batch axis, as position embeddings are.
-        provisional: the use that the look-up makes, if the rows turn out to be one per example after all.
-    """
-
-    name: str
-    shape: torch.Size
-    tensor: Tensor
-    transposed: bool = False
-    index: Int[Tensor, "*shape"] | None = None
-    looked_up: bool = False
-    provisional: Use | None = None
-
-    def follow(self, function: Callable[..., Any], output: Any, *args: Any, **kwargs: Any) -> Operand | None:
-        """The operand that a call produces from this one, its first argument: the transpose or a selection; None for any other call."""
-        if not isinstance(output, Tensor):
-            return None
-        if self.index is None and function in TRANSPOSES and output.ndim == 2:
-            return replace(
-                self, tensor=output, transposed=self.transposed != TRANSPOSES[function](self.tensor, *args, **kwargs)
-            )
-        if function not in SELECTIONS or self.transposed:
-            return None
-        return self.select(function, output, *args, **kwargs)
-
-    @torch.no_grad()
-    def select(self, function: Callable[..., Tensor], output: Tensor, *args: Any, **kwargs: Any) -> Operand:
-        """The operand whose entries a call selects from this one."""
-        index = self.index
-        if index is None:
-            index = torch.arange(self.shape.numel(), device=output.device).view(self.shape)
-        return replace(self, tensor=output, index=function(index, *args, **kwargs))
-
-    def is_added_to_all(self, function: Callable[..., Any], output: Tensor) -> bool:
-        """Whether a call adds the looked-up rows to every example; otherwise each row belongs to an example."""
-        return function in SUMS and (output.ndim > self.tensor.ndim or len(self.tensor) == 1)
+class NoBatchAxisError(UnreadableCallError):
+    """The first axis of a call's output is not that of the examples, or a parameter has an entry for each place along it."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +53,7 @@ class Call:
         output: what it returned.
         examples: the examples of the batch.
         differentiable: whether the tensors that its uses keep stay in the autograd graph.
+        selected: where the rows were selected from the batch, the example of each.
     """
 
     name: str
@@ -88,6 +61,7 @@ class Call:
     output: Tensor
     examples: Examples
     differentiable: bool = False
+    selected: Int[Tensor, " B"] | None = None
 
     def keep(self, tensor: Tensor) -> Tensor:
         """An argument in the form in which a use keeps it."""
@@ -96,6 +70,8 @@ class Call:
     @property
     def rows(self) -> Rows:
         """Which example each row of the output, and of the input, belongs to."""
+        if self.selected is not None and declared_row_examples.get() is None:
+            return Rows(len(self.selected), self.examples.n, self.selected)
         rows = self.examples.rows(len(self.output)) if self.output.ndim else None
         if rows is None:
             how = (
@@ -106,55 +82,124 @@ class Call:
                 how = f"whose output {tuple(self.output.shape)} has other rows than the {len(declared)} that row_examples declares"
             elif self.examples.are_ragged:
                 how += " (say which example each row belongs to: with laplace_ws.row_examples(index): …)"
-            raise UnreadableCallError(how)
+            raise NoBatchAxisError(how)
         return rows
+
+    def other_batch_axes(self, function: Callable[..., Any], *args: Any) -> list[int]:
+        """The axes other than the first that have a place for each example, and along which no parameter has more than one entry."""
+        if function not in MOVABLE or self.examples.are_ragged or declared_row_examples.get() is not None:
+            return []
+        data = [t for t in args if isinstance(t, Tensor) and id(t) not in self.operands]
+        if not data or data[0].ndim != self.output.ndim:
+            return []
+        n_last = MOVABLE[function](args)
+        operands = [] if n_last else [operand.tensor for operand in self.operands.values()]
+        ndim = self.output.ndim
+        return [
+            axis
+            for axis in range(1, ndim - n_last)
+            if self.output.shape[axis] == self.examples.n
+            and all(t.ndim < ndim - axis or t.shape[axis - ndim] == 1 for t in operands)
+        ]
 
     def parameter(self, tensor: Tensor | None) -> str | None:
         """Name of a parameter that requires grad, None for any other tensor."""
         operand = self.operands.get(id(tensor))
-        if operand is not None and operand.transposed:
-            raise UnreadableCallError("transposed")
-        if operand is not None and operand.index is not None:
+        if operand is not None and operand.steps:
             raise UnreadableCallError("as a part or a view of itself")
         return operand.name if operand is not None else None
 
-    def matrix(self, tensor: Tensor) -> tuple[str | None, bool]:
-        """Name of a weight matrix and whether it enters transposed."""
+    def matrix(
+        self, tensor: Tensor, outputs: Sequence[int], inputs: Sequence[int], groups: Sequence[int] = ()
+    ) -> tuple[str | None, StoredMap]:
+        """Name of the weight of a linear map, if it requires grad, and how it holds the map.
+
+        Args:
+            tensor: the weight, or a view of it.
+            outputs: its axes over the outputs.
+            inputs: its axes over the inputs.
+            groups: its axes over maps with inputs of their own.
+        """
         operand = self.operands.get(id(tensor))
-        if operand is None or not operand.transposed:
-            return self.parameter(tensor), False
-        return operand.name, True
+        if operand is None:
+            return None, StoredMap(tuple(outputs), prod(tensor.shape[axis] for axis in groups))
+        stored = stored_map(operand, groups, outputs, inputs)
+        if stored is None:
+            raise UnreadableCallError("as a part or a view of itself that is not the matrix of a linear map")
+        return operand.name, stored
 
 
 def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Use]:
     if input.ndim < 2:
         raise UnreadableCallError("on an input without a batch axis (a single example is x[None])")
-    name, transposed = call.matrix(weight)
-    shape = weight.shape if not transposed else weight.shape[::-1]
-    use = LinearUse(
-        rows=call.rows,
-        call=call.name,
-        weight=name,
-        bias=call.parameter(bias),
-        weight_shape=shape,
-        x=call.keep(input),
-        weight_is_transposed=transposed,
-    )
-    return [use]
+    name, stored = call.matrix(weight, (0,), (1,))
+    operand = call.operands.get(id(bias))
+    if stored.parts is None and (operand is None or not operand.steps):
+        return [_linear_use(call, input, weight, name, stored, call.parameter(bias))]
+    uses: list[Use] = [_linear_use(call, input, weight, name, stored)] if name else []
+    return uses if operand is None or bias is None else [*uses, _elementwise(call, bias, call.output.new_tensor(1.0))]
+
+
+def _linear_use(
+    call: Call, x: Tensor, weight: Tensor, name: str | None, stored: StoredMap, bias: str | None = None
+) -> LinearUse:
+    """The use of a weight, or of one of those that are stacked in it, as the map from the last axis of x."""
+    operand = call.operands.get(id(weight))
+    shape = weight.shape if operand is None else operand.shape
+    options: dict[str, Any] = {
+        "rows": call.rows, "call": call.name, "weight": name, "bias": bias, "weight_shape": shape, "x": call.keep(x),
+        "output_axes": stored.output_axes,
+    }  # fmt: skip
+    if stored.parts is not None:
+        return PackedLinearUse(**options, parts=stored.parts, n_parts=stored.groups)
+    return LinearUse(**options)
 
 
 def _matmul(call: Call, input: Tensor, other: Tensor) -> list[Use]:
-    name, transposed = call.matrix(other)
-    if other.ndim != 2 or input.ndim < 2 or name is None:
-        raise UnreadableCallError("other than as the matrix on the right of x @ W")
-    use = LinearUse(
+    name, stored = call.matrix(other, (1,), (0,))
+    if input.ndim < 2:
+        raise UnreadableCallError("on an input without a batch axis (a single example is x[None])")
+    return [_linear_use(call, input, other, name, stored)]
+
+
+def linear_map(
+    x: Float[Tensor, "B ... I"], weight: Tensor, outputs: Sequence[int], groups: Sequence[int] = ()
+) -> Float[Tensor, "B ... O"]:
+    """The linear map that a weight of any shape holds, as a function of its own, so that it has a reader.
+
+    Args:
+        x: inputs, `[B, ..., G, I]` where there are groups.
+        weight: the weight, or a view of it.
+        outputs: its axes over the outputs, in this order.
+        groups: its axes over maps with inputs of their own.
+
+    Returns:
+        `[B, ..., O]`, or `[B, ..., G, O]`.
+    """
+    if has_torch_function((x, weight)):
+        return handle_torch_function(linear_map, (x, weight), x, weight, outputs, groups)
+    inputs = [axis for axis in range(weight.ndim) if axis not in (*outputs, *groups)]
+    sizes = [prod(weight.shape[axis] for axis in axes) for axes in (groups, inputs, outputs)]
+    matrices = weight.permute(*groups, *inputs, *outputs).reshape(sizes)
+    return (x.unsqueeze(-2) @ matrices).squeeze(-2) if groups else x @ matrices[0]
+
+
+def _linear_map(call: Call, x: Tensor, weight: Tensor, outputs: Sequence[int], groups: Sequence[int] = ()) -> list[Use]:
+    if x.ndim < 2 + len(groups[:1]):
+        raise UnreadableCallError("on an input without a batch axis (a single example is x[None])")
+    inputs = [axis for axis in range(weight.ndim) if axis not in (*outputs, *groups)]
+    name, stored = call.matrix(weight, outputs, inputs, groups)
+    if not groups:
+        return [_linear_use(call, x, weight, name, stored)]
+    use = GroupedLinearUse(
         rows=call.rows,
         call=call.name,
         weight=name,
         bias=None,
-        weight_shape=other.shape if not transposed else other.shape[::-1],
-        x=call.keep(input),
-        weight_is_transposed=not transposed,
+        weight_shape=call.operands[id(weight)].shape,
+        x=call.keep(x),
+        output_axes=stored.output_axes,
+        n_groups=stored.groups,
     )
     return [use]
 
@@ -179,6 +224,34 @@ def _conv(
         weight_shape=weight.shape,
         x=call.keep(input),
         geometry=ConvGeometry.from_call(weight, stride, padding, dilation, groups),
+    )
+    return [use]
+
+
+def _conv_transpose(
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> list[Use]:
+    if input.ndim != weight.ndim:
+        raise UnreadableCallError("on an input without a batch axis (a single example is x[None])")
+    n_axes = weight.ndim - 2
+    strides, pads, extra, dilations = (per_axis(v, n_axes) for v in (stride, padding, output_padding, dilation))
+    use = ConvTransposeUse(
+        rows=call.rows,
+        call=call.name,
+        weight=call.parameter(weight),
+        bias=call.parameter(bias),
+        weight_shape=weight.shape,
+        x=call.keep(input),
+        geometry=transposed_geometry(weight, strides, pads, extra, dilations, groups),
+        stride=strides,
     )
     return [use]
 
@@ -213,15 +286,13 @@ def _embedding(
 def _elementwise(call: Call, parameter: Tensor, factor: Tensor, at: int | None = None) -> ElementwiseUse:
     """A use of a parameter that is broadcast to the output, aligned to the right as in torch, or with its single axis at `at`."""
     operand = call.operands[id(parameter)]
-    if operand.transposed:
-        raise UnreadableCallError("transposed")
     n_axes = call.output.ndim
     if at is None:
         aligned = (1,) * (n_axes - parameter.ndim) + tuple(parameter.shape)
     else:
         aligned = tuple(len(parameter) if axis == at else 1 for axis in range(n_axes))
     if not aligned or aligned[0] != 1:
-        raise UnreadableCallError("with an entry for every example of the batch")
+        raise NoBatchAxisError("with an entry for every example of the batch")
     return ElementwiseUse(
         rows=call.rows,
         call=call.name,
@@ -248,18 +319,19 @@ def _sub(call: Call, input: Tensor, other: Tensor, *, alpha: float = 1) -> list[
 
 def _sum(call: Call, input: Tensor, other: Tensor, sign: float) -> list[Use]:
     parameter, factor = (input, 1.0) if id(input) in call.operands else (other, sign)
-    if call.operands[id(parameter)].looked_up:
-        return [_added_positions(call, parameter, factor)]
-    return [_elementwise(call, parameter, call.output.new_tensor(factor))]
+    positions = _positions(call, parameter) if factor == 1.0 and call.operands[id(parameter)].looked_up else None
+    return [positions or _elementwise(call, parameter, call.output.new_tensor(factor))]
 
 
-def _added_positions(call: Call, positions: Tensor, sign: float) -> Use:
-    """Rows of an embedding that are looked up once and added to every example."""
-    operand = call.operands[id(positions)]
-    assert operand.index is not None
-    if sign != 1.0 or positions.shape[-1] != operand.shape[1] or call.output.shape[-1] != operand.shape[1]:
-        raise UnreadableCallError("other than added to every example")
-    rows = operand.index[..., 0] // operand.shape[1]
+def _positions(call: Call, added: Tensor) -> Use | None:
+    """The use of rows of an embedding that are looked up once and added to every example; None where they were turned before."""
+    operand = call.operands[id(added)]
+    index, n_columns = operand.index, operand.shape[1]
+    assert index is not None
+    rows = index[..., 0] // n_columns
+    columns = torch.arange(n_columns, device=index.device)
+    if call.output.shape[-1] != n_columns or not torch.equal(index, rows[..., None] * n_columns + columns):
+        return None
     return EmbeddingUse(
         rows=call.rows,
         call=call.name,
@@ -267,7 +339,7 @@ def _added_positions(call: Call, positions: Tensor, sign: float) -> Use:
         bias=None,
         weight_shape=operand.shape,
         indices=rows.expand(call.output.shape[:-1]),
-        dtype=positions.dtype,
+        dtype=added.dtype,
     )
 
 
@@ -356,6 +428,7 @@ def _affine(
 
 READERS: dict[Callable[..., Any], Callable[..., list[Use]]] = {
     F.linear: _linear,
+    linear_map: _linear_map,
     torch.matmul: _matmul,
     torch.Tensor.matmul: _matmul,
     torch.mm: _matmul,
@@ -363,6 +436,9 @@ READERS: dict[Callable[..., Any], Callable[..., list[Use]]] = {
     F.conv1d: _conv,
     F.conv2d: _conv,
     F.conv3d: _conv,
+    F.conv_transpose1d: _conv_transpose,
+    F.conv_transpose2d: _conv_transpose,
+    F.conv_transpose3d: _conv_transpose,
     F.embedding: _embedding,
     torch.mul: _mul,
     torch.Tensor.mul: _mul,
@@ -383,6 +459,16 @@ READERS: dict[Callable[..., Any], Callable[..., list[Use]]] = {
 }
 """Readers by the function that a `TorchFunctionMode` reports."""
 
+MOVABLE: Mapping[Callable[..., Any], Callable[[Sequence[Any]], int]] = {
+    **dict.fromkeys((F.linear, linear_map, torch.matmul, torch.Tensor.matmul), lambda args: 1),
+    **dict.fromkeys((F.layer_norm, F.rms_norm), lambda args: len(args[1])),
+    **dict.fromkeys((torch.mul, torch.Tensor.mul, torch.add, torch.Tensor.add), lambda args: 0),
+    **dict.fromkeys((torch.sub, torch.Tensor.sub), lambda args: 0),
+}
+"""Calls that act alike at each place along the axes of their first argument, but for the last ones, whose number is given by a function of
+the arguments; 0 where the arguments are broadcast against each other.
+"""
+
 IN_PLACE: set[Any] = {torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.sub_}
 """In-place calls."""
 OVERWRITES_INPUT = {torch.Tensor.mul_}
@@ -390,39 +476,6 @@ OVERWRITES_INPUT = {torch.Tensor.mul_}
 
 SUMS = {function for function, reader in READERS.items() if reader in (_add, _sub)}
 """Calls that add or subtract."""
-
-SELECTIONS: set[Callable[..., Any]] = {
-    torch.Tensor.__getitem__,
-    torch.Tensor.view,
-    torch.Tensor.reshape,
-    torch.reshape,
-    torch.Tensor.flatten,
-    torch.flatten,
-    torch.Tensor.unsqueeze,
-    torch.unsqueeze,
-    torch.Tensor.squeeze,
-    torch.squeeze,
-    torch.Tensor.permute,
-    torch.permute,
-    torch.Tensor.transpose,
-    torch.transpose,
-    torch.Tensor.contiguous,
-    torch.Tensor.index_select,
-    torch.index_select,
-    torch.Tensor.narrow,
-    torch.narrow,
-}
-"""Calls that select or rearrange entries of their first argument."""
-
-TRANSPOSES: dict[Callable[..., Any], Callable[..., bool]] = {
-    torch.Tensor.t: lambda matrix: True,
-    torch.t: lambda matrix: True,
-    torch.Tensor.T.__get__: lambda matrix, *owner: True,  # pyright: ignore
-    torch.Tensor.mT.__get__: lambda matrix, *owner: True,  # pyright: ignore
-    torch.Tensor.transpose: lambda matrix, dim0, dim1: dim0 % 2 != dim1 % 2,
-    torch.transpose: lambda matrix, dim0, dim1: dim0 % 2 != dim1 % 2,
-}
-"""Calls that transpose a matrix, and whether they do so with the given arguments."""
 
 
 def read_call(function: Callable[..., Any], call: Call, *args: Any, **kwargs: Any) -> list[Use]:
@@ -436,4 +489,36 @@ def read_call(function: Callable[..., Any], call: Call, *args: Any, **kwargs: An
     uses = READERS[function](call, *args, **kwargs)
     if {p for use in uses for p in use.parameters} != {operand.name for operand in call.operands.values()}:
         raise UnreadableCallError("as more than the weight or the bias of the call")
+    return uses
+
+
+def is_added_to_all(operand: Operand, function: Callable[..., Any], output: Tensor) -> bool:
+    """Whether a call adds rows that were looked up to every example; otherwise each row belongs to an example."""
+    return function in SUMS and (output.ndim > operand.tensor.ndim or len(operand.tensor) == 1)
+
+
+def of_parameters(use: Use, operands: Iterable[Operand]) -> list[Use]:
+    """A use of operands as uses of parameters: where what it uses is computed from parameters, also the use of these."""
+    computed = [operand for operand in operands if operand.sources and operand.name in use.parameters]
+    if not computed:
+        return [use]
+    uses: list[Use] = [
+        ExpressionUse(
+            rows=use.rows,
+            call=use.call,
+            of_value=use,
+            value_name=operand.name,
+            value=operand.parameter,
+            sources=operand.sources,
+        )
+        for operand in computed
+    ]
+    if isinstance(use, MatrixUse):
+        names = {operand.name for operand in computed}
+        own = replace(
+            use,
+            weight=None if use.weight in names else use.weight,
+            bias=None if use.bias in names else use.bias,
+        )
+        uses += [own] if own.parameters else []
     return uses

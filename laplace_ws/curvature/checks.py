@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from laplace_ws.curvature.anatomy import Anatomy
 from laplace_ws.curvature.backend import Backend, memory_for_columns
+from laplace_ws.curvature.batch_axis import RowsElsewhere
 from laplace_ws.curvature.finite import check_finite_gradients
 from laplace_ws.curvature.forward import (
     N_PROBED,
@@ -173,6 +174,15 @@ def check_linearisation(
         InvalidBatchError: the outputs or their gradients are not finite.
     """
     backend.forget()
+    while True:
+        try:
+            return _check_once(backend, model, x, parameters)
+        except RowsElsewhere:
+            continue
+
+
+def _check_once(backend: Backend, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter]) -> Findings:
+    """Raises `RowsElsewhere` where a repetition may find other rows."""
     with random_state_after_refusal(x.device):
         f = outputs_with_gradient(model, x)  # before the backend, which might hide what it does
         with (
@@ -188,7 +198,7 @@ def check_linearisation(
                 singled_out[column, n] = v[n]
             # at once, as some backends treat the first column differently
             g = linearisation.pullback(torch.cat([v[None], singled_out, v[None]]))
-            check_rows_by_example(linearisation.uses, [g_use[1:-1] for g_use in g], probed)
+            check_rows_by_example(backend, linearisation.uses, [g_use[1:-1] for g_use in g], probed)
             streamed: dict[int, Tensor] = {}
             linearisation.stream(v[None], streamed.__setitem__)
             by_use = [streamed[number][0] for number in range(len(linearisation.uses))]
@@ -205,15 +215,24 @@ def check_linearisation(
     return found
 
 
-def check_rows_by_example(uses: Sequence[Use], g: Sequence[Float[Tensor, "K B ..."]], probed: Sequence[int]) -> None:
+def check_rows_by_example(
+    backend: Backend, uses: Sequence[Use], g: Sequence[Float[Tensor, "K B ..."]], probed: Sequence[int]
+) -> None:
     """Raise unless vectors that are non-zero for a single example each, `probed`, reach only the rows of that example."""
+    wrong: list[tuple[Use, torch.Size]] = []
     for use, columns in zip(uses, g, strict=True):
         example = use.rows.example_of_each(columns.device)
         if any(column[example != n].count_nonzero() for n, column in zip(probed, columns, strict=True)):
-            raise UnsupportedParameterError(
-                f"{use.parameters[0]!r} is used by {use.call} with rows that are not grouped by example: put the batch axis first, "
-                "and keep the examples of a batch apart, or freeze it (requires_grad_(False))."
-            )
+            wrong.append((use, columns.shape[1:]))
+    if not wrong:
+        return
+    use = wrong[0][0]
+    if backend.rows_are_elsewhere([use for use, _ in wrong], use.n_examples, [size for _, size in wrong]):
+        raise RowsElsewhere
+    raise UnsupportedParameterError(
+        f"{use.parameters[0]!r} is used by {use.call} with rows that are not grouped by example: put the batch axis first, "
+        "and keep the examples of a batch apart, or freeze it (requires_grad_(False))."
+    )
 
 
 def check_gradients(

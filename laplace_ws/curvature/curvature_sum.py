@@ -233,7 +233,7 @@ def jacobians(
     Args:
         model: the network; run in eval mode and left as it was.
         x: inputs, one argument of the model, or `inputs.as_inputs(x1, x2, …)` of several.
-        backend: "native", "asdl", "backpack", or a `Backend`.
+        backend: "native", "asdl", "backpack", "autograd" (slow, without Kronecker factors), or a `Backend`.
 
     Returns:
         The Jacobians over the parameters that require grad, in the order of `model.named_parameters()`, each flattened row-major, and the

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laplace_ws.curvature.calls import Call, Operand, read_call
+from laplace_ws.curvature.calls import Call, read_call
+from laplace_ws.curvature.operands import Operand
 from laplace_ws.kfac.examples import Examples
 from laplace_ws.kfac.uses import Use
 from laplace_ws.models.scalars import Bias, Scale
@@ -29,6 +30,12 @@ def _conv(m: Any, x: Tensor) -> ModuleCall:
         return conv, (x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
     padded = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
     return conv, (padded, m.weight, m.bias, m.stride, 0, m.dilation, m.groups)
+
+
+def _conv_transpose(m: Any, x: Tensor) -> ModuleCall:
+    n_axes = m.weight.ndim - 2
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n_axes - 1]
+    return function, (x, m.weight, m.bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
 
 
 def _batch_norm(m: Any, x: Tensor) -> ModuleCall:
@@ -50,6 +57,9 @@ MODULE_CALLS: dict[type[nn.Module], Callable[[Any, Tensor], ModuleCall]] = {
     nn.Conv1d: _conv,
     nn.Conv2d: _conv,
     nn.Conv3d: _conv,
+    nn.ConvTranspose1d: _conv_transpose,
+    nn.ConvTranspose2d: _conv_transpose,
+    nn.ConvTranspose3d: _conv_transpose,
     nn.Embedding: _embedding,
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
@@ -67,8 +77,8 @@ MODULE_CALLS: dict[type[nn.Module], Callable[[Any, Tensor], ModuleCall]] = {
 """The call that a module makes on its input, by class; a subclass with its own forward has none."""
 
 
-COVERED_BY_NONE = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
-"""Modules whose parameters no backend has a block for."""
+NATIVE_INSTEAD = 'freeze it (requires_grad_(False)) or choose backend="native"'
+"""What to do about what a backend does not cover."""
 
 
 def module_call(module: nn.Module) -> Callable[[Any, Tensor], ModuleCall] | None:
@@ -77,12 +87,6 @@ def module_call(module: nn.Module) -> Callable[[Any, Tensor], ModuleCall] | None
         if kind in MODULE_CALLS:
             return MODULE_CALLS[kind] if type(module).forward is kind.forward else None
     return None
-
-
-def instead_of(module: nn.Module) -> str:
-    """What to do about a module that a backend does not cover."""
-    freeze = "freeze it (requires_grad_(False))"
-    return freeze if isinstance(module, COVERED_BY_NONE) else f'{freeze} or choose backend="native"'
 
 
 def module_uses(
@@ -104,5 +108,5 @@ def module_uses(
     assert read is not None
     function, arguments = read(module, x)
     names = {id(p): name for name, p in parameters.items()}
-    operands = {id(p): Operand(names[id(p)], p.shape, p) for p in module.parameters(recurse=False) if id(p) in names}
+    operands = {id(p): Operand(names[id(p)], p, p) for p in module.parameters(recurse=False) if id(p) in names}
     return read_call(function, Call(type(module).__name__, operands, output, examples), *arguments)

@@ -17,25 +17,32 @@ from torch.overrides import TorchFunctionMode
 
 from laplace_ws.curvature.attention import Parts, multi_head_attention, read_projection, take_parts
 from laplace_ws.curvature.backend import Backend, Linearisation, Receiver, columns_in_memory
+from laplace_ws.curvature.batch_axis import OtherBatchAxisError, with_batch_first
 from laplace_ws.curvature.calls import (
     IN_PLACE,
     OVERWRITES_INPUT,
     READERS,
     Call,
-    Operand,
+    NoBatchAxisError,
     UnreadableCallError,
+    is_added_to_all,
+    of_parameters,
     read_call,
 )
 from laplace_ws.curvature.checks import check_unchanged, versions
 from laplace_ws.curvature.inputs import ModelInputs, call_model, examples_of
+from laplace_ws.curvature.operands import Operand
+from laplace_ws.curvature.rewrites import REWRITES
+from laplace_ws.curvature.selected_rows import SelectedRows
 from laplace_ws.errors import UnsupportedParameterError
+from laplace_ws.kfac import AbsentUse, ExpressionUse
 from laplace_ws.kfac.examples import Examples
 from laplace_ws.kfac.uses import Use
 
 FREEZE_HINT = "freeze it (requires_grad_(False))"
 FREEZE_OR_WRITE = (
-    f"{FREEZE_HINT} or write the layer with calls that have a block (linear, matmul, conv, embedding, normalisations, scale, "
-    "bias)"
+    f"{FREEZE_HINT}, write the layer with calls that have a block (linear, matmul, einsum, conv, embedding, normalisations, scale, bias), "
+    'or choose subset_of_weights="last_layer", hessian_structure="lowrank", or "diag" with backend="autograd"'
 )
 
 
@@ -49,12 +56,27 @@ class NativeBackend(Backend):
 
     name = "native"
 
+    def __init__(self) -> None:
+        self.time_first: set[str] = set()
+
+    def forget(self) -> None:
+        """See `Backend.forget`."""
+        self.time_first.clear()
+
+    def rows_are_elsewhere(self, uses: Sequence[Use], n_examples: int, sizes: Sequence[torch.Size]) -> bool:
+        """See `Backend.rows_are_elsewhere`."""
+        names = {name for use in uses for name in use.parameters}
+        if names <= self.time_first or not all(len(size) > 2 and n_examples in size[1:-1] for size in sizes):
+            return False
+        self.time_first |= names
+        return True
+
     @contextmanager
     def linearise(
         self, model: nn.Module, x: ModelInputs, parameters: Mapping[str, nn.Parameter], *, differentiable: bool = False
     ) -> Iterator[NativeLinearisation]:
         """See `Backend.linearise`; with `differentiable`, outputs, uses and pulled-back columns are differentiable in the inputs."""
-        with UseRecorder(parameters, examples_of(x), differentiable) as recorder:
+        with UseRecorder(parameters, examples_of(x), differentiable, self.time_first) as recorder:
             f = call_model(model, x)
         recorder.check(parameters, f)
         linearisation = NativeLinearisation(f, recorder.kept, differentiable)
@@ -178,6 +200,7 @@ class UseRecorder(TorchFunctionMode):
         parameters: whose uses, by name.
         examples: of the batch.
         differentiable: whether what the uses keep stays in the autograd graph.
+        time_first: names of parameters whose calls have the examples along another axis than the first; those that are found are added.
 
     Attributes:
         examples: of the batch.
@@ -185,12 +208,23 @@ class UseRecorder(TorchFunctionMode):
         unsupported: parameters that are used in a way that has no block, and how, in words.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], examples: Examples, differentiable: bool = False):
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        examples: Examples,
+        differentiable: bool = False,
+        time_first: set[str] | None = None,
+    ):
         super().__init__()
+        self._selected = SelectedRows(examples)
+        self.time_first: set[str] = set() if time_first is None else time_first
+        self._is_moved = False
         self._differentiable = differentiable
         self.kept: list[KeptUse] = []
         self.examples = examples
-        self._operands = {id(p): Operand(name, p.shape, p) for name, p in parameters.items()}
+        self._operands = {id(p): Operand(name, p, p) for name, p in parameters.items()}
+        self._computed: list[Operand] = []
+        self._computed_further: set[str] = set()
         self.unsupported: dict[str, str] = {}
         self._versions: list[tuple[Use, Tensor, int]] = []
 
@@ -200,58 +234,121 @@ class UseRecorder(TorchFunctionMode):
             id(t): self._operands[id(t)] for t in _tensors((*args, *kwargs.values())) if id(t) in self._operands
         }
         if not operands:
-            return func(*args, **kwargs)
+            output = func(*args, **kwargs)
+            self._selected.follow(func, args, output)
+            return output
         if func is F.multi_head_attention_forward:
             try:
                 return multi_head_attention(self._project, *args, **kwargs)
             except UnreadableCallError as error:
                 self._refuse(operands, "multi_head_attention_forward", error)
                 return func(*args, **kwargs)
+        why: UnreadableCallError | None = None
+        if func in REWRITES and any(operand.provisional is None for operand in operands.values()):
+            try:
+                with self:
+                    rewritten = REWRITES[func](self._is_parameter, *args, **kwargs)
+                if rewritten is not NotImplemented:
+                    return rewritten
+            except UnreadableCallError as error:
+                why = error
         before = (args[0].clone(), *args[1:]) if func in OVERWRITES_INPUT else args
         output = func(*args, **kwargs)
         if func in READERS and func not in IN_PLACE and isinstance(output, Tensor) and output._is_view():
             output = output.clone()  # a later in-place call on a view would take its gradient edge off the path
-        self._record(func, operands, before, kwargs, output)
+        try:
+            self._record(func, operands, before, kwargs, output, why)
+        except OtherBatchAxisError as error:
+            self.time_first |= {name for operand in operands.values() for name in operand.names}
+            self._is_moved = True
+            try:
+                with self:
+                    return with_batch_first(func, error.axis, *args, **kwargs)
+            finally:
+                self._is_moved = False
+        self._selected.follow(func, args, output)
         return output
 
-    def _record(self, func: Callable, operands: dict[int, Operand], args: Any, kwargs: Any, output: Any) -> None:
+    def _is_parameter(self, value: Any) -> bool:
+        """Whether a value is, or is computed from, parameters alone; rows that are looked up for each example are data."""
+        operand = self._operands.get(id(value))
+        return operand is not None and operand.provisional is None
+
+    def _record(
+        self,
+        func: Callable,
+        operands: dict[int, Operand],
+        args: Any,
+        kwargs: Any,
+        output: Any,
+        why: UnreadableCallError | None,
+    ) -> None:
+        """Record the uses that a call makes, or why it has none.
+
+        Raises:
+            OtherBatchAxisError: its tensors have the examples of the batch along another axis than the first.
+        """
         if not any(t.requires_grad and id(t) not in self._operands for t in _tensors((output,))):
             return  # a shape query, a detached copy, a call without gradient
         first = operands.get(id(args[0])) if args else None
-        followed = first.follow(func, output, *args[1:], **kwargs) if first is not None else None
-        if followed is not None:
-            self._operands[id(output)] = followed
+        if first is not None and (parts := first.after(func, output, *args[1:], **kwargs)):
+            self._operands |= {id(part.tensor): part for part in parts}
             return
         # looked-up rows that are not added to every example belong to one example each, and are recorded where they were looked up
         read = {
             key: operand
             for key, operand in operands.items()
-            if operand.provisional is None or operand.is_added_to_all(func, output)
+            if operand.provisional is None or is_added_to_all(operand, func, output)
         }
         if not read:
             return
         name = getattr(func, "__name__", str(func))
-        call = Call(name, read, output, self.examples, self._differentiable)
+        selected = self._selected.of(args, len(output)) if isinstance(output, Tensor) and output.ndim else None
+        call = Call(name, read, output, self.examples, self._differentiable, selected)
+        axes = [] if self._is_moved else call.other_batch_axes(func, *args)
+        is_known = self.examples.n > 1 and any(n in self.time_first for operand in read.values() for n in operand.names)
         try:
             if func is F.embedding and self._look_up(call, *args, **kwargs):
                 return
-            self._keep(read_call(func, call, *args, **kwargs), output)
+            if is_known and axes:
+                raise NoBatchAxisError("along several of whose axes the examples may lie")
+            if axes and Examples.rows(self.examples, len(output)) is None:
+                raise NoBatchAxisError("whose first axis is not that of the examples")
+            uses = read_call(func, call, *args, **kwargs)
         except UnreadableCallError as error:
-            self._refuse(read, name, error)
-        else:
-            for operand in read.values():
-                self.kept = [kept for kept in self.kept if kept.use is not operand.provisional]
+            if isinstance(error, NoBatchAxisError) and (len(axes) == 1 or (axes and self.examples.n == 1)):
+                raise OtherBatchAxisError(axes[0]) from None
+            of_data = [t for t in _tensors((*args, *kwargs.values())) if t.requires_grad and id(t) not in operands]
+            if of_data or not self._compute(read, output, f"{name}, {why or error}"):
+                self._refuse(read, name, why or error)
+            return
+        self._keep([kept for use in uses for kept in of_parameters(use, read.values())], output)
+        for operand in read.values():
+            self.kept = [kept for kept in self.kept if kept.use is not operand.provisional]
+
+    def _compute(self, operands: Mapping[int, Operand], output: Any, refused: str) -> bool:
+        """Follow what a call computes from parameters alone; returns whether it can be followed."""
+        if not isinstance(output, Tensor) or output.is_leaf or any(operand.looked_up for operand in operands.values()):
+            return False
+        sources: dict[str, Tensor] = {}
+        for operand in operands.values():
+            sources |= operand.sources or {operand.name: operand.parameter}
+        refused = next((operand.refused for operand in operands.values() if operand.refused), refused)
+        computed = Operand(f"\0{len(self._computed)}", output, output, sources=sources, refused=refused)
+        self._computed.append(computed)
+        self._computed_further |= {operand.name for operand in operands.values()}
+        self._operands[id(output)] = computed
+        return True
 
     def _look_up(self, call: Call, input: Tensor, weight: Tensor, padding_idx: int | None = None, **rest: Any) -> bool:
         """Follow rows of an embedding that are looked up without a batch axis, as positions are; returns whether the call does so."""
-        without_batch = self.examples.n > 1 and (input.ndim == 1 or len(input) == 1)
-        if not without_batch or padding_idx is not None or id(weight) not in call.operands:
+        if self.examples.n == 1 or padding_idx is not None or id(weight) not in call.operands or input.ndim == 0:
             return False
         use = None
         if self.examples.rows(len(input)) is not None:  # as many as examples, or a multiple: perhaps theirs
             (use,) = read_call(F.embedding, call, input, weight, padding_idx, **rest)
             self._keep([use], call.output)
-        rows = call.operands[id(weight)].select(torch.Tensor.__getitem__, call.output, input)
+        (rows,) = call.operands[id(weight)].after(torch.Tensor.__getitem__, call.output, input)
         self._operands[id(call.output)] = replace(rows, looked_up=True, provisional=use)
         return True
 
@@ -268,7 +365,8 @@ class UseRecorder(TorchFunctionMode):
 
     def _refuse(self, operands: dict[int, Operand], name: str, error: UnreadableCallError) -> None:
         for operand in operands.values():
-            self.unsupported.setdefault(operand.name, f"{name}, {error}")
+            for of_parameter in operand.names:
+                self.unsupported.setdefault(of_parameter, operand.refused or f"{name}, {error}")
 
     def _keep(self, uses: Sequence[Use], output: Tensor) -> None:
         edge = get_gradient_edge(output)
@@ -277,15 +375,20 @@ class UseRecorder(TorchFunctionMode):
 
     def check(self, parameters: Mapping[str, nn.Parameter], f: Tensor) -> None:
         """Raise `UnsupportedParameterError` unless every parameter is covered and every recorded input is unchanged."""
+        self._check_computed(f)
         for name, how in self.unsupported.items():
             raise UnsupportedParameterError(f"{name!r} is used by {how}; {FREEZE_OR_WRITE}.")
         covered = {name for kept in self.kept for name in kept.use.parameters}
         missing = {name: p for name, p in parameters.items() if name not in covered}
+        rows = self.examples.rows(self.examples.n)
         for name, parameter in missing.items():
             seen = (
                 f.requires_grad
                 and torch.autograd.grad(f.sum(), parameter, retain_graph=True, allow_unused=True)[0] is not None
             )
+            if not seen and self._selected.any and f.requires_grad and rows is not None:  # no example was routed to it
+                self._keep([AbsentUse(rows=rows, call="no call", name=name, shape=parameter.shape)], f)
+                continue
             why = (
                 "reaches the output through a call that cannot be seen from Python"
                 if seen
@@ -293,6 +396,21 @@ class UseRecorder(TorchFunctionMode):
             )
             raise UnsupportedParameterError(f"{name!r} requires grad but {why}; {FREEZE_HINT}.")
         self.check_unchanged()
+
+    def _check_computed(self, f: Tensor) -> None:
+        """Refuse the parameters of what was computed from them alone and reaches the outputs otherwise than by a use."""
+        used = {
+            kept.use.value_name for kept in self.kept if isinstance(kept.use, ExpressionUse)
+        } | self._computed_further
+        unused = [computed for computed in self._computed if computed.name not in used]
+        if not unused or not f.requires_grad:
+            return
+        values = [computed.tensor for computed in unused]
+        gradients = torch.autograd.grad(f.sum(), values, retain_graph=True, allow_unused=True)
+        for computed, gradient in zip(unused, gradients, strict=True):
+            if gradient is not None:
+                for name in computed.sources:
+                    self.unsupported.setdefault(name, computed.refused)
 
     def check_unchanged(self, kind: type[Use] = Use) -> None:
         """Raise `UnsupportedParameterError` if an input that a use, of one kind or of any, keeps has been overwritten since."""

@@ -51,7 +51,7 @@ def _are_equal_at_positions(pairs: Sequence[tuple[MatrixUse, Tensor]]) -> Bool[T
     that share no Kronecker block.
     """
     parts = [use.output_gradient_sum(g.double()) for use, g in pairs]
-    if len({(part.shape, use.transposed) for part, (use, _) in zip(parts, pairs, strict=True)}) > 1:
+    if len({(part.shape, use.output_axes) for part, (use, _) in zip(parts, pairs, strict=True)}) > 1:
         return None
     n = total(use.n_positions for use, _ in pairs)
     sums = total(parts).square().sum(-1)  # [*G, K, N]

@@ -36,7 +36,9 @@ DATASET_NAMES: tuple[str, ...] = tuple(_SOURCES)
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A labelled image data set, normalised and on one device.
+    """A labelled data set on one device, normalised where it is of images.
+
+    Inputs of a user's own may be of any shape `[N, …]`, and need no pixels (`has_pixels=False`).
 
     `mean` and `std` are the training split's, per channel, in units where the brightest pixel is 1:
     `x * std[:, None, None] + mean[:, None, None]` gives pixels in [0, 1] back.
@@ -50,6 +52,7 @@ class ImageData:
     classes: tuple[str, ...]
     mean: Float[Tensor, " C"]
     std: Float[Tensor, " C"]
+    has_pixels: bool = True
 
     @property
     def n_classes(self) -> int:
@@ -111,10 +114,10 @@ def load_dataset(
         raise TypeError(f"dtype must be a floating point type, such as torch.float32, got {shown(dtype)}.")
     held_out = flag("held_out", held_out)
     raw = _SOURCES[name](path_of("root", root).absolute(), flag("download", download))
-    train, rest = _split(raw.train, n_train, "n_train", seed)
+    train, rest = split_off(raw.train, n_train, "n_train", seed)
     if held_out and not len(rest.y):
         raise ValueError(f"held_out needs n_train below {len(raw.train.y)}, the size of the training split")
-    test, _ = _split(rest if held_out else raw.test, n_test, "n_test", seed)
+    test, _ = split_off(rest if held_out else raw.test, n_test, "n_test", seed)
     _warn_of_overlap(train, test)
     mean, std = (value.to(device=device, dtype=dtype) for value in channel_statistics(train.x))
     return ImageData(
@@ -153,7 +156,7 @@ def _device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _split(split: RawSplit, n: int | None, option: str, seed: int) -> tuple[RawSplit, RawSplit]:
+def split_off(split: RawSplit, n: int | None, option: str, seed: int) -> tuple[RawSplit, RawSplit]:
     """A balanced choice of n examples (all by default), and the rest."""
     chosen = torch.ones(len(split.y), dtype=torch.bool)
     if n is not None:

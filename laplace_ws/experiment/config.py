@@ -32,10 +32,13 @@ _DEFAULTS: dict[str, Any] = {f.name: f.default for cls in (Schedule, TrainingOpt
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images to train and test on.
+    """Images, or data of one's own, to train and test on.
 
     Attributes:
-        name: fashion-mnist-subset (bundled), fashion-mnist, cifar10, cifar100 or image-folder.
+        name: fashion-mnist-subset (bundled), fashion-mnist, cifar10, cifar100 or image-folder; of no effect with a factory.
+        factory: a function for data of one's own, as package.module:function, in the current folder or installed. It is called with `root`,
+            a path, and returns (x_train, y_train, x_test, y_test), tensors of inputs as the network gets them and of classes from 0, or a
+            laplace_ws.data.ImageData.
         root: folder of the data; the bundled subset needs none.
         download: whether missing data may be downloaded into `root`.
         n_train: size of a class-balanced subset of the training images; all of them if not given.
@@ -48,6 +51,7 @@ class DataConfig:
     """
 
     name: str = "fashion-mnist-subset"
+    factory: str | None = None
     root: str = "data"
     download: bool = False
     n_train: int | None = None
@@ -63,7 +67,10 @@ class ModelConfig:
     """The network; an option that is not given is the model's own default.
 
     Attributes:
-        name: wide-resnet, lenet or mlp.
+        name: wide-resnet, lenet or mlp; of no effect with a factory.
+        factory: a function for a network of one's own, as package.module:function, in the current folder or installed. It is called with
+            input_shape, such as (1, 28, 28), n_classes, and those of the following options that are given, all by name, and returns a
+            torch.nn.Module from inputs [N, *input_shape] to logits [N, n_classes].
         depth: layers of a wide-resnet, 6n + 4.
         width: width factor of a wide-resnet.
         norm: of a wide-resnet: fixup, batch, group or none.
@@ -74,6 +81,7 @@ class ModelConfig:
     """
 
     name: str = "wide-resnet"
+    factory: str | None = None
     depth: int | None = None
     width: int | None = None
     norm: OneOf[Norm] | None = None
@@ -103,7 +111,8 @@ class MarglikConfig(ScheduleOptions):
         final_curvature: of the last fit; `curvature` if not given.
         final_kfac_approx: of the last fit, as for `kfac_approx`; where its factors are by another approximation than those of the tuning,
             its prior precisions are chosen anew.
-        optimizer: of the weights.
+        optimizer: of the weights: sgd, adam, or kfac, which takes kfac_approx too (expand if not given), and whose curvature is that of the
+            tunings where every parameter has Kronecker factors.
         lr: its step size at the start.
         lr_min: its step size at the end, to which a cosine takes it; zero if not given.
         momentum: Nesterov momentum of sgd.
@@ -124,7 +133,7 @@ class MarglikConfig(ScheduleOptions):
     mc_samples: int = _DEFAULTS["mc_samples"]
     final_curvature: OneOf[Curvature] | None = _DEFAULTS["final_curvature"]
     final_kfac_approx: OneOf[KfacApprox] | dict[str, str] = _DEFAULTS["final_kfac_approx"]
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "kfac"] = "sgd"
     lr: float = SGD_DEFAULTS["lr"]
     lr_min: float | None = None
     momentum: float = SGD_DEFAULTS["momentum"]

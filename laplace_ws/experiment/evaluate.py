@@ -20,6 +20,7 @@ from laplace_ws.distributed import processes
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.folder import Json
 from laplace_ws.experiment.records import EpochRecord, ModelResult
+from laplace_ws.marglik.lines import has_terminal, say_epoch
 from laplace_ws.marglik.trainer import Record
 from laplace_ws.marglik.training import MarglikResult
 from laplace_ws.metrics import evaluate_classification, reliability_curve
@@ -30,7 +31,10 @@ TEST_BATCH = 500
 def epoch_logger(
     config: RunConfig, run: str, model: nn.Module, data: ImageData, path: Path
 ) -> Callable[[Record], None]:
-    """Adds CPU time and the test set's scores to the record of an epoch and appends it to the metrics file."""
+    """Adds CPU time and the test set's scores to the record of an epoch and appends it to the metrics file.
+
+    Without a terminal for a progress bar, it says so in a line.
+    """
     start = time.process_time()
 
     def log(record: Record) -> None:
@@ -46,6 +50,8 @@ def epoch_logger(
         if processes().is_first:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+            if not has_terminal():
+                say_epoch(record, config.marglik.n_epochs, f"{config.name} {run}")
         start = time.process_time()
 
     return log

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from laplace_ws.data import ImageData, load_dataset
+from laplace_ws.data import ImageData, load_dataset, part_of
 from laplace_ws.distributed import ProcessError, group_of_torchrun
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.experiment.config import ModelConfig, RunConfig
 from laplace_ws.experiment.environment import environment_record
 from laplace_ws.experiment.evaluate import epoch_logger, model_result
+from laplace_ws.experiment.factories import own_data, own_model
 from laplace_ws.experiment.folder import (
     PARTIAL,
     ExperimentError,
@@ -36,6 +37,7 @@ from laplace_ws.experiment.records import FIXED, METRICS, SUMMARY, DataFacts, Mo
 from laplace_ws.experiment.training import check_config, check_training, train_loader, training_options
 from laplace_ws.experiment.workers import side_by_side
 from laplace_ws.marglik import CheckpointError, TrainingDiverged, marglik_training
+from laplace_ws.marglik.lines import has_terminal
 from laplace_ws.marglik.result import Record
 from laplace_ws.models import build_model
 
@@ -128,8 +130,21 @@ def chosen_device(name: str) -> torch.device:
 
 
 def load_data(config: RunConfig) -> ImageData:
-    """The images, on the training device."""
+    """The data, on the training device.
+
+    Raises:
+        ValueError: there are no such data, or what a factory returns does not fit together.
+    """
     d = config.data
+    if d.factory is not None:
+        return part_of(
+            own_data(d.factory, Path(d.root)),
+            n_train=d.n_train,
+            n_test=d.n_test,
+            held_out=d.held_out,
+            seed=config.data_seed,
+            device=device_of(config),
+        )
     return load_dataset(
         d.name,
         root=d.root,
@@ -143,20 +158,44 @@ def load_data(config: RunConfig) -> ImageData:
 
 
 def make_model(config: RunConfig, data: ImageData) -> nn.Module:
-    """The network, initialised by the run's seed."""
-    channels, height, width = data.image_shape
+    """The network, initialised by the run's seed.
+
+    Raises:
+        ValueError: there is no such network, or it does not take the options or the data.
+    """
+    name, factory = config.model.name, config.model.factory
     options = {
         key: getattr(config.model, key)
         for key in ModelConfig.__dataclass_fields__
-        if key != "name" and getattr(config.model, key) is not None
+        if key not in ("name", "factory") and getattr(config.model, key) is not None
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build_model(
-            config.model.name, in_channels=channels, image_size=(height, width), n_classes=data.n_classes, **options
-        )
+        if factory is not None:
+            model = own_model(factory, data, options)
+        else:
+            channels, height, width = image_shape_of(data, f"model.name={name}")
+            model = build_model(
+                name, in_channels=channels, image_size=(height, width), n_classes=data.n_classes, **options
+            )
     # On a CPU, convolutions run one and a half times as fast on weights that lie channel by channel.
     return model.to(device_of(config)).to(memory_format=torch.channels_last)
+
+
+def image_shape_of(data: ImageData, needs: str) -> tuple[int, int, int]:
+    """Channels, height and width of the inputs, where they are images or, for a perceptron, vectors.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    shape = tuple(data.x_train.shape[1:])
+    if len(shape) == 1 and needs.endswith("=mlp"):
+        return *shape, 1, 1
+    if len(shape) != 3:
+        raise ValueError(
+            f"{needs} takes images [N, C, H, W], but the inputs are [N, {', '.join(map(str, shape))}]; give a model.factory."
+        )
+    return data.image_shape
 
 
 def train_all(
@@ -186,7 +225,7 @@ def train_one(
             checkpoint_path=folder / task.checkpoint,
             resume=resume,
             on_epoch=epoch_logger(config, task.run, model, data, folder / METRICS),
-            progress_bar=progress_bar,
+            progress_bar=progress_bar and has_terminal(),
         )
         return model_result(result, data), result.history
 

@@ -14,6 +14,7 @@ from laplace_ws.distributed import processes
 from laplace_ws.experiment.config import RunConfig
 from laplace_ws.experiment.folder import Task
 from laplace_ws.marglik import Schedule, TrainingOptions, prepare
+from laplace_ws.optim import KFAC
 
 T = TypeVar("T")
 
@@ -67,6 +68,8 @@ def training_options(config: RunConfig, task: Task) -> tuple[Schedule, TrainingO
     if m.optimizer == "sgd":
         momentum = {"momentum": m.momentum, "nesterov": m.momentum > 0}
         values |= {"optimizer_cls": torch.optim.SGD, "optimizer_kwargs": {"lr": m.lr, **momentum}}
+    elif m.optimizer == "kfac":
+        values |= {"optimizer_cls": KFAC, "optimizer_kwargs": {"lr": m.lr, "kfac_approx": m.kfac_approx or "expand"}}
     else:
         values |= {"optimizer_cls": torch.optim.Adam, "optimizer_kwargs": {"lr": m.lr}}
     if m.lr_min is not None:

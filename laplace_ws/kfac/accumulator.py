@@ -19,6 +19,7 @@ from laplace_ws.distributed import Processes
 from laplace_ws.kfac import factors
 from laplace_ws.kfac.uses import MatrixUse, Use, at_least_float32
 from laplace_ws.matrices import CurvatureMatrix, Dense, Diag
+from laplace_ws.memory import check_memory
 
 
 class Accumulator(ABC):
@@ -161,6 +162,12 @@ class DenseAccumulator(WeightAccumulator):
         super().__init__(parameters, selection)
         first = next(iter(self.parameters.values()))
         n_params = sum(shape.numel() for shape in self.shapes.values())
+        check_memory(
+            2 * n_params**2 * first.element_size(),  # the sum, and the copy that `result` gives
+            first.device,
+            f"a full matrix over {n_params:,} weights",
+            'choose hessian_structure="kron", "diag" or "lowrank", or fewer weights by subset_of_weights',
+        )
         self._matrix = first.new_zeros(n_params, n_params)
         self._gradients: dict[str, Tensor] = {}
 

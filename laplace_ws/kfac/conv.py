@@ -41,15 +41,15 @@ class ConvGeometry:
         """Read the arguments of `torch.nn.functional.conv{1,2,3}d` for a weight `[O, I, *kernel]`."""
         kernel = tuple(weight.shape[2:])
         pads: tuple[tuple[int, int], ...]
-        dilations = _per_axis(dilation, len(kernel))
+        dilations = per_axis(dilation, len(kernel))
         if padding == "same":
             totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
             pads = tuple((total // 2, total - total // 2) for total in totals)  # torch puts the odd zero at the end
         elif isinstance(padding, str):  # "valid"
             pads = ((0, 0),) * len(kernel)
         else:
-            pads = tuple((p, p) for p in _per_axis(padding, len(kernel)))
-        return cls(kernel, _per_axis(stride, len(kernel)), pads, dilations, groups)
+            pads = tuple((p, p) for p in per_axis(padding, len(kernel)))
+        return cls(kernel, per_axis(stride, len(kernel)), pads, dilations, groups)
 
     def taps(self, axis: int, size: int) -> Int[Tensor, "K out"]:
         """Position that tap k reads for each output along `axis` of length `size`; outside 0 … size−1 lies padding."""
@@ -59,7 +59,8 @@ class ConvGeometry:
         return (torch.arange(k) * d - before)[:, None] + torch.arange(n_out) * s
 
 
-def _per_axis(value: int | tuple[int, ...], n_axes: int) -> tuple[int, ...]:
+def per_axis(value: int | tuple[int, ...], n_axes: int) -> tuple[int, ...]:
+    """A value for each spatial axis, of one for all or of one for each."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * n_axes if len(values) == 1 else values
 

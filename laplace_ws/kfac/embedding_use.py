@@ -20,7 +20,7 @@ class EmbeddingUse(MatrixUse):
     dtype: torch.dtype
     padding_idx: int | None = None
 
-    transposed = True
+    output_axes: tuple[int, ...] = (1,)
     diagonal_inputs = True
 
     @property

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -13,6 +15,7 @@ from torch import Tensor
 from laplace_ws.distributed import Processes
 from laplace_ws.errors import CurvatureWarning, UnsupportedParameterError
 from laplace_ws.kfac import factors
+from laplace_ws.kfac.absent_use import AbsentUse
 from laplace_ws.kfac.accumulator import Accumulator, OutputGradients
 from laplace_ws.kfac.approximation import KfacApprox
 from laplace_ws.kfac.conv_gram import PatchGram, Plan
@@ -20,7 +23,9 @@ from laplace_ws.kfac.conv_use import ConvUse
 from laplace_ws.kfac.embedding_use import EmbeddingUse
 from laplace_ws.kfac.uses import MatrixUse, Use, at_least_float32
 from laplace_ws.matrices import Kron, KronBlock
+from laplace_ws.matrices.axes import WeightAxes
 from laplace_ws.matrices.kron import at_least_one
+from laplace_ws.memory import check_memory, in_words
 
 LARGEST_DENSE_VECTOR = 4096
 """Vectors (biases, scales, affine parameters) with more entries keep only the diagonal of their block, to fit in memory."""
@@ -54,9 +59,17 @@ class KronAccumulator(Accumulator):
 
     def start_batch(self, uses: Sequence[Use], in_reduce_setting: Collection[str] = ()) -> None:
         """See `Accumulator.start_batch`; adds the input factors. "auto" is decided by the first batch, for all."""
-        super().start_batch(uses, in_reduce_setting)
+        super().start_batch([use for use in uses if not isinstance(use, AbsentUse)], in_reduce_setting)
+        by_parameter = {
+            name: [use for use in uses if name in use.parameters and not isinstance(use, AbsentUse)]
+            for name in self.parameters
+        }
+        if not self._sums:
+            self._check_memory(by_parameter)
         for name, parameter in self.parameters.items():
-            own = [use for use in uses if name in use.parameters]
+            own = by_parameter[name]
+            if not own:
+                continue
             known = self._sums.get(name)
             approx = (
                 _chosen(self.approximations[name], own, name in in_reduce_setting)
@@ -78,12 +91,38 @@ class KronAccumulator(Accumulator):
         of_vectors = {name for name in self._sums if self._needs_example_gradients(name)}
         self._uses = [use if of_vectors & set(use.parameters) else use.without_inputs() for use in uses]
 
+    def _check_memory(self, by_parameter: Mapping[str, Sequence[Use]]) -> None:
+        """Raise `NotEnoughMemoryError` where the factors, and the copies that `result` gives, take more memory than is free."""
+        entries: dict[str, int] = {}
+        for name, uses in by_parameter.items():
+            use = next((use for use in uses if isinstance(use, MatrixUse) and use.weight == name), None)
+            if use is not None:
+                *groups, n_outputs, n_inputs = use.axes.sizes
+                has_diagonal = use.diagonal_inputs and self.approximations[name] is not KfacApprox.REDUCE
+                entries[name] = prod(groups) * (n_outputs**2 + (n_inputs if has_diagonal else n_inputs**2))
+        if not entries:
+            return
+        largest = max(entries, key=lambda name: entries[name])
+        p = self.parameters[largest]
+        share = in_words(2 * entries[largest] * p.element_size())
+        check_memory(
+            2 * sum(entries.values()) * p.element_size(),
+            p.device,
+            f"a pair of Kronecker factors for each of {len(entries)} weights, {share} of it for {largest!r} {tuple(p.shape)},",
+            'choose hessian_structure="diag" or "lowrank", freeze the largest weights (requires_grad_(False)), or name others by '
+            "subset_of_weights",
+        )
+
     def add(self, number: int, g: Tensor) -> None:
         """See `Accumulator.add`."""
+        if isinstance(self._uses[number], AbsentUse):
+            return
         with factors.products_in(self.factor_precision):
             super().add(number, g)
 
     def _needs_example_gradients(self, name: str) -> bool:
+        if name not in self._sums:  # it has had no part in any batch yet
+            return False
         role = self._sums[name].role
         return role.kind == "vector" or role.diagonal_B
 
@@ -131,8 +170,14 @@ class KronAccumulator(Accumulator):
         processes.sum_(plain, symmetric)
 
     def result(self) -> Kron:
-        """See `Accumulator.result`."""
-        return Kron({name: sums.block() for name, sums in self._sums.items()})
+        """See `Accumulator.result`; the curvature of what no example was routed to is zero."""
+        blocks = {name: sums.block() for name, sums in self._sums.items()}
+        absent = {
+            name: KronBlock(p.shape, p.new_zeros(p.numel()), diagonal_B=True)
+            for name, p in self.parameters.items()
+            if name not in blocks
+        }
+        return Kron({name: (blocks | absent)[name] for name in self.parameters})
 
 
 class _FactorSums:
@@ -151,8 +196,8 @@ class _FactorSums:
         self.n_inputs: float | Tensor = 0
         size: tuple[int, ...] = (parameter.numel(),) * (1 if role.diagonal_B else 2)
         if role.kind == "matrix":
-            n_outputs = parameter.shape[-1 if role.transposed else 0] // role.groups
-            size = (*([role.groups] if role.groups > 1 else []), n_outputs, n_outputs)
+            *groups, n_outputs, _ = WeightAxes(parameter.shape, role.output_axes, role.groups).sizes
+            size = (*groups, n_outputs, n_outputs)
         self._B = parameter.new_zeros(size)
 
     def add_inputs(self, role: _Role, uses: Sequence[Use]) -> None:
@@ -218,7 +263,7 @@ class _FactorSums:
             self._B.clone(),
             A,
             self.n_inputs,
-            transposed=self.role.transposed,
+            output_axes=self.role.output_axes,
             diagonal_A=self.role.diagonal_A,
             approx=approx,
         )
@@ -238,21 +283,33 @@ class _Role:
     approx: KfacApprox
     diagonal_A: bool = False
     diagonal_B: bool = False
-    transposed: bool = False
+    output_axes: tuple[int, ...] = (0,)
     groups: int = 1
 
     @property
-    def form(self) -> tuple[bool, ...]:
+    def form(self) -> tuple[Any, ...]:
         """What the factors of all batches must have in common to be added up."""
-        return self.kind == "matrix", self.diagonal_A, self.diagonal_B, self.transposed, self.groups > 1
+        return self.kind == "matrix", self.diagonal_A, self.diagonal_B, self.output_axes, self.groups > 1
 
     @classmethod
     def of(cls, name: str, parameter: Tensor, uses: Sequence[Use], approx: KfacApprox) -> _Role:
+        if not all(use.is_known for use in uses):
+            raise UnsupportedParameterError(
+                f'backend="{uses[0].call}" does not see how {name!r} is used, so that it has no Kronecker factors; choose '
+                'hessian_structure="diag", "full" or "lowrank", or backend="native".'
+            )
         kinds = {_kind(name, use) for use in uses}
         if "matrix" in kinds:
             diagonal_A = _check_matrix_uses(name, uses, kinds, approx)
             first = next(use for use in uses if isinstance(use, MatrixUse))
-            return cls("matrix", approx, diagonal_A=diagonal_A, transposed=first.transposed, groups=first.groups)
+            return cls("matrix", approx, diagonal_A=diagonal_A, output_axes=first.output_axes, groups=first.groups)
+        if any(use.hides_matrix for use in uses) and parameter.ndim > 1 and parameter.numel() > LARGEST_DENSE_VECTOR:
+            calls = " and ".join(sorted({use.call for use in uses}))
+            raise UnsupportedParameterError(
+                f"{name!r} has no Kronecker factors, as it does not enter {calls} as it is; make the masks or products of weights that it "
+                'is part of permanent (torch.nn.utils.prune.remove(module, "weight") for pruned layers), freeze it '
+                '(requires_grad_(False)), or choose hessian_structure="diag" or "lowrank".'
+            )
         kind = "bias" if kinds == {"bias"} else "vector"
         return cls(kind, approx, diagonal_B=parameter.numel() > LARGEST_DENSE_VECTOR)
 
@@ -265,7 +322,7 @@ def _kind(name: str, use: Use) -> str:
 
 def _check_matrix_uses(name: str, uses: Sequence[Use], kinds: set[str], approx: KfacApprox) -> bool:
     """Whether the input factor is diagonal; raises where the uses of a weight share no Kronecker block."""
-    forms = {(use.transposed, use.groups, use.diagonal_inputs) for use in uses if isinstance(use, MatrixUse)}
+    forms = {(use.output_axes, use.groups, use.diagonal_inputs) for use in uses if isinstance(use, MatrixUse)}
     if kinds != {"matrix"} or len(forms) > 1:
         calls = " and ".join(sorted({use.call for use in uses}))
         raise UnsupportedParameterError(

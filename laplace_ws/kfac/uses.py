@@ -19,6 +19,7 @@ from torch import Tensor
 
 from laplace_ws.kfac.examples import Rows
 from laplace_ws.kfac.factors import gram, total
+from laplace_ws.matrices.axes import WeightAxes
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -37,6 +38,11 @@ class Use(ABC):
 
     rows: Rows
     call: str
+
+    hides_matrix = False
+    """Whether a weight may be part of a matrix, in a way that has no Kronecker factors."""
+    is_known = True
+    """Whether it is known how the parameters are used."""
 
     @property
     def n_examples(self) -> int:
@@ -69,17 +75,22 @@ class MatrixUse(Use):
         weight: name of W, or None where W is frozen.
         bias: name of b, or None where there is none or it is frozen.
         weight_shape: shape of W.
+        output_axes: axes of W over its outputs, see `WeightAxes`.
     """
 
     weight: str | None
     bias: str | None
     weight_shape: torch.Size
 
-    transposed = False
-    """Whether the first axis of W holds inputs, not outputs."""
+    output_axes: tuple[int, ...] = (0,)
     diagonal_inputs = False
     """Whether Σ a aᵀ is diagonal in the expand setting, and stored as its diagonal."""
     groups = 1
+
+    @property
+    def axes(self) -> WeightAxes:
+        """How W holds the matrices of the map."""
+        return WeightAxes(self.weight_shape, self.output_axes, self.groups)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -131,23 +142,16 @@ class MatrixUse(Use):
         if name == self.bias:
             grads.append(self.bias_gradient_sum(g))
         if name == self.weight:
-            spec = "...knro,...nri->kn...io" if self.transposed else "...knro,...nri->kn...oi"
-            grad = torch.einsum(spec, self.output_gradients(g), self.inputs())
-            grads.append(grad.reshape(*grad.shape[:2], *self.weight_shape))
+            grad = torch.einsum("...knro,...nri->kn...oi", self.output_gradients(g), self.inputs())
+            grads.append(self.axes.vectors(grad).reshape(*grad.shape[:2], *self.weight_shape))
         return total(grads)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearUse(MatrixUse):
-    """`linear(x, W, b)` with x `[B, ..., I]`; with `weight_is_transposed`, `x @ W`."""
+    """`linear(x, W, b)` with x `[B, ..., I]`; `x @ W` where the outputs are the last axis of W."""
 
     x: Float[Tensor, "B ... I"]
-    weight_is_transposed: bool = False
-
-    @property
-    def transposed(self) -> bool:  # type: ignore[override]
-        """See `MatrixUse.transposed`."""
-        return self.weight_is_transposed
 
     def without_inputs(self) -> Use:
         """See `Use.without_inputs`."""

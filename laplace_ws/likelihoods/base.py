@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace_ws.errors import InvalidBatchError
@@ -79,6 +79,10 @@ class Likelihood(ABC):
     @abstractmethod
     def predictive_mean(self, f: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
         """E[y | f]: class probabilities, or the regression mean."""
+
+    def most_probable(self, probabilities: Float[Tensor, "N ... C"]) -> Int[Tensor, "N ..."]:
+        """The most probable label of each loss term, given what is predicted: here, of the classes on the last axis."""
+        return probabilities.argmax(-1)
 
     def needs_covariance(self, link: str) -> bool:
         """Whether predictions need the covariance of Gaussian outputs rather than only their variances.

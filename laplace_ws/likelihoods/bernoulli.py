@@ -52,6 +52,10 @@ class Bernoulli(Likelihood):
         """Probabilities of y = 1."""
         return f.sigmoid()
 
+    def most_probable(self, probabilities: Tensor) -> Tensor:
+        """1 where it is more probable than 0, in the shape of the outputs."""
+        return (probabilities > 0.5).long()
+
     def predictive_nll(self, prediction: Tensor, y: Tensor) -> Tensor:
         """See `Likelihood.predictive_nll`."""
         return F.binary_cross_entropy(prediction, y.to(prediction.dtype))

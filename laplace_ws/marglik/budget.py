@@ -9,6 +9,8 @@ SMALLEST_SHARE = 0.1
 """Share of the batches below which a tuning waits for more to accrue, as fewer say little of the data."""
 FEWEST_TUNINGS = 5
 """Tunings that a run gets in any case, since each moves a prior precision only so far from its start."""
+OTHER_APPROXIMATION = 2.0
+"""Cost per batch of a last fit by another approximation over that of the tunings: by expand over reduce, on Wide ResNets."""
 FINAL_FIT_SHARE = 0.5
 """Largest share of what a run may spend that is put aside for its last fit, so that a costly one does not starve the tunings."""
 
@@ -61,7 +63,8 @@ class Budget:
     """When to tune, and on how many batches, so that this takes at most a given share of the time of the gradient steps.
 
     What a run may spend is `share` times the seconds that its gradient steps will take, as foretold by those so far. The last fit is put
-    aside for, as a fit of all batches at the cost per batch of the tunings, but at most with half of it (`FINAL_FIT_SHARE`). The rest
+    aside for, as a fit of all batches at `final_fit_cost` times the cost per batch of the tunings, but at most with half of it
+    (`FINAL_FIT_SHARE`). The rest
     accrues evenly over the epochs from `first_epoch` on. After each of them, a tuning takes place on as many batches as what has accrued
     and is not spent pays for, when these are a tenth of all (`SMALLEST_SHARE`) or more, and a tuning of this size is left for the last
     epoch; otherwise it waits. The first tuning, whose cost is not known, sees a tenth.
@@ -77,6 +80,7 @@ class Budget:
         n_batches: of an epoch.
         fit_batches: that each fit sees; None where the budget chooses.
         rounds: the epochs after which tunings take place; None where the budget chooses.
+        final_fit_cost: of a batch in the last fit, in units of one in a tuning.
     """
 
     share: float
@@ -85,6 +89,7 @@ class Budget:
     n_batches: int
     fit_batches: int | None = None
     rounds: frozenset[int] | None = None
+    final_fit_cost: float = 1.0
 
     @property
     def varies(self) -> bool:
@@ -121,7 +126,7 @@ class Budget:
     def _paid_for(self, epoch: int, spent: Spent, cost: TuningCost) -> int:
         """Number of batches that what has accrued and is not spent pays for; negative where it does not pay for the rest of a tuning."""
         whole = self.share * spent.gradient_seconds * self.n_epochs / epoch
-        for_tunings = whole - min(FINAL_FIT_SHARE * whole, self.n_batches * cost.batch_seconds)
+        for_tunings = whole - min(FINAL_FIT_SHARE * whole, self.n_batches * self.final_fit_cost * cost.batch_seconds)
         left = for_tunings * self._share_gone(epoch) - spent.tuning_seconds
         if epoch < self.n_epochs:
             left = min(left, for_tunings - spent.tuning_seconds - cost.seconds(self.smallest))

@@ -39,6 +39,7 @@ class TrainingOptions:
     final_kfac_approx: str | Mapping[str, str] = "auto"
     optimizer_cls: type[torch.optim.Optimizer] = torch.optim.SGD
     optimizer_kwargs: Mapping[str, Any] | None = None
+    refit: bool = False
     scheduler_cls: type[Any] | None = torch.optim.lr_scheduler.CosineAnnealingLR
     scheduler_kwargs: Mapping[str, Any] | None = None
     hyper_optimizer: str | None = None
@@ -56,6 +57,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         flag("fix_sigma_noise", self.fix_sigma_noise)
         flag("tune_temperature", self.tune_temperature)
+        flag("refit", self.refit)
         if not callable(self.optimizer_cls):
             raise TypeError(
                 f"optimizer_cls must be the class of an optimizer, such as torch.optim.SGD, got {shown(self.optimizer_cls)}."

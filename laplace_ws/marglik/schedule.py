@@ -127,8 +127,13 @@ class Schedule(ScheduleOptions):
         """How many of the batches a fit sees, where this is not left to a budget."""
         return math.ceil(self._fraction * n_batches)
 
-    def budget(self, n_batches: int) -> Budget | None:
-        """What decides on tunings where something is left to it, otherwise None; `n_batches` is the number of an epoch."""
+    def budget(self, n_batches: int, final_fit_cost: float = 1.0) -> Budget | None:
+        """What decides on tunings where something is left to it, otherwise None.
+
+        Args:
+            n_batches: of an epoch.
+            final_fit_cost: of a batch in the last fit, in units of one in a tuning.
+        """
         share = self.budget_in_effect
         if share is None:
             return None
@@ -140,6 +145,7 @@ class Schedule(ScheduleOptions):
             n_batches=n_batches,
             fit_batches=None if self.fit_fraction is None else self.fit_batches(n_batches),
             rounds=None if self.marglik_frequency is None else rounds,
+            final_fit_cost=final_fit_cost,
         )
 
     @property

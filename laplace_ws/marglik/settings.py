@@ -13,6 +13,7 @@ from laplace_ws.marglik.plain import described
 from laplace_ws.marglik.schedule import Schedule
 from laplace_ws.marglik.steps import StepOptions
 from laplace_ws.posterior import Laplace
+from laplace_ws.posterior.averages import averages_curvature
 
 
 def run_settings(
@@ -26,6 +27,7 @@ def run_settings(
     scheduler_kwargs: Mapping[str, Any],
     hyper: Hyperparameters,
     steps: StepOptions,
+    refit: bool,
 ) -> dict[str, Any]:
     """All options that the result depends on, as plain values; a function is represented by its name."""
     return described(
@@ -49,6 +51,7 @@ def run_settings(
             "prior_groups": list(dict.fromkeys(hyper.groups.names)),
             "n_prior_precisions": len(hyper.groups.names),
             "starts": hyper.starts,
+            **({"refit": refit} if averages_curvature(optimizer) else {}),
             **steps.settings(),
         }
     )

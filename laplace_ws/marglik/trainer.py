@@ -26,7 +26,7 @@ from laplace_ws.files import FileFormatError
 from laplace_ws.kfac.uses import at_least_float32
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.marglik.accuracy import n_correct
-from laplace_ws.marglik.budget import Budget, Spent, TuningCost
+from laplace_ws.marglik.budget import OTHER_APPROXIMATION, Budget, Spent, TuningCost
 from laplace_ws.marglik.checkpoint import (
     SAFE_TO_CHANGE,
     check_settings,
@@ -41,6 +41,7 @@ from laplace_ws.marglik.checkpoint import (
 from laplace_ws.marglik.checkpoint_checks import check_fits
 from laplace_ws.marglik.checks import DataFacts, one_pass_error
 from laplace_ws.marglik.hyperparameters import Hyperparameters, TemperatureWarning
+from laplace_ws.marglik.lines import has_terminal, say_epoch
 from laplace_ws.marglik.objective import PriorGradient
 from laplace_ws.marglik.optimizers import rescale_lr
 from laplace_ws.marglik.plain import plain_record
@@ -49,6 +50,7 @@ from laplace_ws.marglik.schedule import Schedule, TrainingDiverged
 from laplace_ws.marglik.steps import GradientSteps, StepOptions
 from laplace_ws.marglik.tuning import Tuner, Tuning
 from laplace_ws.posterior import Laplace
+from laplace_ws.posterior.averages import averages_of
 from laplace_ws.posterior.evidence import optimal_prior_and_noise
 from laplace_ws.randomness import random_state, set_random_state
 from laplace_ws.saved import on_device
@@ -79,9 +81,10 @@ class Trainer:
         step_options: how gradients become optimiser steps.
         settings: what a checkpoint must agree with.
         rng: the state of torch's global random number generators that the training starts from.
+        refit: whether tunings fit anew even where the optimiser averages curvature.
         checkpoint_path: where a checkpoint is kept.
         on_epoch: called after each epoch with its record.
-        progress_bar: whether to show one.
+        progress_bar: whether to show one, or, without a terminal, a line for each epoch.
         clock: tells the time in seconds, by which a budget is kept.
     """
 
@@ -97,6 +100,7 @@ class Trainer:
     step_options: StepOptions
     settings: dict[str, Any]
     rng: dict[str, torch.Tensor]
+    refit: bool = False
     checkpoint_path: Path | None = None
     on_epoch: Callable[[Record], None] | None = None
     progress_bar: bool = True
@@ -112,9 +116,17 @@ class Trainer:
         self.device: torch.device = self.parameters[0].device
         lr = max(float(g.get("initial_lr", g["lr"])) for g in self.optimizer.param_groups)
         self.stiffness: float = self.n_data / lr if lr > 0 else math.inf
-        self.budget: Budget | None = self.schedule.budget(self.facts.n_batches)
-        self.keeps_last: bool = "temperature" in self.hyper.tuned_names or (
-            self.budget is not None and self.budget.varies
+        is_other = self.final_la.structure.options() != self.la.structure.options()
+        self.budget: Budget | None = self.schedule.budget(
+            self.facts.n_batches, OTHER_APPROXIMATION if is_other else 1.0
+        )
+        averages = None
+        if self.la.structure.name == "kron" and not self.refit:
+            averages = averages_of(self.optimizer)
+        self.keeps_last: bool = (
+            averages is not None
+            or "temperature" in self.hyper.tuned_names
+            or (self.budget is not None and self.budget.varies)
         )
         subset_generator = torch.Generator().manual_seed(self.la.generator.initial_seed())
         shuffler = getattr(self.loader, "generator", None)
@@ -137,6 +149,7 @@ class Trainer:
             max_log_step=self.schedule.max_log_step,
             stiffness=self.stiffness,
             generator=subset_generator,
+            optimizer=averages,
             averages=self.budget is not None and self.budget.varies and not self.la.structure.reads_data_again,
         )
         self.hyper.assign_to(self.la)
@@ -177,22 +190,28 @@ class Trainer:
         la, network = self.final_la, self.la.network
         self.hyper.assign_to(la)
         la.fit(self.batches, n_data=self.n_data, recheck=False)
-        if self.schedule.n_hypersteps and la.structure.resolved(network) != self.la.structure.resolved(network):
+        by_another = self.tuner.optimizer is not None or la.structure.resolved(network) != self.la.structure.resolved(
+            network
+        )
+        if self.schedule.n_hypersteps and by_another:
             fix_noise = "sigma_noise" not in self.hyper.tuned_names
             delta, sigma = optimal_prior_and_noise(la.fitted, la.prior, self.prior_structure, fix_noise=fix_noise)
             la.prior = la.prior.changed(precision=delta, sigma_noise=sigma)
 
     def _train(self) -> None:
+        shows = self.progress_bar and self.processes.is_first
         bar = tqdm(
             total=self.schedule.n_epochs,
             initial=self.progress.epoch,
             desc="marglik training",
             unit="epoch",
-            disable=not (self.progress_bar and self.processes.is_first and sys.stderr.isatty()),
+            disable=not (shows and sys.stderr.isatty()),
         )
         with bar, self._kept_if_cut_off():
             while self.progress.epoch < self.schedule.n_epochs:
                 record = self._epoch(self.progress.epoch + 1)
+                if shows and not has_terminal():
+                    say_epoch(record, self.schedule.n_epochs)
                 bar.update()
                 bar.set_postfix(nll=record["train_nll"], log_marglik=self.progress.margliks[-1:] or None)
         if self.progress.best is not None:
@@ -252,8 +271,8 @@ class Trainer:
             good = snapshot(self.model), snapshot(self.hyper)
         try:
             self._begin_epoch(epoch)
-            nll, accuracy = self._descend(epoch)
-            tuning = self._tune(epoch, self.clock() - start)
+            nll, unit_nll, accuracy = self._descend(epoch)
+            tuning = self._tune(epoch, unit_nll * self.n_data, self.clock() - start)
         except TrainingDiverged:
             self._load(good[0])
             self.hyper.load_state_dict(good[1])
@@ -299,18 +318,20 @@ class Trainer:
             ):  # the first goes on as it is, so that its state is all that a checkpoint needs
                 torch.manual_seed(seed + self.processes.rank)
 
-    def _descend(self, epoch: int) -> tuple[float, float | None]:
-        """Gradient steps over one epoch; returns the mean NLL in nats and the accuracy, both taken while the weights change.
+    def _descend(self, epoch: int) -> tuple[float, float, float | None]:
+        """Gradient steps over one epoch.
+
+        Returns the mean NLL in nats, at the noise and at σ = 1, and the accuracy, all taken while the weights change.
 
         The objective is scaled by τσ², so that a learning rate means the same at any noise and temperature.
         """
         sigma, temperature = self.hyper.sigma_noise().item(), self.hyper.temperature().item()
         variance = sigma**2 if self.likelihood.has_noise else 1.0
-        likelihood = self.likelihood.at_noise(sigma)
+        likelihood, unit_likelihood = self.likelihood.at_noise(sigma), self.likelihood.at_noise(1.0)
         prior = PriorGradient(
             self.parameters, self.hyper.prior_precision(), n_data=self.n_data, scale=temperature * variance
         )
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         n_seen = 0
         modules = tuple(self.model.modules())
         self.steps.start_epoch()
@@ -324,6 +345,8 @@ class Trainer:
                 nll = likelihood.nll_sum(f, y)
                 self.steps.add(nll, variance, len(x), prior)
             totals[0] += nll.detach().double()
+            if likelihood.has_noise and self.tuner.optimizer is not None:
+                totals[3] += unit_likelihood.nll_sum(f.detach(), y).double()
             if not likelihood.is_regression:
                 mask = likelihood.term_mask(f, y)
                 totals[1] += n_correct(f.detach(), y, mask)
@@ -339,11 +362,12 @@ class Trainer:
             n_seen = sum(self.processes.gather(n_seen))
             self.processes.sum_([totals])
             self._average_statistics()
-        nll_sum, correct, labelled = totals.tolist()
+        nll_sum, correct, labelled, unit_nll_sum = totals.tolist()
         self._check_finite("the training loss", nll_sum, epoch)
         self._check_finite("the regulariser", penalty := prior.penalty_mean(), epoch)
         self.progress.losses.append(nll_sum / n_seen / temperature + penalty)
-        return nll_sum / n_seen, correct / labelled if labelled and math.isfinite(correct) else None
+        unit_nll = (unit_nll_sum if likelihood.has_noise else nll_sum) / n_seen
+        return nll_sum / n_seen, unit_nll, correct / labelled if labelled and math.isfinite(correct) else None
 
     def _average_statistics(self) -> None:
         """Take the means, over the processes, of what their modules have seen of the data, such as the running means of BatchNorm."""
@@ -353,18 +377,19 @@ class Trainer:
             for buffer in buffers:
                 buffer.div_(self.processes.size)
 
-    def _tune(self, epoch: int, gradient_seconds: float) -> Tuning | None:
+    def _tune(self, epoch: int, nll_sum: float, gradient_seconds: float) -> Tuning | None:
         """Fit, tune and measure where a tuning is due.
 
         Args:
             epoch: whose gradient steps have been taken.
+            nll_sum: of all the data at σ = 1, as it was over the epoch.
             gradient_seconds: that they took.
         """
         n_batches = self._batches_due(epoch, gradient_seconds)
         if n_batches == 0:
             return None
         try:
-            tuning = self.tuner.tune(n_batches, self.clock)
+            tuning = self.tuner.tune(n_batches, nll_sum, self.clock)
         except (InvalidBatchError, FloatingPointError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
             raise TrainingDiverged(f"no tuning was possible ({error})", epoch, self.checkpoint_on_disk()) from error
         self._check_finite("the log marginal likelihood", tuning.log_marglik, epoch)

@@ -46,6 +46,7 @@ def marglik_training(
     final_kfac_approx: str | Mapping[str, str] = TrainingOptions.final_kfac_approx,
     optimizer_cls: type[torch.optim.Optimizer] = TrainingOptions.optimizer_cls,
     optimizer_kwargs: Mapping[str, Any] | None = TrainingOptions.optimizer_kwargs,
+    refit: bool = TrainingOptions.refit,
     scheduler_cls: type[Any] | None = TrainingOptions.scheduler_cls,
     scheduler_kwargs: Mapping[str, Any] | None = TrainingOptions.scheduler_kwargs,
     n_epochs: int = Schedule.n_epochs,
@@ -114,6 +115,9 @@ def marglik_training(
         optimizer_cls, optimizer_kwargs: for the weights; SGD with lr 0.03 and Nesterov momentum 0.9 where not given.
             It must have no weight decay, as the prior takes its place, and need no closure, which rules out LBFGS. One whose first
             argument is the model, such as `laplace_ws.optim.KFAC`, is given it.
+        refit: whether tunings fit anew even where the optimizer has averaged the curvature. By default, with `KFAC` and "kron", and where
+            every parameter has Kronecker factors, a tuning takes those of the optimizer, whose curvature and kfac_approx then count, and
+            the training loss of the epoch; it costs no pass over the data. The posterior that is returned is fitted in any case.
         scheduler_cls, scheduler_kwargs: stepped with the optimiser; a cosine to zero where not given.
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, max_log_step, fit_fraction, curvature_budget: see `Schedule`. Where
             not given, the burn-in is a fifth of the epochs and at most 20, and frequency and fraction are left to the budget; for
@@ -150,7 +154,7 @@ def marglik_training(
             targets.
         on_epoch: called after every epoch with a record of it, to which it may add numbers, strings, None, and dicts and
             lists of them.
-        progress_bar: show one, if stderr is a terminal.
+        progress_bar: show one on stderr, or, where that is no terminal, a line for each epoch.
 
     Raises:
         UnsupportedParameterError: a parameter has no curvature block; before training.
@@ -185,6 +189,7 @@ def marglik_training(
         final_kfac_approx=final_kfac_approx,
         optimizer_cls=optimizer_cls,
         optimizer_kwargs=optimizer_kwargs,
+        refit=refit,
         scheduler_cls=scheduler_cls,
         scheduler_kwargs=scheduler_kwargs,
         hyper_optimizer=hyper_optimizer,
@@ -244,7 +249,7 @@ def prepare(
         n_data: number of examples N that an epoch stands for.
         keys: names of the entries of batches that are mappings.
         on_epoch: called after every epoch with its record.
-        progress_bar: show one, if stderr is a terminal.
+        progress_bar: show one on stderr, or, where that is no terminal, a line for each epoch.
 
     Raises:
         UnsupportedParameterError: a parameter has no curvature block.
@@ -298,8 +303,10 @@ def prepare(
                 scheduler_kwargs=lr_options,
                 hyper=hyper,
                 steps=options.steps,
+                refit=options.refit,
             ),
             rng=random_state(device),
+            refit=options.refit,
             checkpoint_path=None if checkpoint_path is None else Path(checkpoint_path),
             on_epoch=on_epoch,
             progress_bar=flag("progress_bar", progress_bar),

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws.matrices.axes import WeightAxes
+
 
 @dataclass(frozen=True, eq=False)
 class EigenBasis:
@@ -16,30 +18,30 @@ class EigenBasis:
     Attributes:
         Q_B: eigenvectors of the gradient factor, `[*G, O, O]`; None for the identity.
         Q_A: eigenvectors of the input factor, `[*G, I, I]`; None for the identity.
-        sizes: `(*G, O, I)`.
-        transposed: whether the parameter has its inputs first, `[I, O]`.
+        axes: which axes of the parameter are outputs; a vector over one that is no weight has its entries as outputs.
     """
 
     Q_B: Tensor | None
     Q_A: Tensor | None
-    sizes: tuple[int, ...]
-    transposed: bool = False
+    axes: WeightAxes
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """`(*G, O, I)`."""
+        return self.axes.sizes
 
     def equals(self, other: EigenBasis) -> bool:
         """Whether the eigenvectors are the same numbers."""
         if self is other:
             return True
         pairs = ((self.Q_B, other.Q_B), (self.Q_A, other.Q_A))
-        return (self.sizes, self.transposed) == (other.sizes, other.transposed) and all(
+        return self.axes == other.axes and all(
             a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
         )
 
     def rotate(self, vectors: Float[Tensor, "*S D"]) -> Float[Tensor, "*S *G O I"]:
         """Coordinates Qᵀ v, in the precision of the vectors."""
-        *groups, n_out, n_in = self.sizes
-        in_layout = (n_in, n_out) if self.transposed else (n_out, n_in)
-        x = vectors.reshape(*vectors.shape[:-1], *groups, *in_layout)
-        x = x.mT if self.transposed else x
+        x = self.axes.matrices(vectors)
         if self.Q_B is not None:
             x = self.Q_B.mT.to(x.dtype) @ x
         return x if self.Q_A is None else x @ self.Q_A.to(x.dtype)
@@ -51,8 +53,7 @@ class EigenBasis:
             x = self.Q_B.to(x.dtype) @ x
         if self.Q_A is not None:
             x = x @ self.Q_A.mT.to(x.dtype)
-        x = x.mT if self.transposed else x
-        return x.flatten(-len(self.sizes))
+        return self.axes.vectors(x)
 
     def rotate_outputs(self, g: Float[Tensor, "*G ... O"]) -> Float[Tensor, "*G ... O"]:
         """Coordinates of vectors over the outputs; a group axis leads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from laplace_ws import saved
 from laplace_ws.files import FileFormatError
+from laplace_ws.matrices.axes import WeightAxes, saved_output_axes
 from laplace_ws.matrices.base import CurvatureMatrix
 from laplace_ws.matrices.blocks import Block, BlockMatrix
 from laplace_ws.matrices.eigenbasis import EigenBasis
@@ -79,7 +81,7 @@ class Ekfac(BlockMatrix[EkfacBlock]):
             name: {
                 "Q_B": block.eigenbasis.Q_B,
                 "Q_A": block.eigenbasis.Q_A,
-                "transposed": block.eigenbasis.transposed,
+                "output_axes": block.eigenbasis.axes.state(),
                 "values": block.values,
             }
             for name, block in self.blocks.items()
@@ -100,6 +102,10 @@ class Ekfac(BlockMatrix[EkfacBlock]):
             for Q, n in ((Q_B, n_out), (Q_A, n_in)):
                 if Q is not None:
                     saved.eigenvectors(Q, f"eigenvectors{of}", (*groups, n, n))
-            transposed = saved.entry(block, "transposed", bool, of=of)
-            blocks[name] = EkfacBlock(shape, EigenBasis(Q_B, Q_A, tuple(values.shape), transposed), values)
+            axes = WeightAxes(shape, saved_output_axes(block, shape, of), math.prod(groups))
+            if n_in == 1 and axes.sizes != values.shape:  # no weight
+                axes = WeightAxes(torch.Size([shape.numel()]))
+            if axes.sizes != values.shape:
+                raise FileFormatError(f"the saved eigenvalues{of} do not fit its shape {tuple(shape)}.")
+            blocks[name] = EkfacBlock(shape, EigenBasis(Q_B, Q_A, axes), values)
         return cls(blocks)

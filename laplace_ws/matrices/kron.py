@@ -14,6 +14,7 @@ from torch import Tensor
 
 from laplace_ws import saved
 from laplace_ws.files import FileFormatError
+from laplace_ws.matrices.axes import WeightAxes, saved_output_axes
 from laplace_ws.matrices.base import CurvatureMatrix
 from laplace_ws.matrices.blocks import Block, BlockMatrix
 from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh
@@ -25,14 +26,15 @@ class KronBlock(Block):
     """The block of one parameter: B ⊗ A over `weight.flatten(1)`, or B alone over a vector.
 
     Layers with channel groups, and attention's packed projections, hold one pair of factors per group, stacked along a leading axis; their
-    block is the direct sum of the groups'. Where the first axis of the weight holds the inputs (embeddings, `x @ W`), the block is A ⊗ B.
+    block is the direct sum of the groups'. Where other axes of the weight than the first run over the outputs (embeddings, `x @ W`,
+    transposed convolutions), the block is B ⊗ A in the order of the flattened matrices `[O, I]`, see `WeightAxes`.
 
     Attributes:
         shape: shape of the parameter.
         B: gradient factor, a sum over data, `[*G, O, O]`; `[O]` for a diagonal.
         A: input factor, a mean over data, `[*G, I, I]`; `[I]` for a diagonal; None for a vector.
         n_inputs: number of inputs that the mean A is taken over, `[G, 1, 1]` where the groups differ.
-        transposed: whether the block is A ⊗ B.
+        output_axes: of the weight, see `WeightAxes`.
         diagonal_B: whether B is kept as its diagonal.
         diagonal_A: whether A is kept as its diagonal.
         approx: "expand" or "reduce", where it is one of the two; None where it is not known or there is no choice.
@@ -42,7 +44,7 @@ class KronBlock(Block):
     B: Tensor
     A: Tensor | None = None
     n_inputs: float | Tensor = 0
-    transposed: bool = False
+    output_axes: tuple[int, ...] = (0,)
     diagonal_B: bool = False
     diagonal_A: bool = False
     approx: str | None = None
@@ -67,9 +69,21 @@ class KronBlock(Block):
         if self.A is None:
             return B
         A = torch.diag(self.A) if self.diagonal_A else self.A
-        if B.ndim == 3:
-            return torch.block_diag(*(torch.kron(b, a) for b, a in zip(B, A, strict=True)))
-        return torch.kron(A, B) if self.transposed else torch.kron(B, A)
+        is_grouped = B.ndim == 3
+        dense = torch.block_diag(*map(torch.kron, B, A)) if is_grouped else torch.kron(B, A)
+        if self.axes.is_row_major:
+            return dense
+        places = self.axes.places(dense.device)
+        out = torch.empty_like(dense)
+        out[places[:, None], places] = dense
+        return out
+
+    @property
+    def axes(self) -> WeightAxes:
+        """How the parameter holds the matrices that the factors are of."""
+        if self.A is None:
+            return WeightAxes(torch.Size([self.shape.numel()]))
+        return WeightAxes(self.shape, self.output_axes, len(self.B) if self.B.ndim == 3 else 1)
 
     @cached_property
     def decomposition_dtypes(self) -> tuple[torch.dtype | None, torch.dtype | None]:
@@ -109,8 +123,8 @@ class KronBlock(Block):
     @cached_property
     def basis(self) -> EigenBasis:
         """See `Block.basis`."""
-        (b, Q_B), (a, Q_A) = self.eigen
-        return EigenBasis(Q_B, Q_A, (*b.shape, a.shape[-1]), self.transposed)
+        (_, Q_B), (_, Q_A) = self.eigen
+        return EigenBasis(Q_B, Q_A, self.axes)
 
 
 class Kron(BlockMatrix[KronBlock]):
@@ -137,8 +151,11 @@ class Kron(BlockMatrix[KronBlock]):
 
     def state_dict(self) -> dict[str, Any]:
         """See `CurvatureMatrix.state_dict`."""
-        fields = ("B", "A", "n_inputs", "transposed", "diagonal_B", "diagonal_A", "approx")
-        return {name: {field: getattr(block, field) for field in fields} for name, block in self.blocks.items()}
+        fields = ("B", "A", "n_inputs", "diagonal_B", "diagonal_A", "approx")
+        return {
+            name: {field: getattr(block, field) for field in fields} | {"output_axes": list(block.output_axes)}
+            for name, block in self.blocks.items()
+        }
 
     @classmethod
     def from_state_dict(cls, shapes: Mapping[str, torch.Size], state: Mapping[str, Any]) -> Kron:
@@ -149,7 +166,7 @@ class Kron(BlockMatrix[KronBlock]):
 def _restored(name: str, shape: torch.Size, state: Mapping[str, Any]) -> KronBlock:
     """One block of `Kron.state_dict`; raises `FileFormatError` for one that is damaged."""
     of = f" of {name!r}"
-    fields = {field: saved.entry(state, field, bool, of=of) for field in ("transposed", "diagonal_B", "diagonal_A")}
+    fields = {field: saved.entry(state, field, bool, of=of) for field in ("diagonal_B", "diagonal_A")}
     approx = saved.entry({"approx": None, **state}, "approx", str, None, of=of)  # files of earlier versions do not say
     B = saved.entry(state, "B", Tensor, of=of)
     A = saved.entry(state, "A", Tensor, None, of=of)
@@ -163,14 +180,15 @@ def _restored(name: str, shape: torch.Size, state: Mapping[str, Any]) -> KronBlo
     n_groups = math.prod(*groups) if len(groups) == 1 else 0
     is_grouped = B.ndim == 3 and n_groups > 1 and A is not None
     fits = n_groups * math.prod(factor.shape[-1] for factor, _ in factors) == shape.numel()
-    if not fits or not (is_grouped or groups == {()}):
+    block = KronBlock(shape, B, A, 0, saved_output_axes(dict(state), shape, of), **fields, approx=approx)
+    if not fits or not (is_grouped or groups == {()}) or (A is not None and block.axes.sizes[-2] != B.shape[-1]):
         raise FileFormatError(f"the saved factors{of} do not fit its shape {tuple(shape)}.")
     n_inputs = saved.entry(state, "n_inputs", int, float, Tensor, of=of)
     if isinstance(n_inputs, Tensor):
         saved.floats(n_inputs.double(), f"number of inputs{of}", (n_groups, 1, 1), least=0)
     else:
         saved.number(state, "n_inputs", of=of, above=-1)
-    return KronBlock(shape, B, A, n_inputs, **fields, approx=approx)
+    return replace(block, n_inputs=n_inputs)
 
 
 def at_least_one(n_inputs: float | Tensor) -> float | Tensor:

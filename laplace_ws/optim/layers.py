@@ -13,6 +13,7 @@ from torch import Tensor
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import EmbeddingUse, KfacApprox, MatrixUse, Use
 from laplace_ws.kfac.kron_accumulator import LARGEST_DENSE_VOCABULARY
+from laplace_ws.matrices.axes import WeightAxes
 from laplace_ws.optim.factor import FactorForm
 
 
@@ -23,7 +24,7 @@ class Layer:
     Attributes:
         weight: name of W.
         bias: name of b, where there is one that belongs to this weight alone.
-        transposed: whether the first axis of W holds inputs, not outputs.
+        output_axes: axes of W over its outputs, see `WeightAxes`.
         groups: G; each has a block of its own.
         approx: expand or reduce.
         A: form of the input factor of [W | b].
@@ -32,7 +33,7 @@ class Layer:
 
     weight: str
     bias: str | None
-    transposed: bool
+    output_axes: tuple[int, ...]
     groups: int
     approx: KfacApprox
     A: FactorForm
@@ -40,9 +41,7 @@ class Layer:
 
     def as_matrix(self, weight: Tensor, bias: Tensor | None) -> Float[Tensor, "*G O J"]:
         """[W | b], or what belongs to them entry by entry, with J = I + 1 columns where there is a bias, else I."""
-        matrix = weight.mT if self.transposed else weight.flatten(1)
-        if self.groups > 1:
-            matrix = matrix.unflatten(0, (self.groups, -1))
+        matrix = self._axes(weight.shape).matrices(weight.flatten())
         if bias is None:
             return matrix
         return torch.cat([matrix, bias.reshape(*matrix.shape[:-1], 1)], -1)
@@ -52,9 +51,10 @@ class Layer:
         bias = None
         if self.bias is not None:
             matrix, bias = matrix[..., :-1], matrix[..., -1].flatten()
-        if self.groups > 1:
-            matrix = matrix.flatten(0, 1)
-        return (matrix.mT if self.transposed else matrix).reshape(shape), bias
+        return self._axes(shape).vectors(matrix).reshape(shape), bias
+
+    def _axes(self, shape: torch.Size) -> WeightAxes:
+        return WeightAxes(shape, self.output_axes, self.groups)
 
     def precondition(self, matrix: Float[Tensor, "*G O J"], inv_A: Tensor, inv_B: Tensor) -> Float[Tensor, "*G O J"]:
         """B⁻¹ M A⁻¹."""
@@ -76,7 +76,15 @@ class Layer:
     def from_state(cls, state: Mapping[str, Any]) -> Layer:
         """The layer of `state`."""
         A, B = FactorForm(**state["A"]), FactorForm(**state["B"])
-        return cls(**{**state, "approx": KfacApprox(state["approx"]), "A": A, "B": B})
+        return cls(
+            **{
+                **state,
+                "output_axes": tuple(state["output_axes"]),
+                "approx": KfacApprox(state["approx"]),
+                "A": A,
+                "B": B,
+            }
+        )
 
 
 def find_layers(
@@ -106,26 +114,19 @@ def find_layers(
     layers = []
     for name, approx in approximations.items():
         own = [use for use in by_name.get(name, []) if isinstance(use, MatrixUse) and use.weight == name]
-        forms = {(use.transposed, use.groups, use.diagonal_inputs) for use in own}
+        forms = {(use.output_axes, use.groups, use.diagonal_inputs) for use in own}
         if name in refused or len(forms) != 1 or len(own) < len(by_name[name]):  # none, several, or another role beside
             continue
-        ((transposed, groups, diagonal_inputs),) = forms
+        ((output_axes, groups, diagonal_inputs),) = forms
         if approx is KfacApprox.REDUCE:
             _check_reduce(name, own, n_examples, max_factor_dim)
         bias = None if diagonal_inputs else _bias_of(own, by_name, refused)
-        n_outputs, n_inputs = _sizes(own[0])
+        n_outputs, n_inputs = own[0].axes.sizes[-2:]
         A = FactorForm.of(
             n_inputs + (bias is not None), max_factor_dim, is_diagonal=diagonal_inputs and approx is KfacApprox.EXPAND
         )
-        layers.append(Layer(name, bias, transposed, groups, approx, A, FactorForm.of(n_outputs, max_factor_dim)))
+        layers.append(Layer(name, bias, output_axes, groups, approx, A, FactorForm.of(n_outputs, max_factor_dim)))
     return layers
-
-
-def _sizes(use: MatrixUse) -> tuple[int, int]:
-    """Outputs and inputs of one group."""
-    shape = use.weight_shape
-    n_outputs = shape[-1 if use.transposed else 0] // use.groups
-    return n_outputs, shape.numel() // (n_outputs * use.groups)
 
 
 def _bias_of(own: Sequence[MatrixUse], by_name: Mapping[str, Sequence[Use]], refused: Collection[str]) -> str | None:

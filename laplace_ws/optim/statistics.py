@@ -167,7 +167,7 @@ def kron_blocks(
     if layer.bias is not None:
         A = A[..., :-1, :-1]
     n_inputs = n_inputs[:, None, None] if isinstance(n_inputs, Tensor) else n_inputs
-    options = {"transposed": layer.transposed, "diagonal_A": layer.A.is_diagonal, "approx": layer.approx.value}
+    options = {"output_axes": layer.output_axes, "diagonal_A": layer.A.is_diagonal, "approx": layer.approx.value}
     blocks = {layer.weight: KronBlock(shape, B, A, n_inputs, **options)}
     if layer.bias is not None:
         of_bias = torch.block_diag(*B) if layer.groups > 1 else B

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol, cast
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -49,14 +49,24 @@ class CurvatureAverages(Protocol):
         ...
 
 
+def averages_curvature(optimizer: object) -> TypeGuard[CurvatureAverages]:
+    """Whether an optimiser averages Kronecker factors."""
+    return all(hasattr(type(optimizer), name) for name in ("kron", "curvature", "n_arguments", "output_shape"))
+
+
+def averages_of(optimizer: object) -> CurvatureAverages | None:
+    """An optimiser that averages Kronecker factors; None for any other."""
+    return optimizer if averages_curvature(optimizer) else None
+
+
 def check_averages(optimizer: object) -> CurvatureAverages:
     """Raise `TypeError` unless an optimiser averages Kronecker factors."""
-    if not all(hasattr(type(optimizer), name) for name in ("kron", "curvature", "n_arguments", "output_shape")):
+    if not averages_curvature(optimizer):
         raise TypeError(
             f"a posterior needs an optimizer that averages curvature, such as laplace_ws.optim.KFAC, got {shown(optimizer)}; "
             "for others, Laplace(…).fit(train_loader)."
         )
-    return cast(CurvatureAverages, optimizer)
+    return optimizer
 
 
 def covered_blocks(averages: CurvatureAverages, network: Network, n_data: int) -> Kron:

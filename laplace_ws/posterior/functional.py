@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace_ws.curvature.autograd import AutogradBackend
 from laplace_ws.curvature.backend import Linearisation, differentiable_twice, evaluation_mode
 from laplace_ws.curvature.checks import LinearisationCheck
 from laplace_ws.curvature.finite import check_finite
 from laplace_ws.curvature.inputs import ModelInputs, own_copy
 from laplace_ws.curvature.native import NativeBackend
-from laplace_ws.errors import InvalidBatchError
+from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import EmbeddingUse, MatrixUse, Use, rotated_gradients
 from laplace_ws.kfac.factors import total
-from laplace_ws.matrices import CurvatureMatrix, Layout, Pushforward
+from laplace_ws.matrices import CurvatureMatrix, Layout, LowRank, Pushforward
 from laplace_ws.posterior.network import Network
 
 DIAGONAL_COLUMNS = 16
@@ -63,7 +64,16 @@ class LinearisedModel:
         outputs, covariances = [], []
         parameters = self.network.parameters()
         with evaluation_mode(self.network.model, parameters):
-            self._check.start(x, parameters)
+            try:
+                self._check.start(x, parameters)
+            except UnsupportedParameterError:
+                if (
+                    not isinstance(H, LowRank)
+                    or isinstance(self.network.backend, AutogradBackend)
+                    or self.differentiable
+                ):
+                    raise
+                return replace(self, network=self.network.by_autograd).moments(x, H, pushforward)
             n_at_once = len(x) if layout is Layout.JOINT else self._examples_at_once(layout)
             for start in range(0, len(x), n_at_once):
                 f, by_damping = self._part(x[start : start + n_at_once], H, pushforward)
@@ -205,7 +215,7 @@ def _is_outer(name: str, use: Use, *, is_turned: bool) -> bool:
         and use.groups == 1
         and isinstance(use.n_positions, int)
         and use.n_positions == 1
-        and (is_turned or not use.transposed)
+        and (is_turned or use.axes.is_row_major)
     )
 
 

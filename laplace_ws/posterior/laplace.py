@@ -75,7 +75,8 @@ class Laplace(Predictive, WeightDensity):
         temperature: τ; the likelihood enters to the power 1/τ. A tempered class likelihood is not normalised, so values of the log marginal
             likelihood compare only at equal τ.
         curvature: "ggn", "ggn_mc" (sampled labels), "ggn_mc_rademacher" (random signs) or "ef" (empirical Fisher).
-        backend: "native", "asdl", "backpack", or a `Backend`: what runs the model; the results are the same.
+        backend: "native", "asdl", "backpack", or a `Backend`: what runs the model; the results are the same. "autograd" covers whatever can
+            be differentiated, slowly and without Kronecker factors.
         mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
         generator: source of the labels or signs; by default an internal one, which `torch.manual_seed` makes reproducible.
         dict_key_x: for batches that are mappings, the entry that gives the number of examples and the device.
@@ -376,7 +377,7 @@ class Laplace(Predictive, WeightDensity):
         progress_bar: bool = False,
         recheck: bool = True,
         averaged_with: tuple[CurvatureMatrix, float] | None = None,
-    ) -> None:
+    ) -> Laplace:
         """Compute the curvature at the current weights, in one pass over the data ("ekfac": two, "lowrank": many).
 
         Args:
@@ -388,6 +389,9 @@ class Laplace(Predictive, WeightDensity):
                 that was checked before. A training that refits one network again and again may leave it out.
             averaged_with: a curvature at earlier weights, scaled to N like this one, and its weight in the mean with that at the current
                 weights: for tuning while training, where each fit sees few of the data. For structures that read the data once.
+
+        Returns:
+            The posterior itself, so that `la = Laplace(…).fit(train_loader)`.
 
         Raises:
             UnsupportedParameterError: a parameter that should be covered cannot be.
@@ -405,6 +409,7 @@ class Laplace(Predictive, WeightDensity):
             recheck=flag("recheck", recheck),
             averaged_with=averaged_with,
         )
+        return self
 
     def check(self, x: Any) -> None:
         """Run the model on one batch and raise what a fit would raise, before any work is done.

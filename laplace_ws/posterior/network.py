@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace_ws.curvature.autograd import AutogradBackend
 from laplace_ws.curvature.backend import Backend, evaluation_mode
 from laplace_ws.curvature.checks import LinearisationCheck
 from laplace_ws.curvature.finite import check_finite
@@ -64,6 +65,11 @@ class Network:
         return (
             self.check if isinstance(self.backend, NativeBackend) else LinearisationCheck(NativeBackend(), self.model)
         )
+
+    @cached_property
+    def by_autograd(self) -> Network:
+        """The same, run by the backend that covers whatever autograd does."""
+        return Network(self.model, self.subset, AutogradBackend(), self.keys, self.last_layer_among)
 
     @cached_property
     def shapes(self) -> Mapping[str, torch.Size]:
@@ -136,10 +142,16 @@ class Network:
                     outputs.append(at_least_float32(call_model(self.model, own_copy(x))))
         return torch.stack(outputs)
 
-    def check_outputs(self, x: ModelInputs) -> None:
-        """Raise `InvalidBatchError` unless the outputs at the model's own weights are finite."""
+    def own_outputs(self, x: ModelInputs) -> Float[Tensor, "N ..."]:
+        """Outputs at the model's own weights, of at least float32.
+
+        Raises:
+            InvalidBatchError: they are not finite.
+        """
         with evaluation_mode(self.model), torch.no_grad():
-            check_finite(self.model, call_model(self.model, own_copy(x)))
+            f = at_least_float32(call_model(self.model, own_copy(x)))
+        check_finite(self.model, f)
+        return f
 
     def forget(self) -> None:
         """Look anew at the weights: whether they are those of a fit, and whether the model runs on others than its own."""

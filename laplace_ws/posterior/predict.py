@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from laplace_ws.curvature.inputs import ModelInputs
 from laplace_ws.errors import InvalidBatchError
-from laplace_ws.likelihoods import RegressionLikelihood
+from laplace_ws.likelihoods import Likelihood, RegressionLikelihood
 from laplace_ws.likelihoods.links import LinkApprox, draw_outputs, probabilities
 from laplace_ws.matrices import Damping, Layout
 from laplace_ws.posterior.fit import Fit, check_network
@@ -71,6 +71,14 @@ class PredictionOptions:
         return self.pred_type is PredType.NN
 
 
+def check_link(likelihood: Likelihood, link: LinkApprox) -> None:
+    """Raise `ValueError` for a way from outputs to probabilities where there are none."""
+    if likelihood.is_regression and link is not LinkApprox.PROBIT:
+        raise ValueError(
+            f"link_approx={link.value!r} is for classes, not for {likelihood.name!r}, whose predictions are exact; leave it out."
+        )
+
+
 @dataclass(frozen=True)
 class Predictor:
     """A posterior N(θ*, κ (s·H + Δ)⁻¹) of a network's weights, as far as predictions need it.
@@ -97,9 +105,13 @@ class Predictor:
 
     def predict(self, x: Any, options: PredictionOptions) -> Prediction:
         """The posterior predictive of a batch."""
-        likelihood, link = self.fit.likelihood, options.link
-        if likelihood.predicts_outputs:
+        if self.fit.likelihood.predicts_outputs:
             return self._finite(self._output_moments(x, options))
+        return self._of_targets(x, options)
+
+    def _of_targets(self, x: Any, options: PredictionOptions) -> Prediction:
+        """Probabilities of labels, or moments of regression targets."""
+        likelihood, link = self.fit.likelihood, options.link
         if not likelihood.is_regression and (options.joint or options.observation_noise):
             raise ValueError(
                 f"joint and observation_noise are for regression, not for {likelihood.name!r}; functional_moments(x, joint=True) "
@@ -109,10 +121,7 @@ class Predictor:
             if options.joint:
                 raise ValueError('joint=True needs pred_type="glm".')
             return self._finite(self.mean_over_samples(self._finite_network_outputs(x, options), options))
-        if likelihood.is_regression and link is not LinkApprox.PROBIT:
-            raise ValueError(
-                f"link_approx={link.value!r} is for classes, not for {likelihood.name!r}, whose predictions are exact; leave it out."
-            )
+        check_link(likelihood, link)
         needs_covariance = likelihood.needs_covariance(link.value)
         if options.diagonal_output and link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM):
             raise ValueError(
@@ -142,6 +151,40 @@ class Predictor:
             x, joint=options.joint, diagonal_output=options.diagonal_output, backprop=options.backprop
         )
         return (f.flatten(), spread) if options.joint else (f, spread)
+
+    def point(self, x: Any, options: PredictionOptions) -> Tensor:
+        """What to answer with one value: the most probable labels, or the mean of a regression, which needs no covariance."""
+        likelihood = self.fit.likelihood
+        if likelihood.predicts_outputs:
+            return self._output_moments(x, replace(options, joint=False, diagonal_output=True))[0]
+        if not isinstance(likelihood, RegressionLikelihood):
+            return likelihood.most_probable(self.probabilities(x, options))
+        if options.by_network:
+            return self._finite(likelihood.predictive_mean(self._finite_network_outputs(x, options)).mean(0))
+        check_link(likelihood, options.link)
+        f = self.network.own_outputs(self.inputs(x))
+        check_output_axes(self.network.model, f, self.fit.output_shape)
+        return likelihood.predictive_mean(f)
+
+    def probabilities(self, x: Any, options: PredictionOptions) -> Tensor:
+        """The probabilities of classes.
+
+        Raises:
+            ValueError: it is a regression.
+        """
+        likelihood = self.fit.likelihood
+        if likelihood.is_regression:
+            raise ValueError(
+                f"predict_proba is for classes, not for {likelihood.name!r}; call the posterior, which gives mean and covariance."
+            )
+        prediction = self._of_targets(x, options)
+        assert isinstance(prediction, Tensor)
+        if likelihood.predicts_outputs and prediction.shape[-1] != 2:
+            raise ValueError(
+                f"predict_proba of {likelihood.name!r} is which of a pair is preferred; give pairs [N, 2, …], for which the model has two "
+                "outputs."
+            )
+        return prediction
 
     def sample(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
         """Weights drawn from the posterior."""
@@ -238,7 +281,7 @@ class Predictor:
         outputs = self.network_outputs(x, options)
         n_failed = len(outputs) - int(outputs.detach().flatten(1).isfinite().all(1).sum())
         if n_failed:
-            self.network.check_outputs(self.inputs(x))
+            self.network.own_outputs(self.inputs(x))
             raise InvalidBatchError(
                 f"{n_failed} of {len(outputs)} networks with weights drawn from this posterior give outputs that are not finite; take a "
                 'larger prior_precision, or pred_type="glm".'

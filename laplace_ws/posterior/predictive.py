@@ -68,6 +68,52 @@ class Predictive(ABC):
         )
         return self.predictor.predict(x, options)
 
+    def predict(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """One value for each target: the most probable class, or the mean of a regression; for the arguments see `__call__`.
+
+        The mean of a regression by "glm" costs one forward pass, as it needs no covariance.
+
+        Returns:
+            Classes as whole numbers: `[N]` for outputs `[N, C]`, `[N, T]` for `[N, T, C]`; for "binary" 0 or 1 in the shape of the outputs.
+            Means in the shape of the targets.
+
+        Raises:
+            NotFittedError: there is no fit.
+            InvalidBatchError: the inputs do not fit the model, or the predictions are not finite.
+        """
+        options = PredictionOptions(PredType(pred_type), LinkApprox(link_approx), n_samples, generator)
+        return self.predictor.point(x, options)
+
+    def predict_proba(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "N ..."]:
+        """The probabilities of the classes, as `__call__` gives them, which has the arguments; for "binary" those of 1.
+
+        Returns:
+            Probabilities in the shape of the outputs.
+
+        Raises:
+            NotFittedError: there is no fit.
+            ValueError: it is a regression.
+            InvalidBatchError: the inputs do not fit the model, or the predictions are not finite.
+        """
+        options = PredictionOptions(PredType(pred_type), LinkApprox(link_approx), n_samples, generator)
+        return self.predictor.probabilities(x, options)
+
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "S P"]:
         """Weights drawn from the posterior.
 

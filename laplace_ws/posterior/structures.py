@@ -168,8 +168,8 @@ class LowRankStructure(Structure):
     """The directions about which the data are most informative, across layers; in all others the posterior is the prior.
 
     A fit finds the leading eigenpairs by Lanczos' method without a backend, so it covers any network that can be differentiated twice. It
-    takes two to four passes over the data for each pair, and at least 22. Predictions with `pred_type="nn"` work for the same
-    networks; those with "glm" need a backend that knows the uses of the parameters.
+    takes two to four passes over the data for each pair, and at least 22. Predictions work for the same networks; those by the linearised
+    network take a backward pass for each example and output where the backend cannot cover it.
 
     Attributes:
         rank: largest number of eigenpairs.

@@ -28,7 +28,9 @@ def yardstick(run: RunConfig, n_train: int, n_test: int) -> dict[str, Any]:
     is_subset = data.n_train is not None or data.n_test is not None
     return {
         **{f"data.{f.name}": getattr(data, f.name) for f in fields(data) if f.name not in _LEFT_OUT},
-        "data.root": Path(data.root).absolute().as_posix() if data.name == "image-folder" else None,
+        "data.root": (
+            Path(data.root).absolute().as_posix() if data.name == "image-folder" or data.factory is not None else None
+        ),
         "data.n_train": n_train,
         "data.n_test": n_test,
         "seed (which chooses the images)": run.data_seed if is_subset else None,

@@ -30,8 +30,8 @@ class Candidate:
 
     Attributes:
         name: of the candidate, and of its run folder.
-        model: entries of the shared `model` that it changes; with another `name`, the other entries are that model's own
-            defaults.
+        model: entries of the shared `model` that it changes; with another `name` or `factory`, the other entries are that
+            model's own defaults.
         run: folder of a finished run, in place of training one.
     """
 
@@ -81,7 +81,8 @@ class SelectConfig(TrainingConfig):
 def changed_model(model: ModelConfig, candidate: Candidate) -> ModelConfig:
     """The shared network with what a candidate changes."""
     where, changes = f"candidate '{candidate.name}', model", candidate.model
-    kept = {} if changes.get("name", model.name) != model.name else asdict(model)
+    is_other = any(changes.get(key, getattr(model, key)) != getattr(model, key) for key in ("name", "factory"))
+    kept = {} if is_other else asdict(model)
     try:
         return from_mapping(ModelConfig, kept | changes)
     except OptionError as error:

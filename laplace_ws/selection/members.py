@@ -117,5 +117,7 @@ def read_entry(member: Member, data: ImageData, scores: Mapping[str, Score]) -> 
 
 def architecture(model: ModelConfig) -> str:
     """A model in words: "mlp hidden=[100, 50] activation=tanh"."""
-    options = {key: value for key, value in asdict(model).items() if key != "name" and value is not None}
-    return " ".join([model.name, *(f"{key}={value}" for key, value in options.items())])
+    options = {
+        key: value for key, value in asdict(model).items() if key not in ("name", "factory") and value is not None
+    }
+    return " ".join([model.factory or model.name, *(f"{key}={value}" for key, value in options.items())])

@@ -154,7 +154,7 @@ def test_what_was_not_asked_for_is_left_out():
 def test_a_missing_value_is_a_dash_and_no_gap_in_the_pictures():
     failed = method("laplace", "Laplace diag (marglik)", None, 0.2)
     page = render_calibration(make_result(NETWORK, failed))
-    assert "<td>–</td>" in page
+    assert ">–</td>" in page
     assert failed.mean_corrupted("nll") is None
     assert failed.mean_corrupted("accuracy") == pytest.approx(0.81 - 0.3)
 
@@ -182,7 +182,7 @@ def test_costs_and_uncertainty_are_in_tables_page_and_file(tmp_path):
     page = render_calibration(make_result(*methods))
     assert "<h2>Uncertainty</h2>" in page
     assert '<th scope="col">cost<small>training runs</small></th>' in page
-    assert "<td>0.4000</td>" in page
+    assert ">0.4000</td>" in page
     written = json.loads(write_result(make_result(*methods), tmp_path).read_text())["methods"]
     assert written["ensemble"]["training_runs"] == 5.0
     assert written["ensemble"]["ood"]["auroc_epistemic"] == 0.9345

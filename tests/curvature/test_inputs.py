@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from laplace_ws import InvalidBatchError, kron_factors
-from laplace_ws.curvature import BACKENDS, checks, jacobians
+from laplace_ws.curvature import FACTOR_BACKENDS, checks, jacobians
 from laplace_ws.curvature.inputs import StructuredInputs, as_inputs, call_model, examples_of, own_copy, split_batch
 from laplace_ws.data import GraphBatch
 from laplace_ws.errors import UnsupportedParameterError
@@ -87,7 +87,7 @@ def model_of(read, write=lambda f: f):
     return Reads(read, write).double()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FACTOR_BACKENDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_batch_gives_the_same_factors(form, backend):
     make_batch, read = FORMS[form]
@@ -222,7 +222,7 @@ def test_the_number_of_inputs_may_change_between_batches():
     a, b, y = two_inputs_and_labels()
     torch.manual_seed(0)
     model = Either(by_place).double()
-    for backend in BACKENDS:
+    for backend in FACTOR_BACKENDS:
         found = kron_factors(model, "classification", [(a, y), (a, b, y)], backend=backend)
         truth = kron_factors(model, "classification", [(a, y), (a + b, y)])
         torch.testing.assert_close(found.to_dense(), truth.to_dense(), rtol=1e-10, atol=1e-12)
@@ -251,7 +251,7 @@ def test_other_batches_are_refused_in_one_sentence(batch, message):
         kron_factors(nn.Linear(3, 2), "classification", [batch])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FACTOR_BACKENDS)
 @pytest.mark.parametrize("structured", [False, True])
 def test_inputs_of_another_type_than_the_model_are_named(structured, backend):
     a, b, y = two_inputs_and_labels()

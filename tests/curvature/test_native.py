@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from cases import CASES, double
 from curvature.shared import Wrapped, weight
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from laplace_ws import Laplace, UnsupportedParameterError, kron_factors
-from laplace_ws.curvature import BACKENDS, curvature_sum, exact
+from laplace_ws.curvature import FACTOR_BACKENDS, curvature_sum, exact
 
 
 @pytest.mark.parametrize(
@@ -95,10 +96,26 @@ def test_parameter_order_changes_nothing():
 # ------------------------------------------------------------------ what cannot be covered
 
 
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+    return layer
+
+
 UNSUPPORTED = {
-    "lstm": (
-        Wrapped(lambda m, x: m.rnn(x)[0][:, -1], rnn=nn.LSTM(3, 2, batch_first=True)),
-        r"'rnn.weight_ih_l0' is used by lstm",
+    "packed sequences": (
+        Wrapped(
+            lambda m, x: m.rnn(nn.utils.rnn.pack_padded_sequence(x, [2, 2, 1, 1], batch_first=True))[1][0][0],
+            rnn=nn.LSTM(3, 2, batch_first=True),
+        ),
+        r"'rnn.weight_ih_l0' is used by lstm, on a packed sequence",
+    ),
+    "distances": (
+        Wrapped(lambda m, x: m.a(torch.cdist(x, m.w)), w=weight(4, 3), a=nn.Linear(4, 2)),
+        r"'w' is used by cdist, which has no curvature block",
+    ),
+    "pruned": (
+        pruned(nn.Linear(3, 2000)),
+        r"'weight_orig' has no Kronecker factors.*torch.nn.utils.prune.remove\(module, \"weight\"\)",
     ),
     "attention beyond its inputs": (
         Wrapped(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(3, 1, batch_first=True, add_bias_kv=True)),
@@ -124,7 +141,6 @@ UNSUPPORTED = {
         Wrapped(lambda m, x: F.linear(x, m.w[:2]), w=weight(3, 3)),
         r"'w' is used by linear, as a part or a view of itself",
     ),
-    "two parameters": (Wrapped(lambda m, x: x * (m.a * m.b), a=weight(3), b=weight(3)), r"'a' is used by mul"),
     "batch statistics": (
         nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False), nn.Flatten()),
         r"'1.weight' is used by batch_norm, with statistics of the batch",
@@ -133,12 +149,10 @@ UNSUPPORTED = {
         Wrapped(lambda m, x: F.linear(F.embedding(x.long().abs() % 4, m.w).mean(1), m.w), w=weight(4, 5)),
         r"'w' is used by embedding and linear in roles that share no Kronecker block",
     ),
-    "time first": (
-        Wrapped(lambda m, x: m.a(x.transpose(0, 1)).transpose(0, 1), a=nn.Linear(3, 2)),
-        r"'a.weight' is used by linear, whose output \(2, 4, 2\) has no leading axis of the batch's 4 examples",
-    ),
-    "time first, as long as the batch": (
-        Wrapped(lambda m, x: m.a(x.repeat(1, 2, 1).transpose(0, 1)).transpose(0, 1), a=nn.Linear(3, 2)),
+    "time first, flat": (
+        Wrapped(
+            lambda m, x: m.a(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (2, 4)).transpose(0, 1), a=nn.Linear(3, 2)
+        ),
         r"rows that are not grouped by example",
     ),
     "mixed examples": (
@@ -158,7 +172,7 @@ def test_what_cannot_be_covered_is_named(name):
         Laplace(model, "regression").fit([(x, torch.zeros_like(model(x)))])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FACTOR_BACKENDS)
 def test_a_parametrisation_by_hooks_is_named(backend):
     model = nn.Sequential(nn.Linear(3, 2), nn.utils.weight_norm(nn.Linear(2, 2)))
     with pytest.raises(

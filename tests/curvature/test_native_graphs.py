@@ -6,7 +6,7 @@ from cases import double
 from torch import nn
 
 from laplace_ws import InvalidBatchError, UnsupportedParameterError, kron_factors, row_examples
-from laplace_ws.curvature import BACKENDS, exact
+from laplace_ws.curvature import FACTOR_BACKENDS, exact
 from laplace_ws.data import GraphBatch
 
 
@@ -55,7 +55,7 @@ class WrongIndex(ReadOut):
             return batch.mean(self.last(self.first(batch.nodes)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FACTOR_BACKENDS)
 @pytest.mark.parametrize("sizes", [((3, 2), (2, 2), (2, 2)), ((2, 1), (2, 1), (2, 1))], ids=["uneven", "even"])
 @pytest.mark.parametrize(
     ("net", "says"),

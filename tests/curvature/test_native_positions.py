@@ -33,14 +33,35 @@ def test_positions_looked_up_once_are_covered(name, n_tokens):
     torch.testing.assert_close(block.A, torch.eye(12).double().diagonal() * (torch.arange(12) < n_tokens) / n_tokens)
 
 
-def test_positions_that_are_subtracted_are_named():
+def test_positions_that_are_negated_are_named():
     model = Positions(lambda embedding, i: -embedding(i) + 0)
-    model.positions, minus = nn.Embedding(12, 4), Positions(LOOK_UPS["added"])
-    minus.forward = lambda x: minus.head((minus.tokens(x) - minus.positions(torch.arange(3))).mean(1))
-    minus.shift, minus.table = None, None
-    for net, how in ((model, "is used by neg"), (minus, "other than added to every example")):
-        with pytest.raises(UnsupportedParameterError, match=f"'positions.weight' .*{how}"):
-            kron_factors(net, "classification", [(torch.randint(0, 6, (5, 3)), torch.randint(0, 3, (5,)))])
+    model.positions = nn.Embedding(12, 4)
+    with pytest.raises(UnsupportedParameterError, match=r"'positions.weight' .*is used by neg"):
+        kron_factors(model, "classification", [(torch.randint(0, 6, (5, 3)), torch.randint(0, 3, (5,)))])
+
+
+TURNED = {
+    "subtracted": lambda m, x: m.tokens(x) - m.positions(torch.arange(3)),
+    "turned": lambda m, x: m.tokens(x)[:, :3] + m.positions(torch.arange(3)).t(),
+    "of pairs": lambda m, x: (m.tokens(x) @ m.tokens(x).mT)[:, None] + m.positions(PAIRS).permute(2, 0, 1)[None],
+}
+PAIRS = (torch.arange(3)[:, None] - torch.arange(3)).abs()
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_positions_that_are_turned_have_a_block_as_vectors_have(name):
+    torch.manual_seed(0)
+    n_columns = 3 if name == "turned" else 4
+    model = Wrapped(
+        lambda m, x: TURNED[name](m, x).tanh().flatten(1),
+        tokens=nn.Embedding(6, n_columns),
+        positions=nn.Embedding(4, n_columns),
+    )
+    model, x = double(model), torch.randint(0, 6, (5, 3))
+    y = torch.randn_like(model(x))
+    la = Laplace(model, "regression", hessian_structure="full")
+    la.fit([(x[:2], y[:2]), (x[2:], y[2:])])
+    torch.testing.assert_close(la.H.to_dense(), exact.ggn(model, "regression", x, y), rtol=1e-10, atol=1e-12)
 
 
 USERS = {

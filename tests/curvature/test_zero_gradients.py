@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from laplace_ws import Laplace, UnsupportedParameterError
-from laplace_ws.curvature import BACKENDS
+from laplace_ws.curvature import FACTOR_BACKENDS
 
 
 class Normalised(nn.Module):
@@ -21,7 +21,7 @@ class Normalised(nn.Module):
 
 
 @pytest.mark.many(3)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FACTOR_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU()])

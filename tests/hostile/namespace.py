@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -89,6 +90,19 @@ class OnNodes(nn.Module):
         return self.layer(nodes)[:2]
 
 
+def estimators():
+    return pytest.importorskip("laplace_ws.sklearn", exc_type=ImportError)
+
+
+class Table:
+    """What other libraries keep numbers in, as pandas does."""
+
+    shape = (1, 1)
+
+    def __array__(self):
+        raise AssertionError
+
+
 def tensors(**options) -> data.TensorLoader:
     return data.TensorLoader(x, labels, **{"batch_size": 4, **options})
 
@@ -123,6 +137,7 @@ def names() -> dict[str, Any]:
         "la_binary": fit([(x, one_hot.float())], "binary"),
         "la_diag": fit(pair, hessian_structure="diag"),
         "la_asdl": fit(pair, backend="asdl"),
+        "estimators": estimators(),
         "math": math,
         "nn": nn,
         "torch": torch,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hostile import namespace, tables
 
-TABLES = ("constructor", "fits", "predictions", "training", "optim", "data")
+TABLES = ("constructor", "fits", "predictions", "training", "optim", "data", "estimators")
 CASES = [case for table in TABLES for case in tables.read(table)]
 
 

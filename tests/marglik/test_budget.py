@@ -52,6 +52,7 @@ def random_cases(n: int) -> list[tuple[Budget, TuningCost]]:
             first_epoch=rng.randint(1, n_epochs),
             n_epochs=n_epochs,
             n_batches=rng.choice([1, 2, 7, 50, 400]),
+            final_fit_cost=rng.choice([1.0, 2.0]),
         )
         cases.append((budget, TuningCost(10 ** rng.uniform(-4, 1), 10 ** rng.uniform(-4, 1))))
     return cases
@@ -62,7 +63,7 @@ def test_tunings_and_the_last_fit_keep_within_the_budget_unless_the_run_does_not
     for budget, cost in random_cases(2000):
         run = simulate(budget, lambda epoch, cost=cost: cost)
         whole = budget.share * run.gradient_seconds
-        put_aside = min(whole / 2, budget.n_batches * cost.batch_seconds)
+        put_aside = min(whole / 2, budget.n_batches * budget.final_fit_cost * cost.batch_seconds)
         # the first tuning is of unknown cost, the last is put aside for; the others may be forced, on single batches
         forced = 2 * cost.seconds(budget.smallest) + FEWEST_TUNINGS * cost.seconds(1)
         n_kept += forced <= whole - put_aside

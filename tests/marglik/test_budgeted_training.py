@@ -70,7 +70,7 @@ def test_what_was_decided_and_what_it_took_is_in_the_records():
 
 
 def test_the_result_says_what_tuning_and_the_last_fit_cost():
-    result = trainer().run()
+    result = trainer(options=replace(OPTIONS, final_kfac_approx="reduce")).run()
     spent = sum(record["curvature_seconds"] for record in result.history)
     assert (result.gradient_seconds, result.final_fit_seconds) == (320.0, 8.0)
     assert result.curvature_seconds == spent + 8.0
@@ -79,6 +79,14 @@ def test_the_result_says_what_tuning_and_the_last_fit_cost():
     both = result.tuning_overhead + result.final_fit_overhead
     assert 0.4 < both <= 0.5 + 7 / 320  # up to the error of one prediction, see below
     assert (result.curvature_budget, result.over_budget) == (0.5, max(0.0, both - 0.5))
+
+
+def test_more_is_put_aside_for_a_last_fit_by_another_approximation():
+    spent = [
+        sum(chosen(trainer(options=replace(OPTIONS, final_kfac_approx=approx)).run()))
+        for approx in ("expand", "reduce")
+    ]
+    assert spent[0] < spent[1]
 
 
 def test_a_run_too_short_for_its_budget_says_by_how_much_it_passes_it():

@@ -251,9 +251,22 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert load_checkpoint(path)["value"] == 1
 
 
-def test_no_bar_without_a_terminal(capsys):
-    marglik_training(mlp(), blobs(), **QUICK | {"progress_bar": True}, optimizer_kwargs=SGD)
+def test_without_a_terminal_there_is_a_line_for_each_epoch(capsys):
+    result = marglik_training(mlp(), blobs(), **QUICK | {"progress_bar": True}, optimizer_kwargs=SGD)
+    expected = [f"epoch {record['epoch']}/6, loss {record['loss']:.4f}" for record in result.history]
+    for number in (1, 3, 5):  # those with a tuning
+        expected[number] += f", log marginal likelihood {result.history[number]['log_marginal_likelihood']:.1f}"
+    assert capsys.readouterr().err.splitlines() == expected
+    marglik_training(mlp(), blobs(), **QUICK | {"progress_bar": False}, optimizer_kwargs=SGD)
     assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_there_is_a_bar_and_no_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    marglik_training(mlp(), blobs(), **QUICK | {"progress_bar": True}, optimizer_kwargs=SGD)
+    said = capsys.readouterr().err
+    assert "6/6" in said
+    assert "epoch 1/6" not in said
 
 
 def test_trainer_state_holds_tensors_and_plain_values_only(tmp_path, monkeypatch):

@@ -1,11 +1,15 @@
 """Online training by K-FAC."""
 
+import copy
+
 import pytest
 import torch
-from marglik.runs import QUICK, blobs, mlp
+from marglik.runs import QUICK, blobs, mlp, noisy_sine
 from marglik.test_checkpoint import Stop, stop_after
+from torch import nn
 
 from laplace_ws import marglik_training
+from laplace_ws.data import TensorLoader
 from laplace_ws.optim import KFAC
 
 OPTIONS = {
@@ -34,6 +38,43 @@ def test_resumed_equals_uninterrupted(tmp_path):
     resumed = train(checkpoint_path=path, resume=True)
     assert resumed.losses == whole.losses
     assert resumed.margliks == whole.margliks
+
+
+def one_batch(regression=False):
+    """The same data as one batch, so that the average over the steps of frozen weights is the curvature of the data."""
+    loader = noisy_sine(n=48, batch_size=48) if regression else blobs(n=48, batch_size=48)
+    return TensorLoader(*loader.dataset.tensors, batch_size=48)
+
+
+@pytest.mark.parametrize("regression", [False, True])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_at_fixed_weights_the_averages_tune_as_fits_do(regression, approx):
+    model = mlp(1, 1) if regression else mlp()
+    likelihood = "regression" if regression else "classification"
+    options = {
+        **QUICK, "optimizer_cls": KFAC, "optimizer_kwargs": {"lr": 0.0, "kfac_approx": approx}, "curvature": "ef", "kfac_approx": approx,
+        "sigma_noise_init": 0.4 if regression else None,
+    }  # fmt: skip
+    results = [
+        marglik_training(copy.deepcopy(model), one_batch(regression), likelihood, refit=refit, **options)
+        for refit in (False, True)
+    ]
+    assert results[0].margliks == pytest.approx(results[1].margliks, rel=1e-9)
+    assert results[0].prior_precision == pytest.approx(results[1].prior_precision, rel=1e-6)
+    tuned = [
+        [r["fit_batches"] for r in result.history if r["log_marginal_likelihood"] is not None] for result in results
+    ]
+    assert tuned == [[0] * len(results[0].margliks), [1] * len(results[1].margliks)]
+
+
+def test_weights_without_factors_are_tuned_by_fits():
+    results = []
+    for refit in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)).double()
+        results.append(marglik_training(model, blobs(), **QUICK | OPTIONS, refit=refit))
+    assert [r["fit_batches"] for r in results[0].history] == [r["fit_batches"] for r in results[1].history]
+    assert results[0].losses == results[1].losses
 
 
 def test_weight_decay_is_refused():

@@ -38,7 +38,7 @@ def kron() -> tuple[Kron, dict]:
             n_inputs=1,
         ),
         "embedding": KronBlock(
-            torch.Size([5, 6]), definite(6), torch.rand(5), n_inputs=1, transposed=True, diagonal_A=True
+            torch.Size([5, 6]), definite(6), torch.rand(5), n_inputs=1, output_axes=(1,), diagonal_A=True
         ),
         "diagonal": KronBlock(torch.Size([3]), torch.rand(3), diagonal_B=True),
     }

@@ -21,9 +21,9 @@ def kron():
             "vector": KronBlock(torch.Size([3]), psd(3)),
             "grouped": KronBlock(torch.Size([4, 3]), psd(2, 2), psd(2, 3), n_inputs=2),
             "embedding": KronBlock(
-                torch.Size([5, 2]), psd(2), torch.rand(5, **torch_double), n_inputs=2, transposed=True, diagonal_A=True
+                torch.Size([5, 2]), psd(2), torch.rand(5, **torch_double), n_inputs=2, output_axes=(1,), diagonal_A=True
             ),
-            "matmul": KronBlock(torch.Size([3, 2]), psd(2), psd(3), n_inputs=2, transposed=True),
+            "matmul": KronBlock(torch.Size([3, 2]), psd(2), psd(3), n_inputs=2, output_axes=(1,)),
             "long vector": KronBlock(torch.Size([3]), torch.rand(3, **torch_double), diagonal_B=True),
         }
     )

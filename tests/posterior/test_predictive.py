@@ -11,6 +11,7 @@ from torch.distributions import MultivariateNormal
 
 from laplace_ws import Gaussian, HeteroscedasticGaussian, InvalidBatchError, Laplace, NotFittedError
 from laplace_ws.likelihoods.links import bridge, probit_scaled, root, sample_outputs
+from laplace_ws.posterior.predict import Predictor
 
 F64 = torch.float64
 
@@ -113,6 +114,74 @@ def test_binary_predictions(name):
     torch.testing.assert_close(draws, expected, rtol=0, atol=0.01)
     with pytest.raises(ValueError, match="link_approx='bridge' is for \"classification\""):
         la(x, link_approx="bridge")
+
+
+# ------------------------------------------------------------------ one value for each target
+
+
+def test_fit_returns_the_posterior():
+    model, x, y = case_of("mlp").make()
+    la = Laplace(model, "classification")
+    assert la.fit([(x, y)]) is la
+    assert la.fit([(x, y)], override=False) is la
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer-tokens"])
+@pytest.mark.parametrize("link", ["probit", "mc", "bridge"])
+def test_the_class_is_the_most_probable_one(name, link):
+    la, x, _ = fitted("kron", name)
+
+    def options():
+        return {"link_approx": link, "n_samples": 20, "generator": torch.Generator().manual_seed(1)}
+
+    probabilities = la(x, **options())
+    assert torch.equal(la.predict_proba(x, **options()), probabilities)
+    assert torch.equal(la.predict(x, **options()), probabilities.argmax(-1))
+
+
+def test_the_class_is_that_of_the_predictive_not_that_of_the_network():
+    """Outputs of 1.0 and 1.2, of which the second is so uncertain that it loses."""
+    model = double(nn.Linear(3, 3, bias=False))
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1.2, 0], [0, 0, 0]]))
+    la = Laplace(model, "classification", hessian_structure="diag", prior_precision=1.0)
+    la.fit([(torch.eye(3, dtype=F64), torch.arange(3))])
+    la.prior_precision = torch.tensor([1e6, 1.0, 1.0] + [1e-2] * 3 + [1.0] * 3, dtype=F64)
+    x = torch.tensor([[1.0, 1.0, 0.0]], dtype=F64)
+    assert model(x).argmax(-1).item() == 1
+    assert la.predict(x).item() == 0
+
+
+@pytest.mark.parametrize("name", ["mlp-binary", "mlp-flat-binary"])
+def test_binary_labels(name):
+    la, x, _ = fitted("kron", name)
+    x = 10 * torch.randn(30, *x.shape[1:], dtype=F64)
+    found = la.predict(x)
+    assert found.dtype == torch.long
+    assert torch.equal(found, (la(x) > 0.5).long())
+    assert torch.equal(la.predict_proba(x), la(x))
+    assert 0 < found.sum() < found.numel()
+
+
+@pytest.mark.parametrize("likelihood", ["regression", "heteroscedastic_regression"])
+def test_the_mean_of_a_regression_takes_no_jacobian(likelihood, monkeypatch):
+    model = double(nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 4)))
+    x, y = torch.randn(9, 2, dtype=F64), torch.randn(9, 2, dtype=F64)
+    la = Laplace(model, likelihood, hessian_structure="full").fit(
+        [(x, y if likelihood.startswith("h") else y.repeat(1, 2))]
+    )
+    mean, _ = la(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, "moments_under", None)
+        torch.testing.assert_close(la.predict(x), mean)
+    by_networks = la(x, pred_type="nn", n_samples=5, generator=torch.Generator().manual_seed(0))[0]
+    found = la.predict(x, pred_type="nn", n_samples=5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, by_networks)
+    assert not torch.allclose(found, mean)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    with pytest.raises(ValueError, match="load_mean"):
+        la.predict(x)
 
 
 # ------------------------------------------------------------------ regression

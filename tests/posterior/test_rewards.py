@@ -91,3 +91,16 @@ def test_what_does_not_fit_is_refused():
         la.fit([(pairs[:, 0], y)])
     with pytest.raises(ValueError, match="predictions are of the outputs themselves"):
         la(pairs, link_approx="mc")
+
+
+@pytest.mark.parametrize("pred_type", ["glm", "nn"])
+def test_one_value_is_the_mean_reward_and_probabilities_are_preferences(pred_type):
+    la, pairs, _ = fitted(prior_precision=50.0)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    options = {"n_samples": 3000, "generator": torch.Generator(x.device).manual_seed(0)}
+    close(la.predict(x, pred_type, **options), la.model(x).detach(), rtol=0, atol=0.05 if pred_type == "nn" else 1e-12)
+    preferred = la.predict_proba(pairs, pred_type, **options)
+    close(preferred.sum(1), torch.ones(11, dtype=torch.float64))
+    close(preferred, la.model(pairs).softmax(1).detach(), rtol=0, atol=0.05)
+    with pytest.raises(ValueError, match="which of a pair is preferred"):
+        la.predict_proba(x, pred_type, **options)

@@ -124,6 +124,20 @@ def test_nothing_comes_from_elsewhere(page):
         )
 
 
+def test_on_a_narrow_screen_each_value_says_its_column(page):
+    """There the heading of a table is hidden, and each cell shows the column's name that it carries."""
+    assert "@media (max-width: 40rem)" in page
+    assert "content: attr(data-label)" in page
+    tables = re.findall(r"<table>(.*?)</table>", page, re.DOTALL)
+    assert len(tables) == 2
+    for table in tables:
+        heads = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', table)
+        names = [re.sub(r"<small>(.*?)</small>", r" [\1]", head) for head in heads]
+        for row in re.findall(r"<tr.*?>(.*?)</tr>", table.partition("<tbody>")[2], re.DOTALL):
+            assert re.findall(r'<td[^>]* data-label="([^"]*)"', row) == names[1:]
+            assert row.count("<td") == len(names) - 1
+
+
 def test_numbers_are_on_the_page(page):
     text = text_of(page)
     for number in ("-1104.2", "-1213.4", "-8590.7", "0.5610", "0.5790", "81.23", "3.45", "12.3", "4.5", "1e-05"):
