@@ -71,7 +71,7 @@ class EigenBasis:
 
     def diagonal(self, values: Float[Tensor, "*G O I"]) -> Float[Tensor, " D"]:
         """The diagonal of Q diag(values) Qᵀ, from the squares of the eigenvectors' entries."""
-        squares = EigenBasis(_square(self.Q_B), _square(self.Q_A), self.sizes, self.transposed)
+        squares = EigenBasis(_square(self.Q_B), _square(self.Q_A), self.axes)
         return squares.rotate_back(values)
 
 

@@ -87,9 +87,10 @@ def _block(shape: torch.Size, factors: list[Tensor], n_data: int, factor: float)
     of_one = KronBlock(shape, B, None, 0, diagonal_B=B.ndim == 1)
     if A is None:
         return of_one
-    is_transposed = len(B) * len(A) == shape.numel() and len(B) != shape[0]
-    B, A = (A, B) if is_transposed else (B, A)
-    return KronBlock(shape, B, A, n_data, is_transposed, diagonal_B=B.ndim == 1, diagonal_A=A.ndim == 1)
+    outputs_are_first = len(B) == shape[0] or len(B) * len(A) != shape.numel()
+    B, A = (B, A) if outputs_are_first else (A, B)
+    axes = (0,) if outputs_are_first else (1,)
+    return KronBlock(shape, B, A, n_data, axes, diagonal_B=B.ndim == 1, diagonal_A=A.ndim == 1)
 
 
 def merged(before: Fit, after: Fit) -> Fit:

@@ -27,7 +27,9 @@ def _factors(block: matrices.KronBlock) -> list[Tensor]:
         return [block.to_dense()]
     if block.A is None:
         return [block.B]
-    return [block.A, block.B] if block.transposed else [block.B, block.A]
+    if block.axes.is_row_major:
+        return [block.B, block.A]
+    return [block.A, block.B] if len(block.shape) == 2 else [block.to_dense()]
 
 
 class Kron:
