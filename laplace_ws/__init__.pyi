@@ -4,6 +4,9 @@ from . import (
     calibration as calibration,
 )
 from . import (
+    compat as compat,
+)
+from . import (
     curvature as curvature,
 )
 from . import (
@@ -56,6 +59,7 @@ from .files import FileFormatError
 from .kfac import KfacApprox, row_examples
 from .likelihoods import (
     Bernoulli,
+    BradleyTerry,
     Categorical,
     Gaussian,
     HeteroscedasticGaussian,
@@ -81,6 +85,7 @@ from .posterior import (
 __all__ = [
     "Backend",
     "Bernoulli",
+    "BradleyTerry",
     "Categorical",
     "Curvature",
     "CurvatureWarning",

@@ -26,7 +26,7 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"report": 2},
     {"calibration": 1, "selection": 3},
     {"experiment": 2, "sklearn": 3, "callbacks": 1},
-    {"marglik": 2, "optim": 3},
+    {"compat": 1, "marglik": 2, "optim": 3},
     {"posterior": 2},
     {"curvature": 2},
     {"kfac": 2},

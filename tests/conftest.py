@@ -12,6 +12,7 @@ from placement import placed
 TESTS = Path(__file__).parent
 ON_THE_CPU = {
     "bench": "measures in processes of its own",
+    "compat": "the calls of another library, whose numbers are those of our posteriors",
     "calibration": "a command, which chooses its device by its configuration",
     "data": "files and pictures, which are read on the CPU",
     "experiments": "programs, which run in processes of their own",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -26,57 +24,11 @@ from laplace_ws.likelihoods import make_likelihood
 from laplace_ws.marglik.objective import PriorGradient
 from laplace_ws.marglik.optimizers import make_optimizer, make_scheduler, scheduler_options
 from laplace_ws.marglik.steps import GradientSteps, StepOptions
+from laplace_ws.posterior.swag import SwagMoments, flat
 from laplace_ws.randomness import random_state_kept
 
-RANK = 20
-"""Largest number of deviations that are kept, as in the paper."""
 _SHARE_OF_LR = 0.5
 """The paper's constant learning rate as a share of that at the start of the training: 0.05 of 0.1."""
-
-
-class SwagMoments:
-    """Mean, variance and latest deviations of weights that come one after another, float64.
-
-    Args:
-        weights: the first, θ_0; it counts in the moments and has no deviation.
-    """
-
-    def __init__(self, weights: Float[Tensor, " P"]) -> None:
-        self.n: int = 1
-        self.mean: Float[Tensor, " P"] = weights.double().clone()
-        self._square_sum = torch.zeros_like(self.mean)
-        self._deviations: deque[Tensor] = deque(maxlen=RANK)
-
-    def add(self, weights: Float[Tensor, " P"]) -> None:
-        """Take in the next weights; the deviation is that from the mean so far, these included."""
-        self.n += 1
-        before = weights.double() - self.mean
-        self.mean = self.mean + before / self.n
-        after = weights.double() - self.mean
-        # of one sign with its twin, so that rounding makes no variance negative, as it does E θ² − (E θ)²
-        self._square_sum += before * after
-        self._deviations.append(after)
-
-    @property
-    def variance(self) -> Float[Tensor, " P"]:
-        """E θ² − (E θ)² over the weights so far."""
-        return self._square_sum / self.n
-
-    @property
-    def deviations(self) -> Float[Tensor, "P K"]:
-        """D, the latest deviations as columns."""
-        return torch.stack(list(self._deviations), 1)
-
-    def covariance(self) -> Float[Tensor, "P P"]:
-        """½ diag(variance) + D Dᵀ / (2(K − 1)), of at least two deviations; dense, for small P."""
-        D = self.deviations
-        return 0.5 * self.variance.diag() + D @ D.T / (2 * (D.shape[1] - 1))
-
-    def sample(self, generator: torch.Generator) -> Float[Tensor, " P"]:
-        """Weights drawn from N(mean, covariance)."""
-        D = self.deviations
-        diagonal, low_rank = (torch.randn(n, dtype=D.dtype, device=D.device, generator=generator) for n in D.shape)
-        return self.mean + (0.5 * self.variance).sqrt() * diagonal + D @ low_rank / math.sqrt(2 * (D.shape[1] - 1))
 
 
 def check_swag(config: CalibrateConfig, trained: TrainedRun) -> None:
@@ -166,8 +118,3 @@ def network_at(trained: TrainedRun, weights: Float[Tensor, " P"]) -> nn.Module:
     data = trained.data
     update_bn(TensorLoader(data.x_train, data.y_train, batch_size=trained.config.data.batch_size), model)
     return model.eval()
-
-
-def flat(parameters: Sequence[Tensor]) -> Float[Tensor, " P"]:
-    """A copy of the weights, one after another."""
-    return torch.cat([p.detach().flatten() for p in parameters])

@@ -283,7 +283,8 @@ def kron_factors(
 
     Args:
         model: the network; run in eval mode and left as it was.
-        likelihood: "classification", "regression", "heteroscedastic_regression", "binary" or a `Likelihood`.
+        likelihood: "classification", "regression", "heteroscedastic_regression", "binary", "reward_modeling" or a
+            `Likelihood`.
         data: iterable of batches: pairs (x, y), rows (x1, x2, …, y) for `model(x1, x2, …)`, or mappings, see `inputs.split_batch`.
         curvature: "ggn" (exact columns), "ggn_mc" (sampled labels), "ggn_mc_rademacher" (random signs) or "ef" (empirical Fisher).
         kfac_approx: "auto", "expand", "reduce", or a mapping from patterns of parameter names to them.

@@ -15,12 +15,14 @@ from laplace_ws.likelihoods.base import Likelihood, RegressionLikelihood
 from laplace_ws.likelihoods.bernoulli import Bernoulli
 from laplace_ws.likelihoods.categorical import Categorical
 from laplace_ws.likelihoods.gaussian import Gaussian, HeteroscedasticGaussian
+from laplace_ws.likelihoods.preference import BradleyTerry
 from laplace_ws.registry import Registry
 from laplace_ws.values import shown
 
 __all__ = [
     "LIKELIHOODS",
     "Bernoulli",
+    "BradleyTerry",
     "Categorical",
     "Gaussian",
     "HeteroscedasticGaussian",
@@ -32,7 +34,8 @@ __all__ = [
 ]
 
 LIKELIHOODS: Registry[type[Likelihood]] = Registry(
-    "likelihood", {kind.name: kind for kind in (Categorical, Gaussian, HeteroscedasticGaussian, Bernoulli)}
+    "likelihood",
+    {kind.name: kind for kind in (Categorical, Gaussian, HeteroscedasticGaussian, Bernoulli, BradleyTerry)},
 )
 
 
@@ -52,7 +55,7 @@ def register_likelihood(kind: type[Likelihood]) -> None:
 
 
 def make_likelihood(likelihood: str | Likelihood) -> Likelihood:
-    """Turn "classification", "regression", "heteroscedastic_regression" or "binary" into its likelihood.
+    """Turn "classification", "regression", "heteroscedastic_regression", "binary" or "reward_modeling" into its likelihood.
 
     A `Likelihood` passes through.
     """

@@ -24,6 +24,7 @@ class Likelihood(ABC):
         name: the name by which `make_likelihood` knows it.
         has_noise: whether it has an observation noise σ.
         is_regression: whether predictions are means and variances of y, see `RegressionLikelihood`; else they are probabilities.
+        predicts_outputs: whether predictions are mean and covariance of the outputs f themselves, though the targets are labels.
         target_ndim: axes of the targets that belong to one loss term: 1 for a vector like the outputs, 0 for one label for all outputs
             of the term.
         links: names of the approximations that turn Gaussian outputs into class probabilities, see `links.LinkApprox`; none
@@ -35,6 +36,7 @@ class Likelihood(ABC):
     name: str
     has_noise: bool = False
     is_regression: bool = False
+    predicts_outputs: bool = False
     target_ndim: int = 1
     links: tuple[str, ...] = ("probit", "mc")
     scores: tuple[str, ...] = ("nll",)

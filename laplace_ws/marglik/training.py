@@ -101,7 +101,8 @@ def marglik_training(
         model: the network; parameters that do not require grad stay as they are and get no prior.
         train_loader: gives batches on the model's device, afresh each time it is iterated: pairs (x, y), rows (x1, x2, …, y) for
             `model(x1, x2, …)`, or mappings, see `curvature.inputs.split_batch`.
-        likelihood: "classification", "regression", "heteroscedastic_regression", "binary", or a likelihood.
+        likelihood: "classification", "regression", "heteroscedastic_regression", "binary", "reward_modeling", or a
+            likelihood.
         hessian_structure: "kron", "ekfac", "diag", "full" or "lowrank" (which needs the same data in each pass: no augmentation, no
             `fit_fraction` of a loader that shuffles).
         curvature, backend, mc_samples: as for `Laplace`.

@@ -16,6 +16,9 @@ from torch import Tensor
 from laplace_ws.matrices.eigenbasis import EigenBasis
 from laplace_ws.matrices.pushforward import Damping, Layout, Pushforward
 
+_ROWS_AT_ONCE = 256
+"""Right-hand sides that are solved for together."""
+
 
 class CurvatureMatrix(ABC):
     """A positive semi-definite matrix H over the parameters of a model, in nats, and the algebra of s·H + diag(δ).
@@ -74,6 +77,19 @@ class CurvatureMatrix(ABC):
     @abstractmethod
     def inv_sqrt(self, vectors: Float[Tensor, "S P"], scale: Tensor, delta: Tensor) -> Float[Tensor, "S P"]:
         """L v for each row v, with L Lᵀ = (scale·H + diag(δ))⁻¹: turns white noise into posterior samples."""
+
+    def inverse_diagonal(self, scale: Tensor, delta: Tensor) -> Float[Tensor, " P"]:
+        """The diagonal of (scale·H + diag(δ))⁻¹ in float64: the variance of each weight.
+
+        As written here it takes a `solve` for each weight; structures that know better say so.
+        """
+        units = torch.eye(self.n_params, dtype=torch.float64, device=delta.device).split(_ROWS_AT_ONCE)
+        parts = [self.solve(rows, scale, delta) for rows in units]
+        return torch.cat(parts).diagonal()
+
+    def times(self, vectors: Float[Tensor, "S P"]) -> Float[Tensor, "S P"]:
+        """H v for each row v, in float64."""
+        return vectors.double() @ self.to_dense().double()
 
     def basis(self, name: str) -> EigenBasis | None:
         """The coordinates in which `pushforward` takes the rows of one parameter tensor; None for its own, flattened."""

@@ -91,6 +91,19 @@ class BlockMatrix(CurvatureMatrix, Mapping[str, B], Generic[B]):
         """See `CurvatureMatrix.inv_sqrt`; the symmetric root."""
         return self._filter(vectors, scale, delta, -0.5)
 
+    def inverse_diagonal(self, scale: Tensor, delta: Tensor) -> Tensor:
+        """See `CurvatureMatrix.inverse_diagonal`: Σ_k Q_ik² / (s·λ_k + δ), a product of factors like the eigenvectors."""
+        parts = []
+        for block, d in self._with_delta(delta):
+            parts.append(block.basis.diagonal(1 / (block.eigenvalues() * scale.double() + d)))
+        return torch.cat(parts)
+
+    def times(self, vectors: Tensor) -> Tensor:
+        """See `CurvatureMatrix.times`."""
+        parts = vectors.double().split([shape.numel() for shape in self.shapes.values()], dim=1)
+        pairs = zip(parts, self.blocks.values(), strict=True)
+        return torch.cat([b.basis.rotate_back(b.basis.rotate(part) * b.eigenvalues()) for part, b in pairs], dim=1)
+
     def basis(self, name: str) -> EigenBasis:
         """See `CurvatureMatrix.basis`."""
         return self.blocks[name].basis

@@ -113,6 +113,14 @@ class Dense(CurvatureMatrix):
         factor = self.cholesky(scale, delta)
         return torch.cholesky_solve(vectors.double().mT, factor).mT.to(vectors.dtype)
 
+    def inverse_diagonal(self, scale: Tensor, delta: Tensor) -> Tensor:
+        """See `CurvatureMatrix.inverse_diagonal`."""
+        return torch.cholesky_inverse(self.cholesky(scale, delta)).diagonal()
+
+    def times(self, vectors: Tensor) -> Tensor:
+        """See `CurvatureMatrix.times`; without the negative eigenvalues that rounding causes, like all else."""
+        return vectors.double() @ self._psd
+
     def inv_sqrt(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.inv_sqrt`; L⁻ᵀ v with L the Cholesky factor."""
         factor = self.cholesky(scale, delta)

@@ -71,6 +71,14 @@ class Diag(CurvatureMatrix):
         """See `CurvatureMatrix.inv_sqrt`."""
         return vectors * self.damped(scale, delta).rsqrt().to(vectors.dtype)
 
+    def inverse_diagonal(self, scale: Tensor, delta: Tensor) -> Tensor:
+        """See `CurvatureMatrix.inverse_diagonal`."""
+        return 1 / self.damped(scale, delta)
+
+    def times(self, vectors: Tensor) -> Tensor:
+        """See `CurvatureMatrix.times`."""
+        return vectors.double() * self.values.double()
+
     def pushforward(self, dampings: Sequence[Damping], layout: Layout) -> SeparablePushforward:
         """See `CurvatureMatrix.pushforward`."""
         parts = by_parameter(self.values, self.shapes)

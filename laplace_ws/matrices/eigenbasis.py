@@ -69,6 +69,15 @@ class EigenBasis:
         flat = coordinates.flatten(1)
         return (flat * values.flatten()) @ flat.mT
 
+    def diagonal(self, values: Float[Tensor, "*G O I"]) -> Float[Tensor, " D"]:
+        """The diagonal of Q diag(values) Qᵀ, from the squares of the eigenvectors' entries."""
+        squares = EigenBasis(_square(self.Q_B), _square(self.Q_A), self.axes)
+        return squares.rotate_back(values)
+
+
+def _square(Q: Tensor | None) -> Tensor | None:
+    return None if Q is None else Q.double().square()
+
 
 def _rotate_last(x: Tensor, Q: Tensor | None) -> Tensor:
     if Q is None:

@@ -111,6 +111,19 @@ class LowRank(CurvatureMatrix):
         root = self._root_of_curvature(scale, self._cholesky(scale, delta))
         return self._less_low_rank(vectors, root @ root.mT, expand_per_weight(delta, self.shapes), 1.0)
 
+    def inverse_diagonal(self, scale: Tensor, delta: Tensor) -> Tensor:
+        """See `CurvatureMatrix.inverse_diagonal`: δ⁻¹ − ‖w_i‖², with W = Δ⁻¹ U T."""
+        per_weight = expand_per_weight(delta, self.shapes).double()
+        root = self._root_of_curvature(scale, self._cholesky(scale, delta))
+        per_chunk = max(1, _CHUNK // max(1, self.rank))
+        pairs = zip(self.vectors.split(per_chunk), per_weight.split(per_chunk), strict=True)
+        return torch.cat([1 / d - (U.double() @ root).square().sum(1) / d.square() for U, d in pairs])
+
+    def times(self, vectors: Tensor) -> Tensor:
+        """See `CurvatureMatrix.times`."""
+        U = self.vectors.double()
+        return ((vectors.double() @ U) * self.values.double()) @ U.mT
+
     def inv_sqrt(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.inv_sqrt`.
 

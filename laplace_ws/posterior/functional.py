@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from laplace_ws.curvature.autograd import AutogradBackend
 from laplace_ws.curvature.backend import Linearisation, differentiable_twice, evaluation_mode
+from laplace_ws.curvature.checks import LinearisationCheck
 from laplace_ws.curvature.finite import check_finite
 from laplace_ws.curvature.inputs import ModelInputs, own_copy
 from laplace_ws.curvature.native import NativeBackend
@@ -28,6 +30,9 @@ _ROW_COPIES = 3  # rows of the Jacobian of one parameter tensor: as they are, ro
 _ACTIVATION_COPIES = 12  # what the forward pass keeps, and the patches of a convolution, in units of one column
 
 
+Result = TypeVar("Result")
+
+
 @dataclass(frozen=True)
 class LinearisedModel:
     """A model, the weights in which it is linearised, and how this is done.
@@ -37,7 +42,8 @@ class LinearisedModel:
         output_shape: of one example.
         memory_budget: bytes that Jacobians and gradients may take at a time. The least that is processed at once is one example
             with the outputs of one covariance; with `Layout.JOINT` it is all examples, and with `differentiable` the graph comes on top.
-        differentiable: whether the moments can be differentiated with respect to the inputs.
+        differentiable: whether the moments can be differentiated with respect to the inputs. This takes the native backend, whatever the
+            network's own is: the numbers are the same.
     """
 
     network: Network
@@ -59,7 +65,7 @@ class LinearisedModel:
         parameters = self.network.parameters()
         with evaluation_mode(self.network.model, parameters):
             try:
-                self.network.check.start(x, parameters)
+                self._check.start(x, parameters)
             except UnsupportedParameterError:
                 if (
                     not isinstance(H, LowRank)
@@ -85,38 +91,65 @@ class LinearisedModel:
         largest = max(shape.numel() for shape in self.network.subset.parameter_shapes.values())
         size = max(4, *(p.element_size() for p in self.network.parameters().values()))
         of_rows = size * _ROW_COPIES * n_columns * largest
-        of_activations = (n_columns + _ACTIVATION_COPIES) * self.network.check.column_bytes_per_example
+        of_activations = (n_columns + _ACTIVATION_COPIES) * self._check.column_bytes_per_example
         return max(1, int(self.memory_budget // (of_rows + of_activations)))
+
+    def jacobians(self, x: ModelInputs) -> tuple[Float[Tensor, "N D P"], Float[Tensor, "N ..."]]:
+        """∂f/∂θ over the covered weights, the outputs of an example flattened to D, and f; both of at least float32."""
+        parameters = self.network.parameters()
+        with evaluation_mode(self.network.model, parameters):
+            self._check.start(x, parameters)
+            return self._with_linearisation(x, self._rows)
+
+    def _rows(self, linearisation: Linearisation) -> tuple[Tensor, Tensor]:
+        """The rows of the Jacobian of all covered weights, and the outputs."""
+        f = linearisation.outputs
+        (columns,) = _columns(f, Layout.JOINT)
+        g = self._pulled_back(linearisation, columns)
+        parts = []
+        for name in self.network.subset.parameter_shapes:
+            own = [(use, g_use) for use, g_use in zip(linearisation.uses, g, strict=True) if name in use.parameters]
+            parts.append(self._of_weights(name, total(use.example_gradients(name, g_use) for use, g_use in own)))
+        J = torch.cat(parts, dim=-1)
+        dtype = torch.promote_types(torch.promote_types(f.dtype, torch.float32), J.dtype)
+        return J.to(dtype), f.to(dtype)
 
     def _part(self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward) -> tuple[Tensor, list[Tensor]]:
         """The moments of some examples."""
+
+        def moments(linearisation: Linearisation) -> tuple[Tensor, list[Tensor]]:
+            f, layout = linearisation.outputs, pushforward.layout
+            parts = [self._covariances(linearisation, columns, H, pushforward) for columns in _columns(f, layout)]
+            return f, [_put_together(by_columns, f, layout) for by_columns in zip(*parts, strict=True)]
+
+        return self._with_linearisation(x, moments)
+
+    @property
+    def _check(self) -> LinearisationCheck:
+        return self.network.differentiable_check if self.differentiable else self.network.check
+
+    def _with_linearisation(self, x: ModelInputs, compute: Callable[[Linearisation], Result]) -> Result:
+        """What a function makes of the model at some examples, once its uses of the parameters have been checked."""
         for is_checked in (False, True):
             with self._linearise(x, self.network.parameters()) as linearisation:
-                if not is_checked and not self.network.check.knows(linearisation.uses):
-                    self.network.check.run(x)
+                if not is_checked and not self._check.knows(linearisation.uses):
+                    self._check.run(x)
                     continue
                 f = linearisation.outputs
                 check_finite(self.network.model, f)
                 check_output_axes(self.network.model, f, self.output_shape)
                 with torch.autocast(f.device.type, enabled=False):
-                    parts = [
-                        self._covariances(linearisation, columns, H, pushforward)
-                        for columns in _columns(f, pushforward.layout)
-                    ]
-                return f, [_put_together(by_columns, f, pushforward.layout) for by_columns in zip(*parts, strict=True)]
+                    return compute(linearisation)
         raise AssertionError
 
     @contextmanager
     def _linearise(self, x: ModelInputs, parameters: Mapping[str, nn.Parameter]) -> Iterator[Linearisation]:
-        model, backend = self.network.model, self.network.backend
+        model, backend = self.network.model, self._check.backend
         if not self.differentiable:
             with backend.linearise(model, own_copy(x), parameters) as linearisation:
                 yield linearisation
             return
-        if not isinstance(backend, NativeBackend):
-            raise ValueError(
-                f'backprop=True needs backend="native", which keeps the graph to the inputs; {backend.name} does not.'
-            )
+        assert isinstance(backend, NativeBackend)
         with (
             differentiable_twice(model),
             backend.linearise(model, own_copy(x), parameters, differentiable=True) as linearisation,
@@ -127,12 +160,17 @@ class LinearisedModel:
         self, linearisation: Linearisation, columns: Tensor, H: CurvatureMatrix, pushforward: Pushforward
     ) -> list[Tensor]:
         """J Σ Jᵀ over some outputs."""
-        pulled = [linearisation.pullback(part) for part in columns.split(linearisation.columns_at_once)]
-        g = [torch.cat(of_use) for of_use in zip(*pulled, strict=True)]
+        g = self._pulled_back(linearisation, columns)
         for name in self.network.subset.parameter_shapes:
             own = [(use, g_use) for use, g_use in zip(linearisation.uses, g, strict=True) if name in use.parameters]
             self._add(name, own, H, pushforward)
         return pushforward.result()
+
+    @staticmethod
+    def _pulled_back(linearisation: Linearisation, columns: Tensor) -> list[Tensor]:
+        """The columns at the output of each use."""
+        pulled = [linearisation.pullback(part) for part in columns.split(linearisation.columns_at_once)]
+        return [torch.cat(of_use) for of_use in zip(*pulled, strict=True)]
 
     def _add(self, name: str, uses: Sequence[tuple[Use, Tensor]], H: CurvatureMatrix, pushforward: Pushforward) -> None:
         """Add the part of one parameter, given its uses and the columns at their outputs."""
@@ -149,10 +187,12 @@ class LinearisedModel:
             rows = total(rotated_gradients(basis, name, use, g) for use, g in uses)
         else:
             rows = total(use.example_gradients(name, g) for use, g in uses)
-        rows = rows.reshape(*rows.shape[:2], -1)
-        if name in selection:
-            rows = rows[..., selection[name]]
-        pushforward.add(name, rows.transpose(0, 1))
+        pushforward.add(name, self._of_weights(name, rows))
+
+    def _of_weights(self, name: str, rows: Float[Tensor, "K N ..."]) -> Float[Tensor, "N K D"]:
+        """The rows of one parameter tensor, of its covered weights alone."""
+        rows, selection = rows.reshape(*rows.shape[:2], -1), self.network.subset.selection
+        return (rows[..., selection[name]] if name in selection else rows).transpose(0, 1)
 
 
 def check_output_axes(model: nn.Module, f: Tensor, output_shape: tuple[int, ...]) -> None:

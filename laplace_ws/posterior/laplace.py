@@ -32,6 +32,7 @@ from laplace_ws.posterior.averages import (
     fit_of_averages,
     structure_of,
 )
+from laplace_ws.posterior.density import WeightDensity
 from laplace_ws.posterior.evidence import log_marginal_likelihood, optimal_prior_and_noise
 from laplace_ws.posterior.fit import Fit, all_options, check_network, fit_posterior
 from laplace_ws.posterior.groups import PriorStructure
@@ -46,7 +47,7 @@ from laplace_ws.posterior.tune import Method, TuningOptions, tuned_covariance_sc
 from laplace_ws.values import flag, generator_or_none, given, path_of, real_number, shown, whole_number
 
 
-class Laplace(Predictive):
+class Laplace(Predictive, WeightDensity):
     """Laplace approximation over the weights of a network: all that require grad, or some of them.
 
     With L the summed negative log likelihood, H its curvature (sum over the data), Δ the diagonal prior precision and τ the temperature,
@@ -59,8 +60,8 @@ class Laplace(Predictive):
 
     Args:
         model: a trained network; its first input axis and first output axis run over examples.
-        likelihood: "classification" (softmax), "regression" (Gaussian), "heteroscedastic_regression", "binary" (Bernoulli, multi-label), or
-            a `Likelihood`.
+        likelihood: "classification" (softmax), "regression" (Gaussian), "heteroscedastic_regression", "binary" (Bernoulli, multi-label),
+            "reward_modeling" (Bradley-Terry), or a `Likelihood`.
         subset_of_weights: "all", "last_layer", "subnetwork", patterns of names of parameters or modules, as in `["head", "*.bias"]`, or a
             `WeightSubset`. Parameters that do not require grad are always left out.
         hessian_structure: "kron", "ekfac", "diag", "full", "lowrank", or a registered one; see `posterior.structures`.
@@ -285,6 +286,11 @@ class Laplace(Predictive):
         if self._fit is None:
             raise NotFittedError(f"{type(self).__name__} is not fitted yet; call fit(train_loader) first.")
         return self._fit
+
+    @fitted.setter
+    def fitted(self, fit: Fit) -> None:
+        self._fit = fit
+        self.network.forget()
 
     @property
     def H(self) -> CurvatureMatrix:

@@ -25,6 +25,7 @@ from laplace_ws.curvature.inputs import (
     own_copy,
     without_targets,
 )
+from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.curvature.watch import final_operation
 from laplace_ws.kfac.uses import at_least_float32
 from laplace_ws.posterior.subset import WeightSubset, check_last_layer
@@ -57,6 +58,13 @@ class Network:
 
     def __post_init__(self) -> None:
         self.check = LinearisationCheck(self.backend, self.model)
+
+    @cached_property
+    def differentiable_check(self) -> LinearisationCheck:
+        """The check of the backend that keeps the graph to the inputs: of the network's own, or else of the native one."""
+        return (
+            self.check if isinstance(self.backend, NativeBackend) else LinearisationCheck(NativeBackend(), self.model)
+        )
 
     @cached_property
     def by_autograd(self) -> Network:
@@ -149,3 +157,4 @@ class Network:
         """Look anew at the weights: whether they are those of a fit, and whether the model runs on others than its own."""
         self.verified = None
         self._is_replaceable = False
+        vars(self).pop("differentiable_check", None)  # where `cached_property` keeps it

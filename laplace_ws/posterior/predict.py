@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -105,6 +105,12 @@ class Predictor:
 
     def predict(self, x: Any, options: PredictionOptions) -> Prediction:
         """The posterior predictive of a batch."""
+        if self.fit.likelihood.predicts_outputs:
+            return self._finite(self._output_moments(x, options))
+        return self._of_targets(x, options)
+
+    def _of_targets(self, x: Any, options: PredictionOptions) -> Prediction:
+        """Probabilities of labels, or moments of regression targets."""
         likelihood, link = self.fit.likelihood, options.link
         if not likelihood.is_regression and (options.joint or options.observation_noise):
             raise ValueError(
@@ -129,9 +135,28 @@ class Predictor:
             return self._finite(likelihood.target_moments(f, spread, sigma, joint=options.joint))
         return self._finite(probabilities(likelihood, f, spread, link, options.n_samples, options.generator))
 
+    def _output_moments(self, x: Any, options: PredictionOptions) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the outputs, where these are what is predicted."""
+        if options.link is not LinkApprox.PROBIT or options.observation_noise:
+            raise ValueError(
+                f"link_approx and observation_noise are not for {self.fit.likelihood.name!r}, whose predictions are of the outputs "
+                "themselves; leave them out."
+            )
+        if options.by_network:
+            if options.joint:
+                raise ValueError('joint=True needs pred_type="glm".')
+            outputs = self._finite_network_outputs(x, options)
+            return moments_of_samples(outputs, torch.zeros_like(outputs[0]), diagonal_output=options.diagonal_output)
+        f, spread = self._moments(
+            x, joint=options.joint, diagonal_output=options.diagonal_output, backprop=options.backprop
+        )
+        return (f.flatten(), spread) if options.joint else (f, spread)
+
     def point(self, x: Any, options: PredictionOptions) -> Tensor:
         """What to answer with one value: the most probable labels, or the mean of a regression, which needs no covariance."""
         likelihood = self.fit.likelihood
+        if likelihood.predicts_outputs:
+            return self._output_moments(x, replace(options, joint=False, diagonal_output=True))[0]
         if not isinstance(likelihood, RegressionLikelihood):
             return likelihood.most_probable(self.probabilities(x, options))
         if options.by_network:
@@ -152,8 +177,13 @@ class Predictor:
             raise ValueError(
                 f"predict_proba is for classes, not for {likelihood.name!r}; call the posterior, which gives mean and covariance."
             )
-        prediction = self.predict(x, options)
+        prediction = self._of_targets(x, options)
         assert isinstance(prediction, Tensor)
+        if likelihood.predicts_outputs and prediction.shape[-1] != 2:
+            raise ValueError(
+                f"predict_proba of {likelihood.name!r} is which of a pair is preferred; give pairs [N, 2, …], for which the model has two "
+                "outputs."
+            )
         return prediction
 
     def sample(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
@@ -181,7 +211,7 @@ class Predictor:
         """Probabilities, or regression means, at outputs drawn from the posterior; with `observation_noise` targets."""
         likelihood = self.fit.likelihood
         f = self.functional_samples(x, options)
-        mean = likelihood.predictive_mean(f)
+        mean = f if likelihood.predicts_outputs else likelihood.predictive_mean(f)
         if not options.observation_noise:
             return self._finite(mean)
         if not isinstance(likelihood, RegressionLikelihood):
@@ -218,6 +248,11 @@ class Predictor:
         inputs = self.inputs(x)
         linearised = LinearisedModel(self.network, self.fit.output_shape, self.memory_budget, backprop)
         return linearised.moments(inputs, self.fit.H, self.fit.H.pushforward(dampings, layout))
+
+    def jacobians(self, x: Any, *, backprop: bool) -> tuple[Float[Tensor, "N D P"], Float[Tensor, "N ..."]]:
+        """∂f/∂θ of each example over the covered weights, and f."""
+        inputs = self.inputs(x)
+        return LinearisedModel(self.network, self.fit.output_shape, self.memory_budget, backprop).jacobians(inputs)
 
     def layout(self, *, joint: bool, diagonal_output: bool) -> Layout:
         """Which covariances of the outputs there are."""
@@ -284,10 +319,18 @@ class Predictor:
         if options.observation_noise:
             sigma = self.prior.sigma_noise.to(outputs.dtype)
             noise = likelihood.noise_variance(outputs, torch.zeros_like(outputs), sigma).mean(0)
-        if len(means) < 2:
-            raise ValueError("the variance over sampled networks needs n_samples of at least 2.")
-        if options.diagonal_output or mean.ndim > 2:
-            return mean, means.var(0) + noise
-        deviations = (means - mean).reshape(len(means), len(mean), -1)
-        covariance = torch.einsum("snc,snd->ncd", deviations, deviations) / (len(means) - 1)
-        return mean, covariance + torch.diag_embed(noise.reshape(covariance.shape[:-1]))
+        return moments_of_samples(means, noise, diagonal_output=options.diagonal_output)
+
+
+def moments_of_samples(
+    samples: Float[Tensor, "S N ..."], noise: Float[Tensor, "N ..."], *, diagonal_output: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean over samples, and their covariance `[N, C, C]`, or variances in the shape of the mean, with the variance of a noise added."""
+    if len(samples) < 2:
+        raise ValueError("the variance over sampled networks needs n_samples of at least 2.")
+    mean = samples.mean(0)
+    if diagonal_output or mean.ndim > 2:
+        return mean, samples.var(0) + noise
+    deviations = (samples - mean).reshape(len(samples), len(mean), -1)
+    covariance = torch.einsum("snc,snd->ncd", deviations, deviations) / (len(samples) - 1)
+    return mean, covariance + torch.diag_embed(noise.reshape(covariance.shape[:-1]))

@@ -44,12 +44,13 @@ class Predictive(ABC):
             joint: for regression by "glm": the covariance over all inputs and outputs.
             diagonal_output: only variances, without the covariances between outputs; for "mc" and regression.
             observation_noise: for regression: add the variance of the observation noise, so that it is that of a target.
-            backprop: keep the graph to the inputs ("native" backend), and to the weights, whose `.grad` a backward pass fills.
+            backprop: keep the graph to the inputs, and to the weights, whose `.grad` a backward pass fills.
             generator: source of randomness; default: torch's own.
 
         Returns:
-            For classes, probabilities in the shape of the outputs. For regression, mean `[N, D]` and covariance `[N, D, D]`; with `joint`,
-            `[N·D]` and `[N·D, N·D]`; with `diagonal_output`, and for outputs of more than two dimensions, mean and variance of one shape.
+            For classes, probabilities in the shape of the outputs. For regression, and of rewards, mean `[N, D]` and covariance
+            `[N, D, D]`; with `joint`, `[N·D]` and `[N·D, N·D]`; with `diagonal_output`, and for outputs of more than two dimensions,
+            mean and variance of one shape.
 
         Raises:
             NotFittedError: there is no fit.

@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from laplace_ws.curvature.backend import trainable_parameters
+from laplace_ws.curvature.batches import Data
+from laplace_ws.likelihoods import Likelihood, make_likelihood
 from laplace_ws.posterior.laplace import Laplace
 from laplace_ws.posterior.subset import make_subset
+from laplace_ws.posterior.swag import swag_variances
 from laplace_ws.values import generator_or_none, shown, whole_number
 
 
@@ -42,6 +46,28 @@ def largest_variance(la: Laplace, n_weights: int) -> Int[Tensor, " D"]:
             'largest_variance needs a diagonal posterior of all weights; fit one with hessian_structure="diag" and subset_of_weights="all".'
         )
     return _top(1 / la.posterior_precision, n_weights)
+
+
+def largest_swag_variance(
+    model: nn.Module,
+    train_loader: Data,
+    n_weights: int,
+    likelihood: str | Likelihood = "classification",
+    **options: Any,
+) -> Int[Tensor, " D"]:
+    """The weights of largest variance along further SGD at a constant learning rate, as diagonal SWAG takes it [Maddox et al. 2019].
+
+    Args:
+        model: a trained network, which is left as it is.
+        train_loader: the training data.
+        n_weights: D.
+        likelihood: whose negative log likelihood, a mean over the examples of a batch, SGD follows.
+        **options: `n_snapshots`, `epochs_between`, `lr`, `momentum` and `weight_decay` of `swag.swag_variances`.
+    """
+    likelihood = make_likelihood(likelihood)
+    _check_number(n_weights, sum(p.numel() for p in trainable_parameters(model).values()))
+    variances = swag_variances(model, train_loader, lambda f, y: likelihood.nll_sum(f, y) / len(y), **options)
+    return _top(variances, n_weights)
 
 
 def random_subnetwork(model: nn.Module, n_weights: int, generator: torch.Generator | None = None) -> Int[Tensor, " D"]:

@@ -11,11 +11,12 @@ from calibration.tiny import train_tiny
 from torch import nn
 
 from laplace_ws.calibration import CalibrateConfig, CalibrationDataConfig, MethodsConfig
-from laplace_ws.calibration.swag import RANK, SwagMoments, check_swag, flat, follow_sgd, network_at, swag_method
+from laplace_ws.calibration.swag import check_swag, follow_sgd, network_at, swag_method
 from laplace_ws.calibration.trained import load_trained
 from laplace_ws.experiment.config import MarglikConfig
 from laplace_ws.experiment.folder import ExperimentError
 from laplace_ws.marglik import neg_log_joint_mean
+from laplace_ws.posterior.swag import RANK, SwagMoments, flat
 
 DATA = CalibrationDataConfig(n_validation=50)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laplace_ws import NumericalRepairWarning
-from laplace_ws.matrices import Dense, Diag, Kron, KronBlock
+from laplace_ws.matrices import CurvatureMatrix, Dense, Diag, Ekfac, EkfacBlock, Kron, KronBlock, LowRank
 
 torch_double = {"dtype": torch.float64}
 
@@ -122,3 +122,28 @@ def test_negative_eigenvalue_is_not_hidden():
     broken = Kron({"b": KronBlock(torch.Size([2]), torch.diag(torch.tensor([1.0, -0.5], **torch_double)))})
     with pytest.warns(NumericalRepairWarning, match="eigenvalue of -0.5"):
         broken.log_det(torch.tensor(1.0), torch.tensor(1.0))
+
+
+def low_rank():
+    vectors = torch.linalg.qr(torch.randn(9, 3, **torch_double)).Q
+    return LowRank({"w": torch.Size([3, 2]), "b": torch.Size([3])}, vectors, torch.rand(3, **torch_double) * 5)
+
+
+def ekfac():
+    blocks = kron()
+    return Ekfac(
+        {name: EkfacBlock(block.shape, block.basis, block.eigenvalues() + 0.3) for name, block in blocks.items()}
+    )
+
+
+@pytest.mark.parametrize("make", [*MATRICES, low_rank, ekfac])
+def test_diagonal_of_the_inverse_and_product(make):
+    matrix, scale = make(), torch.tensor(1.3, **torch_double)
+    for delta in deltas(matrix) if not isinstance(matrix, Ekfac) else deltas(kron()):
+        inverse = torch.linalg.inv(damped(matrix, scale, delta))
+        torch.testing.assert_close(matrix.inverse_diagonal(scale, delta), inverse.diagonal())
+        by_solves = CurvatureMatrix.inverse_diagonal(matrix, scale, delta)
+        torch.testing.assert_close(by_solves, inverse.diagonal())
+    vectors = torch.randn(4, matrix.n_params, **torch_double)
+    torch.testing.assert_close(matrix.times(vectors), vectors @ matrix.to_dense())
+    torch.testing.assert_close(CurvatureMatrix.times(matrix, vectors), vectors @ matrix.to_dense())

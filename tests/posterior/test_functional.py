@@ -131,10 +131,17 @@ def test_gradients_to_images(name):
     assert torch.autograd.gradcheck(lambda z: la(z, backprop=True), (x,))
 
 
-def test_backprop_needs_the_native_backend():
-    la, x, _ = fitted("diag", backend="asdl")
-    with pytest.raises(ValueError, match='backprop=True needs backend="native"'):
-        la(x, backprop=True)
+@pytest.mark.parametrize("backend", ["asdl", "backpack"])
+def test_gradients_to_the_inputs_do_not_need_the_native_backend(backend):
+    la, x, y = fitted("kron", backend=backend)
+    native = Laplace(la.model, la.likelihood)
+    native.fit([(x, y)])
+    x = x[:2].clone().requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda z: la(z, backprop=True), (x,))
+    (found,) = torch.autograd.grad(la.functional_moments(x, backprop=True)[1].sum(), x)
+    (truth,) = torch.autograd.grad(native.functional_moments(x, backprop=True)[1].sum(), x)
+    torch.testing.assert_close(found, truth)
+    assert la.network.backend.name == backend
 
 
 @pytest.mark.parametrize(

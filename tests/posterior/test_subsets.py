@@ -1,5 +1,7 @@
 """Posteriors over some of the weights equal those over all with the rest frozen, or the block of the dense one."""
 
+import copy
+
 import pytest
 import torch
 from cases import double
@@ -9,7 +11,14 @@ from torch import nn
 from laplace_ws import Laplace, UnsupportedParameterError
 from laplace_ws.curvature import exact
 from laplace_ws.posterior import WeightSubset
-from laplace_ws.posterior.subnetwork import largest_magnitude, largest_variance, named_weights, random_subnetwork
+from laplace_ws.posterior.subnetwork import (
+    largest_magnitude,
+    largest_swag_variance,
+    largest_variance,
+    named_weights,
+    random_subnetwork,
+)
+from laplace_ws.posterior.swag import swag_variances
 
 
 class HeadFirst(nn.Module):
@@ -183,3 +192,30 @@ def test_moments_of_a_subset_against_dense_algebra():
     torch.testing.assert_close(
         la.functional_moments(x, joint=True)[1], covariance.reshape(len(x) * 3, -1), rtol=1e-9, atol=1e-12
     )
+
+
+def test_largest_variance_along_sgd():
+    """Snapshots of plain SGD, whose moments are taken of all of them at once."""
+    model, x, y = case_of("mlp").make()
+    before = [p.clone() for p in model.parameters()]
+    options = {"n_snapshots": 5, "epochs_between": 2, "lr": 0.1, "momentum": 0.5, "weight_decay": 0.01}
+    indices = largest_swag_variance(model, [(x, y)], 6, **options)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    follower, snapshots = copy.deepcopy(model).train(), []
+    sgd = torch.optim.SGD(follower.parameters(), lr=0.1, momentum=0.5, weight_decay=0.01)
+    for epoch in range(9):
+        sgd.zero_grad()
+        nn.functional.cross_entropy(follower(x), y).backward()
+        sgd.step()
+        if epoch % 2 == 0:
+            snapshots.append(torch.cat([p.detach().flatten() for p in follower.parameters()]))
+    variances = torch.stack(snapshots).var(0, correction=0)
+    found = swag_variances(model, [(x, y)], nn.functional.cross_entropy, **options)
+    torch.testing.assert_close(found, variances)
+    assert indices.tolist() == sorted(variances.topk(6).indices.tolist())
+
+
+def test_sgd_that_diverges_chooses_no_weights():
+    model, x, y = case_of("mlp-regression").make()
+    with pytest.raises(FloatingPointError, match="diverged in epoch"):
+        largest_swag_variance(model, [(x, y)], 6, "regression", lr=1e200)

@@ -1,0 +1,1 @@
+"""laplace-torch's own test suite, run through `laplace_ws.compat.laplace_torch`."""
