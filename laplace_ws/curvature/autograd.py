@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -60,9 +60,11 @@ class AutogradLinearisation(Linearisation):
 
     def __init__(self, f: Tensor, parameters: Mapping[str, nn.Parameter], n_examples: int):
         self.outputs: Tensor = f.detach()
-        self.uses = [HiddenUse(rows=Rows(n_examples, n_examples), call="autograd", name=name) for name in parameters]
+        self.uses: Sequence[Use] = [
+            HiddenUse(rows=Rows(n_examples, n_examples), call="autograd", name=name) for name in parameters
+        ]
         self.column_bytes: int = n_examples * sum(p.nbytes for p in parameters.values())
-        self.columns_at_once = columns_in_memory(self.column_bytes, f.device)
+        self.columns_at_once: int = columns_in_memory(self.column_bytes, f.device)
         self._f, self._parameters, self._n = f, list(parameters.values()), n_examples
         self._can_vectorise = True
 

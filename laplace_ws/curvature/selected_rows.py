@@ -42,7 +42,7 @@ class SelectedRows:
     def __init__(self, examples: Examples):
         self._examples = examples
         self._known: dict[int, tuple[weakref.ref[Tensor], RowExamples]] = {}
-        self.any = False
+        self.any: bool = False
 
     def of(self, values: Iterable[Any], n_rows: int) -> RowExamples | None:
         """The example of each of the rows that one of some tensors has along its first axis, as far as they were selected."""
