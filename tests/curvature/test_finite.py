@@ -7,7 +7,7 @@ from posterior.shared import STRUCTURES
 from torch import nn
 
 from laplace_ws import InvalidBatchError, Laplace, kron_factors
-from laplace_ws.curvature import BACKENDS, CurvatureProducts, curvature_sum, jacobians
+from laplace_ws.curvature import FACTOR_BACKENDS, CurvatureProducts, curvature_sum, jacobians
 
 MEND = "look for infinite values and NaN in the inputs of all batches and in the model's weights"
 
@@ -32,7 +32,7 @@ def test_a_fit_to_an_infinite_input_names_the_parameter(structure, at):
         la.fit(batches(3, at))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FACTOR_BACKENDS)
 def test_factors_and_jacobians_are_finite_or_an_error(backend):
     with pytest.raises(InvalidBatchError, match=rf"the curvature of '0\.weight' is not finite; {MEND}"):
         kron_factors(network(), "classification", batches(2, 1), backend=backend)

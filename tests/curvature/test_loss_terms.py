@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from laplace_ws import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian, InvalidBatchError, kron_factors
-from laplace_ws.curvature import BACKENDS, Curvature, CurvatureSum, exact, make_backend
+from laplace_ws.curvature import FACTOR_BACKENDS, Curvature, CurvatureSum, exact, make_backend
 from laplace_ws.kfac import DenseAccumulator, DiagAccumulator
 
 # ------------------------------------------------------------------ labels that do not count
@@ -37,7 +37,7 @@ def summed(model, likelihood, data, kind=DenseAccumulator, **options):
 IGNORING = Categorical(ignore_index=-100)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FACTOR_BACKENDS)
 def test_ignored_labels_have_no_curvature(backend):
     x, y = tokens()
     model, counts = token_model(), y != -100
@@ -130,7 +130,7 @@ def weighted(J, scale):
     return rows.flatten(0, 1).T @ rows.flatten(0, 1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FACTOR_BACKENDS)
 def test_heteroscedastic_curvature_is_the_fisher_information(backend):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
@@ -171,7 +171,7 @@ IMAGE_LIKELIHOODS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FACTOR_BACKENDS)
 @pytest.mark.parametrize("name", IMAGE_LIKELIHOODS)
 def test_images_to_images(name, backend):
     likelihood, n_outputs, targets = IMAGE_LIKELIHOODS[name]

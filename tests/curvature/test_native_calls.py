@@ -1,5 +1,7 @@
 """Calls that the native backend computes by others, or follows: each network has the full curvature of a dense oracle."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,14 @@ class Net(nn.Module):
     def __init__(self, forward, **shapes):
         super().__init__()
         for name, shape in shapes.items():
-            setattr(self, name, shape if isinstance(shape, nn.Module) else nn.Parameter(torch.randn(shape) * 0.5))
+            if isinstance(shape, nn.Module):  # whose weights are those of when the table was made
+                module = copy.deepcopy(shape)
+                with torch.no_grad():
+                    for p in module.parameters():
+                        p.copy_(torch.randn_like(p) * 0.5)
+                setattr(self, name, module)
+            else:
+                setattr(self, name, nn.Parameter(torch.randn(shape) * 0.5))
         self.function = forward
 
     def forward(self, x):
@@ -214,7 +223,9 @@ def pixels_last(w, x):
 
 def test_stacked_experts_have_the_blocks_of_experts_apart():
     torch.manual_seed(0)
-    stacked, x, y = made(MATRIX_NETS, "masked routing")
+    stacked, _, _ = made(MATRIX_NETS, "masked routing")
+    x = torch.randn(40, 4, dtype=torch.float64)
+    y = torch.randn_like(stacked(x))
     apart = Net(
         lambda m, x: masked_routing(m, x),
         layer=nn.Linear(4, 3), **{f"{n}{e}": getattr(stacked, n)[e].shape for n in "wbv" for e in range(4)},

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace_ws import InvalidBatchError, Laplace
-from laplace_ws.curvature import BACKENDS, Curvature, CurvatureSum, checks, make_backend
+from laplace_ws.curvature import FACTOR_BACKENDS, Curvature, CurvatureSum, checks, make_backend
 from laplace_ws.curvature import backend as backend_module
 from laplace_ws.kfac import DiagAccumulator, KronAccumulator, approximation_by_parameter, conv_use
 from laplace_ws.kfac.conv_gram import make_plan
@@ -77,7 +77,7 @@ def no_patches(monkeypatch):
 
 @pytest.mark.parametrize("approx", APPROXIMATIONS)
 @pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FACTOR_BACKENDS)
 def test_no_patches_and_no_weight_gradients(monkeypatch, backend, curvature, approx):
     model, x, y = make()
     total = curvature_sum(model, curvature, approx, backend)
@@ -146,7 +146,7 @@ def test_linear_layers_take_no_weight_gradient(curvature):
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FACTOR_BACKENDS)
 def test_one_forward_pass_a_batch(backend, curvature):
     """And before the first batch, a check on four of its examples: once without the backend, once with it, and two of them alone."""
     model, x, y = make("mlp")

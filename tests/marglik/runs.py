@@ -52,15 +52,15 @@ def norm_net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
-class Lstm(nn.Module):
-    """Its weights have no curvature block."""
+class Distances(nn.Module):
+    """Its weight has no curvature block."""
 
     def __init__(self):
         super().__init__()
-        self.lstm = nn.LSTM(4, 3, batch_first=True)
+        self.centres = nn.Parameter(torch.randn(3, 4))
 
     def forward(self, x):
-        return self.lstm(x[:, None])[0][:, 0]
+        return torch.cdist(x, self.centres)
 
 
 class Never(torch.optim.SGD):

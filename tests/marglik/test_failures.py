@@ -9,7 +9,7 @@ import torch
 from marglik.runs import (
     QUICK,
     SGD,
-    Lstm,
+    Distances,
     Never,
     Poisoned,
     as_found,
@@ -120,8 +120,7 @@ def test_divergence_survives_a_process_border():
         ({"likelihood": "regression"}, InvalidBatchError, "regression"),
         ({"model": mlp().to("meta")}, InvalidBatchError, "meta"),
         ({"model": mlp().requires_grad_(False)}, UnsupportedParameterError, "requires_grad_"),
-        pytest.param({"model": Lstm().double()}, UnsupportedParameterError, "lstm.weight",
-                     marks=pytest.mark.not_simulated("LSTM is one operation there, without a kernel")),
+        ({"model": Distances().double()}, UnsupportedParameterError, "'centres' is used by cdist"),
         ({"optimizer_kwargs": {"lr": 0.1, "weight_decay": 1e-4}}, ValueError, "weight_decay"),
         ({"prior_structure": "weight"}, ValueError, "diag"),
         ({"prior_structure": "layers"}, ValueError, "layerwise"),

@@ -10,7 +10,7 @@ import torch
 from marglik.runs import (
     QUICK,
     SGD,
-    Lstm,
+    Distances,
     Never,
     Poisoned,
     as_found,
@@ -45,7 +45,7 @@ PLAIN = TrainingOptions(optimizer_cls=Never, optimizer_kwargs=SGD)
         ({"loader": [(torch.randn(2, 4).double(), torch.tensor([0, 3]))]}, InvalidBatchError, "0 … 2"),
         ({"likelihood": "regression"}, InvalidBatchError, "regression"),
         ({"model": mlp().requires_grad_(False)}, UnsupportedParameterError, "requires_grad_"),
-        ({"model": Lstm().double()}, UnsupportedParameterError, "lstm.weight"),
+        ({"model": Distances().double()}, UnsupportedParameterError, "'centres' is used by cdist"),
         ({"optimizer_kwargs": {"lr": 0.1, "weight_decay": 1e-4}}, ValueError, "weight_decay"),
         ({"prior_structure": "weight"}, ValueError, "diag"),
         ({"hessian_structure": "diag", "kfac_approx": "reduce"}, ValueError, "kron"),

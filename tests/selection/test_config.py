@@ -30,7 +30,7 @@ def test_a_comparison_has_the_settings_of_a_run_and_their_defaults():
 def test_a_candidate_changes_entries_of_the_shared_model():
     shared = ModelConfig("mlp", hidden=[7], activation="tanh")
     assert changed_model(shared, Candidate("a", {"hidden": [3, 3]})) == ModelConfig(
-        "mlp", None, None, None, [3, 3], "tanh"
+        "mlp", hidden=[3, 3], activation="tanh"
     )
     assert changed_model(shared, Candidate("a")) == shared
     assert changed_model(shared, Candidate("a", {"activation": None})) == ModelConfig("mlp", hidden=[7])
