@@ -341,6 +341,7 @@ def made(table, name):
 ALL = {**MATRIX_NETS, **EXPRESSION_NETS}
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("curvature", ["ggn", "ef"])
 @pytest.mark.parametrize("name", ALL)
 def test_the_full_curvature_is_that_of_the_oracle(name, curvature):
@@ -351,6 +352,7 @@ def test_the_full_curvature_is_that_of_the_oracle(name, curvature):
     torch.testing.assert_close(la.H.to_dense(), oracle(model, "regression", x, y), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
 @pytest.mark.parametrize("name", MATRIX_NETS)
 def test_weights_have_a_kronecker_block(name, kfac_approx):

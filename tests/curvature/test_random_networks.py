@@ -40,8 +40,8 @@ def check(seeds) -> collections.Counter:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", range(4))
 def test_some_random_networks(part):
-    refused = check(range(part * 15, part * 15 + 15))
-    assert refused.total() <= 15 * (1 - ACCEPTED) + 1, refused
+    refused = check(range(part * 10, part * 10 + 10))
+    assert refused.total() <= 1, refused
 
 
 @pytest.mark.long

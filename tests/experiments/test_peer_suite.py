@@ -30,6 +30,7 @@ def test_that_is_said_to_fail():
 """
 
 
+@pytest.mark.long
 def test_a_suite_runs_with_our_module_in_place_of_theirs(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_baselaplace.py").write_text(SUITE)
