@@ -235,7 +235,7 @@ class UseRecorder(TorchFunctionMode):
         }
         if not operands:
             output = func(*args, **kwargs)
-            self._selected.follow(func, args, output)
+            self._selected.follow(func, args, kwargs, output)
             return output
         if func is F.multi_head_attention_forward:
             try:
@@ -266,7 +266,7 @@ class UseRecorder(TorchFunctionMode):
                     return with_batch_first(func, error.axis, *args, **kwargs)
             finally:
                 self._is_moved = False
-        self._selected.follow(func, args, output)
+        self._selected.follow(func, args, kwargs, output)
         return output
 
     def _is_parameter(self, value: Any) -> bool:

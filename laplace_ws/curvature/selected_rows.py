@@ -7,7 +7,7 @@ of each. They are followed from call to call for as long as calls keep them alon
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -61,13 +61,21 @@ class SelectedRows:
     def _keep(self, tensor: Tensor, examples: RowExamples) -> None:
         self._known[id(tensor)] = weakref.ref(tensor), examples
 
-    def follow(self, function: Callable[..., Any], args: tuple[Any, ...], output: Any) -> None:
+    def follow(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
         """Take note of what a call on data does with rows."""
-        if function in _INDEXED and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+        args = (*args, *kwargs.values())
+        if function in _INDEXED and len(args) > 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            if function is not torch.Tensor.__getitem__ and kwargs:  # by name, in any order
+                args = (args[0], kwargs.get("dim", args[1]), kwargs["index"]) if "index" in kwargs else args[:2]
+            if function is not torch.Tensor.__getitem__ and len(args) < 3:
+                return
             index = args[1] if function is torch.Tensor.__getitem__ else (args[2] if args[1] == 0 else None)
             self._select(args[0], index, output)
         elif function is torch.cat and self._known and isinstance(output, Tensor):
-            parts = [self._of(part) for part in args[0]]
+            tensors = next(value for value in args if isinstance(value, (list, tuple)))
+            parts = [self._of(part) for part in tensors]
             if len(output) == sum(len(part) for part in parts if part is not None):
                 self._keep(output, torch.cat([part for part in parts if part is not None]))
         elif self._known and function not in _MOVING:
@@ -91,6 +99,8 @@ class SelectedRows:
                 return
             examples = rows.example_of_each(base.device)
         if isinstance(first, Tensor):
+            if first.ndim == 0:
+                return
             if first.dtype is torch.bool:
                 examples = examples.reshape(-1, *[1] * (first.ndim - 1)).expand(first.shape)[first]
             elif first.ndim == 1:

@@ -86,7 +86,15 @@ def by_mask_of_tokens(m, x):
     return out.sum(1)
 
 
+def selected_by_name(m, x):
+    """Rows are selected and put together by calls whose arguments are named."""
+    h, order = m.first(x).tanh(), torch.arange(len(x) - 1, -1, -1)
+    h = torch.cat(dim=1, tensors=[m.second(h.index_select(dim=0, index=order)), h.index_select(0, index=order)])
+    return torch.index_select(h, 0, order)
+
+
 MATRIX_NETS = {
+    "selected by name": (selected_by_name, {"first": nn.Linear(3, 3), "second": nn.Linear(3, 3)}, vectors(3)),
     "masked routing": (masked_routing, {"layer": nn.Linear(4, 3), "w": (4, 3, 4), "b": (4, 3), "v": (4, 3, 3)}, vectors(4)),
     "routing of tokens": (
         token_routing, {"layer": nn.Linear(4, 3), **{n: nn.Linear(3, 3) for n in ("first", "second", "third")}}, vectors(3, 4)

@@ -149,7 +149,7 @@ def normal_samples(
 
 
 def expand_prior_precision(prior_prec: Float[Tensor, " K"], model: nn.Module) -> Float[Tensor, " P"]:
-    """The prior precision of every weight that requires grad, from one number, one a parameter tensor, or one a weight."""
+    """The prior precision of every weight that requires grad, from one number, one per parameter tensor, or one per weight."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     sizes = torch.tensor([p.numel() for p in parameters], device=prior_prec.device)
     if len(prior_prec) == 1:
