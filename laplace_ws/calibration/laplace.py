@@ -49,7 +49,7 @@ def methods_of(config: CalibrateConfig, trained: TrainedRun, structure: str) -> 
     data = trained.data
     la = make_posterior(config, trained, structure)
     start = time.perf_counter()
-    la.fit(own_batches(data.x_train, data.y_train, config))
+    la.fit(own_batches(data.x_train, data.y_train, config)).decompose()
     fit_seconds = time.perf_counter() - start
     for prior in config.methods.priors:
         start = time.perf_counter()

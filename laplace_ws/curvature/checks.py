@@ -29,7 +29,7 @@ from laplace_ws.curvature.models import check_visible
 from laplace_ws.curvature.setting import parameters_in_reduce_setting
 from laplace_ws.curvature.watch import final_operation
 from laplace_ws.errors import UnsupportedParameterError
-from laplace_ws.kfac import Use, example_gradients
+from laplace_ws.kfac import Use, example_gradients, has_small_rows
 
 SMALL_COLUMN_BYTES = 2**26
 """Columns that take fewer bytes, at the outputs of all uses together, never require memory to be saved."""
@@ -51,6 +51,7 @@ class LinearisationCheck:
         column_bytes_per_example: bytes that a column takes per example at the outputs of all uses, as measured on the largest examples
             that were checked.
         final_operation: what makes the outputs into probabilities, see `watch.final_operation`, as the last check found it.
+        small_rows: parameters whose gradients of an example need not be formed in full, see `kfac.has_small_rows`.
     """
 
     def __init__(self, backend: Backend, model: nn.Module):
@@ -58,6 +59,7 @@ class LinearisationCheck:
         self.model = model
         self.column_bytes_per_example: float = 0.0
         self.final_operation: str | None = None
+        self.small_rows: frozenset[str] = frozenset()
         self._parameters: Mapping[str, nn.Parameter] = {}
         self._anatomy: Anatomy | None = None
         self._signatures: set[tuple[Any, ...]] = set()
@@ -105,6 +107,7 @@ class LinearisationCheck:
         """Check a batch, see `check_linearisation`."""
         found = check_linearisation(self.backend, self.model, x, self._parameters)
         self.final_operation = found.final_operation
+        self.small_rows = frozenset(name for name in self._parameters if has_small_rows(name, found.uses))
         known = self._in_reduce_setting
         self._in_reduce_setting = found.in_reduce_setting if known is None else known & found.in_reduce_setting
         self._signatures.add(_signature(found.uses))

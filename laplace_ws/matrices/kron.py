@@ -17,7 +17,7 @@ from laplace_ws.files import FileFormatError
 from laplace_ws.matrices.axes import WeightAxes, saved_output_axes
 from laplace_ws.matrices.base import CurvatureMatrix
 from laplace_ws.matrices.blocks import Block, BlockMatrix
-from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh
+from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh, thin_eigh
 from laplace_ws.matrices.eigenbasis import EigenBasis
 
 
@@ -100,13 +100,20 @@ class KronBlock(Block):
         if "eigen" in self.__dict__:
             return self.eigen[0][0], self.eigen[1][0]
         B_dtype, A_dtype = self.decomposition_dtypes
-        return _eigenvalues(self.B, B_dtype, self.B), _eigenvalues(self.A, A_dtype, self.B)
+        thin = self._thin_A(vectors=False)
+        return _eigenvalues(self.B, B_dtype, self.B), thin[0] if thin else _eigenvalues(self.A, A_dtype, self.B)
 
     @cached_property
     def eigen(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-        """Eigenvalues and eigenvectors (None for the identity) of B and A in float64."""
+        """Eigenvalues in float64 and eigenvectors (None for the identity), in the precision of the factors, of B and A."""
         B_dtype, A_dtype = self.decomposition_dtypes
-        return _eigen(self.B, B_dtype, self.B), _eigen(self.A, A_dtype, self.B)
+        return _eigen(self.B, B_dtype, self.B), self._thin_A(vectors=True) or _eigen(self.A, A_dtype, self.B)
+
+    def _thin_A(self, *, vectors: bool) -> tuple[Tensor, Tensor | None] | None:
+        """Eigenvalues and eigenvectors of A by a short way, where it is a mean over far fewer inputs than it has rows; else None."""
+        if self.A is None or self.decomposition_dtypes[1] != torch.float64 or self.A.ndim > 2:
+            return None
+        return thin_eigh(self.A, math.ceil(float(self.n_inputs)), "a Kronecker factor", vectors=vectors)
 
     def accept(self, of_B: tuple[Tensor, Tensor | None], of_A: tuple[Tensor, Tensor | None], *, vectors: bool) -> None:
         """Take the eigenvalues, and with `vectors` the eigenvectors, as computed elsewhere, in place of computing them."""
@@ -209,4 +216,6 @@ def _eigen(factor: Tensor | None, dtype: torch.dtype | None, like: Tensor) -> tu
         return torch.ones(1, dtype=torch.float64, device=like.device), None
     if dtype is None:  # a diagonal
         return factor.double(), None
-    return eigh(factor, dtype, "a Kronecker factor")
+    values, vectors = eigh(factor, dtype, "a Kronecker factor")
+    # eigenvalues enter logarithms and quotients; vectors that are rounded as the factor itself is turn by no more than it is uncertain
+    return values, vectors.to(factor.dtype)

@@ -19,7 +19,7 @@ from laplace_ws.curvature.finite import check_finite
 from laplace_ws.curvature.inputs import ModelInputs, own_copy
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
-from laplace_ws.kfac import EmbeddingUse, MatrixUse, Use, rotated_gradients
+from laplace_ws.kfac import Use, lookups, outer_products, rotated_gradients
 from laplace_ws.kfac.factors import total
 from laplace_ws.matrices import CurvatureMatrix, Layout, LowRank, Pushforward
 from laplace_ws.posterior.network import Network
@@ -74,7 +74,7 @@ class LinearisedModel:
                 ):
                     raise
                 return replace(self, network=self.network.by_autograd).moments(x, H, pushforward)
-            n_at_once = len(x) if layout is Layout.JOINT else self._examples_at_once(layout)
+            n_at_once = len(x) if layout is Layout.JOINT else self._examples_at_once(pushforward)
             for start in range(0, len(x), n_at_once):
                 f, by_damping = self._part(x[start : start + n_at_once], H, pushforward)
                 outputs.append(f)
@@ -83,12 +83,15 @@ class LinearisedModel:
         dtype = torch.promote_types(torch.promote_types(f.dtype, torch.float32), joined[0].dtype)
         return f.to(dtype), [covariance.to(dtype) for covariance in joined]
 
-    def _examples_at_once(self, layout: Layout) -> int:
+    def _examples_at_once(self, pushforward: Pushforward) -> int:
         """How many examples fit into the memory budget, at least one."""
         n_columns = self.output_shape[-1] if self.output_shape else 1
-        if layout is Layout.DIAGONAL:
+        if pushforward.layout is Layout.DIAGONAL:
             n_columns = min(DIAGONAL_COLUMNS, math.prod(self.output_shape))
-        largest = max(shape.numel() for shape in self.network.subset.parameter_shapes.values())
+        subset = self.network.subset
+        small = frozenset() if pushforward.forms_rows else self._check.small_rows - subset.selection.keys()
+        sizes = [shape.numel() for name, shape in subset.parameter_shapes.items() if name not in small]
+        largest = max(sizes, default=0)
         size = max(4, *(p.element_size() for p in self.network.parameters().values()))
         of_rows = size * _ROW_COPIES * n_columns * largest
         of_activations = (n_columns + _ACTIVATION_COPIES) * self._check.column_bytes_per_example
@@ -174,15 +177,14 @@ class LinearisedModel:
 
     def _add(self, name: str, uses: Sequence[tuple[Use, Tensor]], H: CurvatureMatrix, pushforward: Pushforward) -> None:
         """Add the part of one parameter, given its uses and the columns at their outputs."""
-        basis, selection = H.basis(name), self.network.subset.selection
-        use, g = uses[0]
-        if len(uses) == 1 and name not in selection and _is_outer(name, use, is_turned=basis is not None):
-            assert isinstance(use, MatrixUse)
-            outputs, inputs = use.output_gradients(g)[:, :, 0].transpose(0, 1), use.inputs()[:, 0]
-            if basis is not None:
-                outputs, inputs = basis.rotate_outputs(outputs), basis.rotate_inputs(inputs)
-            pushforward.add_outer(name, outputs, inputs)
-            return
+        basis = H.basis(name)
+        if name not in self.network.subset.selection:
+            if (products := outer_products(name, uses, basis)) is not None:
+                pushforward.add_products(name, products)
+                return
+            if (found := lookups(name, uses, basis)) is not None:
+                pushforward.add_lookups(name, found)
+                return
         if basis is not None:
             rows = total(rotated_gradients(basis, name, use, g) for use, g in uses)
         else:
@@ -203,20 +205,6 @@ def check_output_axes(model: nn.Module, f: Tensor, output_shape: tuple[int, ...]
             f"{type(model).__name__} gives outputs {tuple(f.shape)} for these inputs, but [{in_fit}] in the fit; give inputs as in its "
             "batches, and a single example as x[None]."
         )
-
-
-def _is_outer(name: str, use: Use, *, is_turned: bool) -> bool:
-    """Whether the gradients of a parameter are outer products of one output gradient and one input for each example."""
-    return (
-        isinstance(use, MatrixUse)
-        and not isinstance(use, EmbeddingUse)
-        and name == use.weight
-        and name != use.bias
-        and use.groups == 1
-        and isinstance(use.n_positions, int)
-        and use.n_positions == 1
-        and (is_turned or use.axes.is_row_major)
-    )
 
 
 def _columns(f: Float[Tensor, "N ..."], layout: Layout) -> Iterator[Float[Tensor, "K N ..."]]:

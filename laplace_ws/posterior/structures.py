@@ -25,7 +25,7 @@ from laplace_ws.kfac import (
     approximation_by_parameter,
 )
 from laplace_ws.matrices import CurvatureMatrix, Dense, Diag, Ekfac, Kron, LowRank
-from laplace_ws.matrices.division import decompose
+from laplace_ws.matrices.division import decompose, decompose_now
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.precision import PosteriorPrecision
 from laplace_ws.posterior.structure import DataCurvature, Problem, Structure, register_structure
@@ -91,6 +91,11 @@ class KronStructure(FactorOptions, Structure):
         """See `Structure.prepare`: the eigenvalues, each block's by one process."""
         assert isinstance(H, Kron)
         decompose(H, processes, vectors=False)
+
+    def decompose(self, H: CurvatureMatrix, processes: Processes, *, progress_bar: bool = False) -> None:
+        """See `Structure.decompose`: the eigenvectors, and the eigenvalues with them."""
+        assert isinstance(H, Kron)
+        decompose_now(H, processes, progress_bar=progress_bar)
 
 
 @register_structure
