@@ -41,16 +41,16 @@ def outer_products(
     Returns:
         None where they are not such sums, or are cheaper to rotate as a whole.
     """
-    of_matrix = [(use, g) for use, g in uses if _is_matrix(name, use)]
-    groups = {use.groups for use, _ in of_matrix}
-    if len(of_matrix) < len(uses) or len(groups) > 1:
+    matrices = [use for use, _ in uses if _is_matrix(use, name)]
+    groups = {use.groups for use in matrices}
+    if len(matrices) < len(uses) or len(groups) > 1:
         return None
-    if basis is None and not all(use.axes.is_row_major for use, _ in of_matrix):
+    if basis is None and not all(use.axes.is_row_major for use in matrices):
         return None
-    if basis is not None and not _turn_factors(basis, [use for use, _ in of_matrix], len(of_matrix[0][1])):
+    if basis is not None and not _turn_factors(basis, matrices, len(uses[0][1])):
         return None
     turned_g, turned_a = [], []
-    for use, g in of_matrix:
+    for use, (_, g) in zip(matrices, uses, strict=True):
         outputs, inputs = use.output_gradients(g), use.inputs()
         if basis is not None:
             outputs, inputs = basis.rotate_outputs(outputs), basis.rotate_inputs(inputs)
@@ -81,13 +81,16 @@ def lookups(
 def has_small_rows(name: str, uses: Sequence[Use]) -> bool:
     """Whether the gradients of an example need not be formed in full: `outer_products` or `lookups` gives them."""
     own = [use for use in uses if name in use.parameters]
-    is_table = all(isinstance(use, EmbeddingUse) for use in own)
-    return is_table or (all(_is_matrix(name, use) for use in own) and len({use.groups for use in own}) == 1)  # pyright: ignore
+    if all(isinstance(use, EmbeddingUse) for use in own):
+        return True
+    matrices = [use for use in own if _is_matrix(use, name)]
+    return len(matrices) == len(own) and len({use.groups for use in matrices}) == 1
 
 
-def _is_matrix(name: str, use: Use) -> TypeGuard[MatrixUse]:
-    is_dense = isinstance(use, MatrixUse) and not isinstance(use, EmbeddingUse)
-    return is_dense and name == use.weight and name != use.bias
+def _is_matrix(use: Use, name: str) -> TypeGuard[MatrixUse]:
+    if not isinstance(use, MatrixUse) or isinstance(use, EmbeddingUse):
+        return False
+    return name == use.weight and name != use.bias
 
 
 def _turn_factors(basis: EigenBasis, uses: Sequence[MatrixUse], n_columns: int) -> bool:
