@@ -276,6 +276,7 @@ def kron_factors(
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
     factor_precision: str | FactorPrecision = "float32",
+    max_factor_dim: int | None = None,
     dict_key_x: str = BatchKeys.x,
     dict_key_y: str = BatchKeys.y,
 ) -> Kron:
@@ -292,6 +293,7 @@ def kron_factors(
         mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
         generator: source of the labels or signs; by default a separate one, which `torch.manual_seed` makes reproducible.
         factor_precision: precision of the products that make up the factors: "float32", "tf32" or "bf16", see `FactorPrecision`.
+        max_factor_dim: of a factor with more rows only the diagonal is computed; None for no limit.
         dict_key_x: of batches that are mappings, the entry that determines the number of examples and the device.
         dict_key_y: of batches that are mappings, the targets; the model is called with the mapping of everything else.
 
@@ -304,9 +306,12 @@ def kron_factors(
         InvalidBatchError: the data do not fit the model or the likelihood, or the factors are not finite.
     """
 
+    if max_factor_dim is not None:
+        whole_number("max_factor_dim", max_factor_dim, least=1)
+
     def make_accumulator(parameters: Mapping[str, nn.Parameter]) -> KronAccumulator:
         approximations = approximation_by_parameter(kfac_approx, list(parameters))
-        return KronAccumulator(parameters, approximations, factor_precision)
+        return KronAccumulator(parameters, approximations, factor_precision, max_factor_dim)
 
     sums = CurvatureSum(
         model,

@@ -109,6 +109,11 @@ class OutputGradients:
         assert isinstance(self.use, MatrixUse)
         return self.use.bias_gradient_gram(self.g) if is_bias and self.use.groups > 1 else self._gram
 
+    def squares(self) -> Float[Tensor, "*G O"]:
+        """Σ g², the diagonal of Σ g gᵀ."""
+        assert isinstance(self.use, MatrixUse)
+        return self.use.output_gradient_squares(self.g)
+
     def sum(self, is_bias: bool) -> Float[Tensor, "*G K N O"]:
         """Σ_r g, for a bias with the channels of all groups side by side."""
         assert isinstance(self.use, MatrixUse)
