@@ -22,6 +22,7 @@ from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import EmbeddingUse, MatrixUse, Use, rotated_gradients
 from laplace_ws.kfac.factors import total
 from laplace_ws.matrices import CurvatureMatrix, Layout, LowRank, Pushforward
+from laplace_ws.posterior.last_layer_moments import bytes_per_example, last_layer_moments, may_be_last_layer
 from laplace_ws.posterior.network import Network
 
 DIAGONAL_COLUMNS = 16
@@ -57,10 +58,9 @@ class LinearisedModel:
         """Outputs f and, for each damping of the pushforward, the covariance J (s·H + Δ)⁻¹ Jᵀ in its layout; both of at least float32.
 
         Outputs `[N, T, C]` have, for each example, one covariance per term, `[N, T, C, C]`; variances alone have the shape of f. Time is
-        linear in examples and outputs: a backward pass for each output. `Layout.JOINT`, whose result is quadratic, takes all examples
-        at once.
+        linear in examples and outputs: a backward pass for each output, but none where the weights are those of the last layer.
+        `Layout.JOINT`, whose result is quadratic, takes all examples at once.
         """
-        layout = pushforward.layout
         outputs, covariances = [], []
         parameters = self.network.parameters()
         with evaluation_mode(self.network.model, parameters):
@@ -74,9 +74,7 @@ class LinearisedModel:
                 ):
                     raise
                 return replace(self, network=self.network.by_autograd).moments(x, H, pushforward)
-            n_at_once = len(x) if layout is Layout.JOINT else self._examples_at_once(layout)
-            for start in range(0, len(x), n_at_once):
-                f, by_damping = self._part(x[start : start + n_at_once], H, pushforward)
+            for f, by_damping in self._parts(x, H, pushforward):
                 outputs.append(f)
                 covariances.append(by_damping)
         f, joined = torch.cat(outputs), [torch.cat(parts) for parts in zip(*covariances, strict=True)]
@@ -113,6 +111,29 @@ class LinearisedModel:
         J = torch.cat(parts, dim=-1)
         dtype = torch.promote_types(torch.promote_types(f.dtype, torch.float32), J.dtype)
         return J.to(dtype), f.to(dtype)
+
+    def _parts(
+        self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """The moments of as many examples at a time as fit into the memory budget; by closed form where there is one."""
+        layout, subset, start = pushforward.layout, self.network.subset, 0
+        if not self.differentiable and may_be_last_layer(subset, self.output_shape, H):
+
+            def closed_form(linearisation: Linearisation) -> tuple[Tensor, list[Tensor]] | None:
+                return last_layer_moments(linearisation, list(subset.parameter_shapes), H, pushforward)
+
+            of_activations = _ACTIVATION_COPIES * self._check.column_bytes_per_example
+            n_at_once = int(self.memory_budget // (bytes_per_example(self.output_shape, layout) + of_activations))
+            n_at_once = len(x) if layout is Layout.JOINT else max(1, n_at_once)
+            while start < len(x):
+                found = self._with_linearisation(x[start : start + n_at_once], closed_form)
+                if found is None:
+                    break
+                yield found
+                start += n_at_once
+        n_at_once = len(x) if layout is Layout.JOINT else self._examples_at_once(layout)
+        for first in range(start, len(x), n_at_once):
+            yield self._part(x[first : first + n_at_once], H, pushforward)
 
     def _part(self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward) -> tuple[Tensor, list[Tensor]]:
         """The moments of some examples."""
