@@ -24,6 +24,7 @@ from laplace_ws.curvature.checks import LinearisationCheck, check_linearisation
 from laplace_ws.curvature.columns import Curvature, loss_columns, stream_columns
 from laplace_ws.curvature.finite import check_finite, check_finite_curvature, check_finite_gradients
 from laplace_ws.curvature.inputs import BatchKeys, ModelInputs, as_inputs, check_devices, own_copy
+from laplace_ws.curvature.last_layer import layer_of_outputs
 from laplace_ws.curvature.models import check_visible
 from laplace_ws.curvature.processes import Shard
 from laplace_ws.curvature.totals import DataTotals
@@ -191,9 +192,18 @@ class CurvatureSum:
     def _add_curvature(self, linearisation: Linearisation, y: Tensor) -> None:
         f = linearisation.outputs
         self.accumulator.start_batch(linearisation.uses, self._check.in_reduce_setting)
+        column = self._root_of_diagonal(linearisation, y)
         linearisation.forget_uses()
-        stream_columns(linearisation, self._columns(f, y), self.accumulator)
+        stream_columns(linearisation, self._columns(f, y) if column is None else iter([column]), self.accumulator)
         self.accumulator.end_batch()
+
+    def _root_of_diagonal(self, linearisation: Linearisation, y: Tensor) -> Tensor | None:
+        """One column in place of those of the GGN, where their squares alone count and the outputs are those of the one covered layer."""
+        if self.curvature is not Curvature.GGN or not self.accumulator.needs_squares_alone:
+            return None
+        f = linearisation.outputs
+        column = self.likelihood.root_of_diagonal(f, self.likelihood.term_mask(f, y))
+        return None if column is None or layer_of_outputs(linearisation) is None else column
 
     def _columns(self, f: Tensor, y: Tensor) -> Iterator[Tensor]:
         """The columns of a batch. Random ones of several processes are those that one process draws for the batch of all."""

@@ -14,7 +14,7 @@ from laplace_ws.distributed import Processes
 from laplace_ws.errors import CurvatureWarning, UnsupportedParameterError
 from laplace_ws.kfac import factors
 from laplace_ws.kfac.absent_use import AbsentUse
-from laplace_ws.kfac.accumulator import Accumulator, OutputGradients
+from laplace_ws.kfac.accumulator import Accumulator, OutputGradients, has_one_position
 from laplace_ws.kfac.approximation import KfacApprox
 from laplace_ws.kfac.conv_gram import PatchGram, Plan
 from laplace_ws.kfac.conv_use import ConvUse
@@ -54,6 +54,7 @@ class KronAccumulator(Accumulator):
         self.max_factor_dim = max_factor_dim
         self._sums: dict[str, _FactorSums] = {}
         self._said = False
+        self._squares_alone = False
         self._squares: dict[str, float | Tensor] = {}  # ‖g‖² of the first batch, of weights with reduce
 
     def start_batch(self, uses: Sequence[Use], in_reduce_setting: Collection[str] = ()) -> None:
@@ -87,6 +88,11 @@ class KronAccumulator(Accumulator):
                 )
             with factors.products_in(self.factor_precision):
                 self._sums[name].add_inputs(role, own)
+        self._squares_alone = len(self._uses) == 1 and all(
+            self._sums[name].needs_squares_alone(has_one_position(self._uses[0]))
+            for name in self._uses[0].parameters
+            if name in self._sums
+        )
         of_vectors = {name for name in self._sums if self._needs_example_gradients(name)}
         self._uses = [use if of_vectors & set(use.parameters) else use.without_inputs() for use in uses]
 
@@ -114,6 +120,11 @@ class KronAccumulator(Accumulator):
             'choose hessian_structure="diag" or "lowrank", keep only the diagonals of wide factors (max_factor_dim=1024), freeze the '
             "largest weights (requires_grad_(False)), or name others by subset_of_weights",
         )
+
+    @property
+    def needs_squares_alone(self) -> bool:
+        """See `Accumulator.needs_squares_alone`: where all gradient factors are diagonals."""
+        return self._squares_alone
 
     def add(self, number: int, g: Tensor) -> None:
         """See `Accumulator.add`."""
@@ -246,6 +257,11 @@ class _FactorSums:
                 self._patch_grams.setdefault(plan, PatchGram(plan)).add(at_least_float32(use.x))
         if len(self._patch_grams) > MOST_SIZES:
             self._put_together()
+
+    def needs_squares_alone(self, has_one_position: bool) -> bool:
+        """Whether of the columns only the sum of their squares counts, at each output and position."""
+        sums_positions = self.role.kind != "matrix" or self.role.approx is KfacApprox.REDUCE
+        return self.role.kind != "vector" and self.role.diagonal_B and (has_one_position or not sums_positions)
 
     def factors(self) -> list[tuple[Tensor, bool]]:
         """The sums of the factors, and whether each is a diagonal."""

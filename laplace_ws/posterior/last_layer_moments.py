@@ -1,8 +1,8 @@
 """Covariances of the outputs of a last layer in closed form, without a backward pass for each output.
 
-Where outputs are y = W φ + b, the gradient of output c in W is e_c φᵀ. With Σ diagonal in coordinates Q_B ⊗ Q_A, of variances v_oi there, the
-covariance of the outputs at an input is Q_B diag(w) Q_Bᵀ with w_o = Σ_i v_oi (Q_Aᵀφ)_i²: for N inputs one product with an [I, O] matrix, and for
-the C variances one more with the squares of Q_B.
+Where outputs are y = W φ + b, the gradient of output c in W is e_c φᵀ. With Σ diagonal in coordinates Q_B ⊗ Q_A, of variances v_oi there,
+the covariance of the outputs at an input is Q_B diag(w) Q_Bᵀ with w_o = Σ_i v_oi (Q_Aᵀφ)_i²: for N inputs one product with an [I, O]
+matrix, and for the C variances one more with the squares of Q_B.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws.curvature.backend import Linearisation
-from laplace_ws.kfac import EmbeddingUse, MatrixUse
-from laplace_ws.kfac.uses import at_least_float32
+from laplace_ws.curvature.last_layer import layer_of_outputs
+from laplace_ws.kfac import MatrixUse
 from laplace_ws.matrices import CurvatureMatrix, Damping, Diag, Layout, Pushforward
 from laplace_ws.matrices.base import by_parameter, rows_by_parameter
 from laplace_ws.matrices.blocks import BlockMatrix
@@ -26,7 +26,12 @@ _COPIES = 4  # arrays of the size of the result that are alive at a time
 
 def may_be_last_layer(subset: WeightSubset, output_shape: Sequence[int], H: CurvatureMatrix) -> bool:
     """Whether the covered weights could be those of one layer, with a curvature for which there is a closed form."""
-    return len(output_shape) > 0 and len(subset.parameter_shapes) <= 2 and not subset.selection and isinstance(H, (BlockMatrix, Diag))
+    return (
+        len(output_shape) > 0
+        and len(subset.parameter_shapes) <= 2
+        and not subset.selection
+        and isinstance(H, (BlockMatrix, Diag))
+    )
 
 
 def bytes_per_example(output_shape: Sequence[int], layout: Layout) -> int:
@@ -47,8 +52,8 @@ def last_layer_moments(
         H: the curvature.
         pushforward: whose dampings and layout count.
     """
-    use = _layer_of_outputs(linearisation, names)
-    if use is None:
+    use = layer_of_outputs(linearisation)
+    if use is None or sorted(use.parameters) != sorted(names):
         return None
     f, layout = linearisation.outputs, pushforward.layout
     a = use.inputs().flatten(0, 1)  # [M, I], with M examples and positions
@@ -63,32 +68,6 @@ def last_layer_moments(
     return f, covariances
 
 
-def _layer_of_outputs(linearisation: Linearisation, names: Sequence[str]) -> MatrixUse | None:
-    """The use of all covered parameters, if its outputs are those of the network, up to terms that do not depend on it.
-
-    They are where the gradient at the use's output equals the column that is pulled back: random numbers stay the same under no other
-    linear map.
-    """
-    if len(linearisation.uses) != 1:
-        return None
-    (use,), f = linearisation.uses, linearisation.outputs
-    if (
-        not isinstance(use, MatrixUse)
-        or isinstance(use, EmbeddingUse)
-        or sorted(use.parameters) != sorted(names)
-        or use.groups != 1
-        or not isinstance(use.n_positions, int)
-        or f.ndim < 2
-    ):
-        return None
-    generator = torch.Generator(f.device).manual_seed(0)
-    column = torch.randn(f.shape, dtype=torch.float32, device=f.device, generator=generator).to(f.dtype)
-    (g,) = linearisation.pullback(column[None])
-    found = use.output_gradients(g)[0]  # [N, R, O]
-    expected = at_least_float32(column).reshape(len(f), -1, f.shape[-1])
-    return use if found.shape == expected.shape and torch.equal(found, expected) else None
-
-
 def _of_parameter(
     name: str, use: MatrixUse, a: Float[Tensor, "M I"], H: CurvatureMatrix, damping: Damping, layout: Layout
 ) -> Tensor:
@@ -101,10 +80,7 @@ def _of_parameter(
     if basis is not None:
         a = basis.rotate_inputs(a)
     Q = None if basis is None or basis.Q_B is None else basis.Q_B.to(a.dtype)
-    if layout is Layout.JOINT:
-        w = (a[:, None] * a[None]) @ v.mT
-    else:
-        w = a.square() @ v.mT
+    w = (a[:, None] * a if layout is Layout.JOINT else a.square()) @ v.mT
     if layout is Layout.DIAGONAL:
         return w if Q is None else w @ Q.square().mT
     return torch.diag_embed(w) if Q is None else (Q * w[..., None, :]) @ Q.mT

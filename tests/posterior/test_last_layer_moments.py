@@ -9,7 +9,9 @@ from torch import nn
 from laplace_ws import Laplace
 from laplace_ws.posterior import functional
 
-pytestmark = pytest.mark.filterwarnings("ignore::laplace_ws.errors.CurvatureWarning", "ignore:the gradient method stopped")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::laplace_ws.errors.CurvatureWarning", "ignore:the gradient method stopped"
+)
 N, C = 5, 4
 
 
@@ -200,9 +202,7 @@ def test_gradients_in_the_inputs_are_those_of_the_other_way():
     _, variances = la.functional_moments(x, diagonal_output=True, backprop=True)
     (found,) = torch.autograd.grad(variances.sum(), x)
     step = 1e-5 * torch.randn_like(x)
-    up, down = (
-        la.functional_moments((x + sign * step).detach(), diagonal_output=True)[1].sum() for sign in (1, -1)
-    )
+    up, down = (la.functional_moments((x + sign * step).detach(), diagonal_output=True)[1].sum() for sign in (1, -1))
     torch.testing.assert_close((found * step).sum(), (up - down) / 2, rtol=1e-5, atol=0)
 
 
