@@ -21,8 +21,9 @@ from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import EmbeddingUse, MatrixUse, Use, rotated_gradients
 from laplace_ws.kfac.factors import total
-from laplace_ws.matrices import CurvatureMatrix, Layout, LowRank, Pushforward
+from laplace_ws.matrices import CurvatureMatrix, Dense, Layout, LowRank, Pushforward
 from laplace_ws.posterior.last_layer_moments import bytes_per_example, last_layer_moments, may_be_last_layer
+from laplace_ws.posterior.memory_needs import check_covariances, check_jacobians, check_rows_of_full
 from laplace_ws.posterior.network import Network
 
 DIAGONAL_COLUMNS = 16
@@ -60,7 +61,11 @@ class LinearisedModel:
         Outputs `[N, T, C]` have, for each example, one covariance per term, `[N, T, C, C]`; variances alone have the shape of f. Time is
         linear in examples and outputs: a backward pass for each output, but none where the weights are those of the last layer.
         `Layout.JOINT`, whose result is quadratic, takes all examples at once.
+
+        Raises:
+            NotEnoughMemoryError: the covariances, or what they take, need more memory than is free.
         """
+        self._check_memory(x, H, pushforward)
         outputs, covariances = [], []
         parameters = self.network.parameters()
         with evaluation_mode(self.network.model, parameters):
@@ -81,19 +86,26 @@ class LinearisedModel:
         dtype = torch.promote_types(torch.promote_types(f.dtype, torch.float32), joined[0].dtype)
         return f.to(dtype), [covariance.to(dtype) for covariance in joined]
 
-    def _examples_at_once(self, layout: Layout) -> int:
-        """How many examples fit into the memory budget, at least one."""
+    def _examples_at_once(self, layout: Layout, *, is_full: bool) -> int:
+        """How many examples fit into the memory budget, at least one; `is_full` where the matrix is over all weights."""
         n_columns = self.output_shape[-1] if self.output_shape else 1
         if layout is Layout.DIAGONAL:
             n_columns = min(DIAGONAL_COLUMNS, math.prod(self.output_shape))
         largest = max(shape.numel() for shape in self.network.subset.parameter_shapes.values())
-        size = max(4, *(p.element_size() for p in self.network.parameters().values()))
-        of_rows = size * _ROW_COPIES * n_columns * largest
+        of_rows = self._element_size * _ROW_COPIES * n_columns * largest
+        if is_full:  # the rows of all weights are kept, and then solved for in float64
+            of_rows = (self._element_size + 16) * n_columns * self.network.n_params
         of_activations = (n_columns + _ACTIVATION_COPIES) * self._check.column_bytes_per_example
         return max(1, int(self.memory_budget // (of_rows + of_activations)))
 
     def jacobians(self, x: ModelInputs) -> tuple[Float[Tensor, "N D P"], Float[Tensor, "N ..."]]:
-        """∂f/∂θ over the covered weights, the outputs of an example flattened to D, and f; both of at least float32."""
+        """∂f/∂θ over the covered weights, the outputs of an example flattened to D, and f; both of at least float32.
+
+        Raises:
+            NotEnoughMemoryError: they take more memory than is free.
+        """
+        n_outputs = math.prod(self.output_shape_at(x))
+        check_jacobians(len(x), n_outputs, self.network.n_params, self._element_size, self.network.device)
         parameters = self.network.parameters()
         with evaluation_mode(self.network.model, parameters):
             self._check.start(x, parameters)
@@ -111,6 +123,30 @@ class LinearisedModel:
         J = torch.cat(parts, dim=-1)
         dtype = torch.promote_types(torch.promote_types(f.dtype, torch.float32), J.dtype)
         return J.to(dtype), f.to(dtype)
+
+    def output_shape_at(self, x: ModelInputs) -> tuple[int, ...]:
+        """Shape of the outputs of an example, which those of the fit need not have where there are positions; runs the model on one."""
+        if len(self.output_shape) < 2:
+            return self.output_shape
+        return tuple(self.network.own_outputs(x[:1]).shape[1:])
+
+    @property
+    def _element_size(self) -> int:
+        """Bytes of a number in a result."""
+        return max(4, *(p.element_size() for p in self.network.parameters().values()))
+
+    def _check_memory(self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward) -> None:
+        """Raise `NotEnoughMemoryError` for what does not fit."""
+        layout, device = pushforward.layout, self.network.device
+        if layout is Layout.DIAGONAL and not isinstance(H, Dense):
+            return
+        shape = self.output_shape_at(x)
+        check_covariances(layout, len(x), shape, self._element_size, device, len(pushforward.dampings))
+        if isinstance(H, Dense):
+            n_at_once = len(x) if layout is Layout.JOINT else 1
+            n_columns = min(DIAGONAL_COLUMNS, math.prod(shape)) if layout is Layout.DIAGONAL else math.prod(shape[-1:])
+            n_columns = math.prod(shape) if layout is Layout.JOINT else n_columns
+            check_rows_of_full(n_at_once, n_columns, self.network.n_params, device)
 
     def _parts(
         self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward
@@ -131,7 +167,7 @@ class LinearisedModel:
                     break
                 yield found
                 start += n_at_once
-        n_at_once = len(x) if layout is Layout.JOINT else self._examples_at_once(layout)
+        n_at_once = len(x) if layout is Layout.JOINT else self._examples_at_once(layout, is_full=isinstance(H, Dense))
         for first in range(start, len(x), n_at_once):
             yield self._part(x[first : first + n_at_once], H, pushforward)
 
