@@ -89,25 +89,25 @@ CALLS = {
         {"n_outputs": 1000, "max_factor_dim": 64},
         lambda la: la.functional_moments(torch.zeros(10, 3)),
         f"a covariance [1,000, 1,000] of outputs for each of 10 inputs takes 76 MiB {FREE} choose "
-        'diagonal_output=True for variances alone, link_approx="probit" for probabilities, ' + FEWER,
+        'diagonal_output=True for variances alone, or for classes link_approx="probit", which needs no more, ' + FEWER,
     ),
     "bridge": (
         {"n_outputs": 1000, "max_factor_dim": 64},
         lambda la: la(torch.zeros(10, 3), link_approx="bridge"),
         f"a covariance [1,000, 1,000] of outputs for each of 10 inputs takes 76 MiB {FREE} choose "
-        'diagonal_output=True for variances alone, link_approx="probit" for probabilities, ' + FEWER,
+        'diagonal_output=True for variances alone, or for classes link_approx="probit", which needs no more, ' + FEWER,
     ),
     "by position, of other sequences than in the fit": (
         {"n_outputs": 300, "n_terms": 2, "max_factor_dim": 64},
         lambda la: la.functional_moments(torch.zeros(5, 20, 3)),
         f"a covariance [300, 300] of outputs for each of 100 positions takes 69 MiB {FREE} choose "
-        'diagonal_output=True for variances alone, link_approx="probit" for probabilities, ' + FEWER,
+        'diagonal_output=True for variances alone, or for classes link_approx="probit", which needs no more, ' + FEWER,
     ),
     "draws by a covariance": (
         {"n_outputs": 1000, "max_factor_dim": 64},
         lambda la: la(torch.zeros(2, 3), link_approx="mc"),
         f"a covariance [1,000, 1,000] of outputs for each of 2 inputs takes 46 MiB {FREE} choose "
-        'diagonal_output=True for variances alone, link_approx="probit" for probabilities, ' + FEWER,
+        'diagonal_output=True for variances alone, or for classes link_approx="probit", which needs no more, ' + FEWER,
     ),
     "jacobians": (
         {},
@@ -123,20 +123,17 @@ CALLS = {
     "samples of outputs": (
         {},
         lambda la: la.functional_samples(torch.zeros(10, 3), n_samples=100_000),
-        f"a draw of 100,000 samples of outputs [10, 10] takes 76 MiB {FREE} take a smaller n_samples, "
-        + FEWER,
+        f"a draw of 100,000 samples of outputs [10, 10] takes 76 MiB {FREE} take a smaller n_samples, " + FEWER,
     ),
     "sampled networks": (
         {},
         lambda la: la(torch.zeros(1000, 3), pred_type="nn", n_samples=1000),
-        f"a draw of 1,000 samples of outputs [1,000, 10] takes 76 MiB {FREE} take a smaller n_samples, "
-        + FEWER,
+        f"a draw of 1,000 samples of outputs [1,000, 10] takes 76 MiB {FREE} take a smaller n_samples, " + FEWER,
     ),
     "draws of variances": (
         {"n_outputs": 1000, "max_factor_dim": 64},
         lambda la: la(torch.zeros(50, 3), link_approx="mc", diagonal_output=True),
-        f"a draw of 100 samples of outputs [50, 1,000] takes 38 MiB {FREE} take a smaller n_samples, "
-        + FEWER,
+        f"a draw of 100 samples of outputs [50, 1,000] takes 38 MiB {FREE} take a smaller n_samples, " + FEWER,
     ),
 }
 

@@ -40,7 +40,7 @@ def check_covariances(
         what = f"a covariance [{of_each:,}, {of_each:,}] of outputs for each of {n_matrices:,} " + (
             "positions" if len(output_shape) > 1 else "inputs"
         )
-        instead = f'choose diagonal_output=True for variances alone, link_approx="probit" for probabilities, or {_FEWER_INPUTS}'
+        instead = f'choose diagonal_output=True for variances alone, or for classes link_approx="probit", which needs no more, or {_FEWER_INPUTS}'
         _check(n_of_them * n_matrices * of_each**2 * element_size * _COPIES, device, what, instead)
 
 
