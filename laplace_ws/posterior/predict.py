@@ -229,9 +229,12 @@ class Predictor:
 
     def inputs(self, x: Any) -> ModelInputs:
         """Inputs to predict at, once every reason not to predict has been checked and raised."""
-        inputs = self.network.inputs(x, is_row=self.fit.n_arguments > 1)
+        inputs = self._inputs_as_given(x)
         check_network(self.network, self.fit)
         return inputs
+
+    def _inputs_as_given(self, x: Any) -> ModelInputs:
+        return self.network.inputs(x, is_row=self.fit.n_arguments > 1)
 
     def moments(
         self, x: Any, *, joint: bool = False, diagonal_output: bool = False, backprop: bool = False
@@ -263,7 +266,7 @@ class Predictor:
 
     def _check_output_samples(self, x: Any, options: PredictionOptions) -> None:
         """Raise `NotEnoughMemoryError` for draws of the outputs that do not fit."""
-        inputs, mean = self.inputs(x), self.fit.mean
+        inputs, mean = self._inputs_as_given(x), self.fit.mean
         shape, size = self._linearised().output_shape_at(inputs), max(4, mean.element_size())
         check_output_samples(options.n_samples, len(inputs), shape, size, mean.device)
         if not options.by_network:  # the covariance, and its root in float64
