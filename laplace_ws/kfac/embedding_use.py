@@ -53,6 +53,10 @@ class EmbeddingUse(MatrixUse):
         """See `MatrixUse.input_gram`: how often each index occurs."""
         return self.input_sum().sum(0)
 
+    def input_squares(self) -> Tensor:
+        """See `MatrixUse.input_squares`: the same, as inputs are 0 or 1."""
+        return self.input_gram()
+
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""
         return positions(self.rows, g)

@@ -114,6 +114,10 @@ class MatrixUse(Use):
         """Σ_n Σ_r a aᵀ; `[I]`, its diagonal, where it is diagonal."""
         return gram(self.inputs().flatten(-3, -2))
 
+    def input_squares(self) -> Float[Tensor, "*G I"]:
+        """Σ_n Σ_r a², the diagonal of `input_gram`, which is not formed."""
+        return self.inputs().square().sum((-3, -2))
+
     @abstractmethod
     def output_gradients(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "*G K N R O"]:
         """Gradients at the use's output in canonical form."""
@@ -125,6 +129,10 @@ class MatrixUse(Use):
     def output_gradient_gram(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "*G O O"]:
         """Σ_c Σ_n Σ_r g gᵀ."""
         return gram(self.output_gradients(g).flatten(-4, -2))
+
+    def output_gradient_squares(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "*G O"]:
+        """Σ_c Σ_n Σ_r g², the diagonal of `output_gradient_gram`, which is not formed."""
+        return self.output_gradient_sum(at_least_float32(g).square()).sum((-3, -2))
 
     def bias_gradient_gram(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "O O"]:
         """`output_gradient_gram` with the channels of all groups side by side."""
@@ -181,6 +189,10 @@ class LinearUse(MatrixUse):
     def input_gram(self) -> Tensor:
         """See `MatrixUse.input_gram`."""
         return gram(self._by_row().flatten(0, 1))
+
+    def input_squares(self) -> Tensor:
+        """See `MatrixUse.input_squares`."""
+        return replace(self, x=at_least_float32(self.x).square()).input_sum().sum(-2)
 
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import EmbeddingUse, KfacApprox, MatrixUse, Use
-from laplace_ws.kfac.kron_accumulator import LARGEST_DENSE_VOCABULARY
+from laplace_ws.kfac.roles import LARGEST_DENSE_VOCABULARY
 from laplace_ws.matrices.axes import WeightAxes
 from laplace_ws.optim.factor import FactorForm
 

@@ -21,7 +21,9 @@ from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.kfac import Use, lookups, outer_products, rotated_gradients
 from laplace_ws.kfac.factors import total
-from laplace_ws.matrices import CurvatureMatrix, Layout, LowRank, Pushforward
+from laplace_ws.matrices import CurvatureMatrix, Dense, Layout, LowRank, Pushforward
+from laplace_ws.posterior.last_layer_moments import bytes_per_example, last_layer_moments, may_be_last_layer
+from laplace_ws.posterior.memory_needs import check_covariances, check_jacobians, check_rows_of_full
 from laplace_ws.posterior.network import Network
 
 DIAGONAL_COLUMNS = 16
@@ -57,10 +59,13 @@ class LinearisedModel:
         """Outputs f and, for each damping of the pushforward, the covariance J (s·H + Δ)⁻¹ Jᵀ in its layout; both of at least float32.
 
         Outputs `[N, T, C]` have, for each example, one covariance per term, `[N, T, C, C]`; variances alone have the shape of f. Time is
-        linear in examples and outputs: a backward pass for each output. `Layout.JOINT`, whose result is quadratic, takes all examples
-        at once.
+        linear in examples and outputs: a backward pass for each output, but none where the weights are those of the last layer.
+        `Layout.JOINT`, whose result is quadratic, takes all examples at once.
+
+        Raises:
+            NotEnoughMemoryError: the covariances, or what they take, need more memory than is free.
         """
-        layout = pushforward.layout
+        self._check_memory(x, H, pushforward)
         outputs, covariances = [], []
         parameters = self.network.parameters()
         with evaluation_mode(self.network.model, parameters):
@@ -74,31 +79,35 @@ class LinearisedModel:
                 ):
                     raise
                 return replace(self, network=self.network.by_autograd).moments(x, H, pushforward)
-            n_at_once = len(x) if layout is Layout.JOINT else self._examples_at_once(pushforward)
-            for start in range(0, len(x), n_at_once):
-                f, by_damping = self._part(x[start : start + n_at_once], H, pushforward)
+            for f, by_damping in self._parts(x, H, pushforward):
                 outputs.append(f)
                 covariances.append(by_damping)
         f, joined = torch.cat(outputs), [torch.cat(parts) for parts in zip(*covariances, strict=True)]
         dtype = torch.promote_types(torch.promote_types(f.dtype, torch.float32), joined[0].dtype)
         return f.to(dtype), [covariance.to(dtype) for covariance in joined]
 
-    def _examples_at_once(self, pushforward: Pushforward) -> int:
-        """How many examples fit into the memory budget, at least one."""
+    def _examples_at_once(self, pushforward: Pushforward, *, is_full: bool) -> int:
+        """How many examples fit into the memory budget, at least one; `is_full` where the matrix is over all weights."""
         n_columns = self.output_shape[-1] if self.output_shape else 1
         if pushforward.layout is Layout.DIAGONAL:
             n_columns = min(DIAGONAL_COLUMNS, math.prod(self.output_shape))
         subset = self.network.subset
         small = frozenset() if pushforward.forms_rows else self._check.small_rows - subset.selection.keys()
         sizes = [shape.numel() for name, shape in subset.parameter_shapes.items() if name not in small]
-        largest = max(sizes, default=0)
-        size = max(4, *(p.element_size() for p in self.network.parameters().values()))
-        of_rows = size * _ROW_COPIES * n_columns * largest
+        of_rows = self._element_size * _ROW_COPIES * n_columns * max(sizes, default=0)
+        if is_full:  # the rows of all weights are kept, and then solved for in float64
+            of_rows = (self._element_size + 16) * n_columns * self.network.n_params
         of_activations = (n_columns + _ACTIVATION_COPIES) * self._check.column_bytes_per_example
         return max(1, int(self.memory_budget // (of_rows + of_activations)))
 
     def jacobians(self, x: ModelInputs) -> tuple[Float[Tensor, "N D P"], Float[Tensor, "N ..."]]:
-        """∂f/∂θ over the covered weights, the outputs of an example flattened to D, and f; both of at least float32."""
+        """∂f/∂θ over the covered weights, the outputs of an example flattened to D, and f; both of at least float32.
+
+        Raises:
+            NotEnoughMemoryError: they take more memory than is free.
+        """
+        n_outputs = math.prod(self.output_shape_at(x))
+        check_jacobians(len(x), n_outputs, self.network.n_params, self._element_size, self.network.device)
         parameters = self.network.parameters()
         with evaluation_mode(self.network.model, parameters):
             self._check.start(x, parameters)
@@ -116,6 +125,55 @@ class LinearisedModel:
         J = torch.cat(parts, dim=-1)
         dtype = torch.promote_types(torch.promote_types(f.dtype, torch.float32), J.dtype)
         return J.to(dtype), f.to(dtype)
+
+    def output_shape_at(self, x: ModelInputs) -> tuple[int, ...]:
+        """Shape of the outputs of an example, which those of the fit need not have where there are positions; runs the model on one."""
+        if len(self.output_shape) < 2:
+            return self.output_shape
+        return tuple(self.network.own_outputs(x[:1]).shape[1:])
+
+    @property
+    def _element_size(self) -> int:
+        """Bytes of a number in a result."""
+        return max(4, *(p.element_size() for p in self.network.parameters().values()))
+
+    def _check_memory(self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward) -> None:
+        """Raise `NotEnoughMemoryError` for what does not fit."""
+        layout, device = pushforward.layout, self.network.device
+        if layout is Layout.DIAGONAL and not isinstance(H, Dense):
+            return
+        shape = self.output_shape_at(x)
+        check_covariances(layout, len(x), shape, self._element_size, device, len(pushforward.dampings))
+        if isinstance(H, Dense):
+            n_at_once = len(x) if layout is Layout.JOINT else 1
+            n_columns = min(DIAGONAL_COLUMNS, math.prod(shape)) if layout is Layout.DIAGONAL else math.prod(shape[-1:])
+            n_columns = math.prod(shape) if layout is Layout.JOINT else n_columns
+            check_rows_of_full(n_at_once, n_columns, self.network.n_params, device)
+
+    def _parts(
+        self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """The moments of as many examples at a time as fit into the memory budget; by closed form where there is one."""
+        layout, subset, start = pushforward.layout, self.network.subset, 0
+        if not self.differentiable and may_be_last_layer(subset, self.output_shape, H):
+
+            def closed_form(linearisation: Linearisation) -> tuple[Tensor, list[Tensor]] | None:
+                return last_layer_moments(linearisation, list(subset.parameter_shapes), H, pushforward)
+
+            of_activations = _ACTIVATION_COPIES * self._check.column_bytes_per_example
+            n_at_once = int(self.memory_budget // (bytes_per_example(self.output_shape, layout) + of_activations))
+            n_at_once = len(x) if layout is Layout.JOINT else max(1, n_at_once)
+            while start < len(x):
+                found = self._with_linearisation(x[start : start + n_at_once], closed_form)
+                if found is None:
+                    break
+                yield found
+                start += n_at_once
+        n_at_once = (
+            len(x) if layout is Layout.JOINT else self._examples_at_once(pushforward, is_full=isinstance(H, Dense))
+        )
+        for first in range(start, len(x), n_at_once):
+            yield self._part(x[first : first + n_at_once], H, pushforward)
 
     def _part(self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward) -> tuple[Tensor, list[Tensor]]:
         """The moments of some examples."""

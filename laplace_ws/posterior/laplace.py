@@ -85,8 +85,9 @@ class Laplace(Predictive, WeightDensity):
         memory_budget: bytes that the Jacobians of a prediction may take at a time, which decides how many examples are processed at once.
         class_names: names of the classes or outputs, kept in files.
         **structure_options: of the structure: `kfac_approx` ("auto", "expand", "reduce" or a mapping from patterns of parameter names to
-            these; "auto" is expand, but reduce for parameters in the reduce setting, see `KfacApprox`) and `factor_precision` ("float32",
-            "tf32" or "bf16") of "kron" and "ekfac"; `rank` of "lowrank".
+            these; "auto" is expand, but reduce for parameters in the reduce setting, see `KfacApprox`), `factor_precision` ("float32",
+            "tf32" or "bf16") and `max_factor_dim` (of a factor with more rows only the diagonal is kept; default: no limit) of "kron" and
+            "ekfac"; `rank` of "lowrank".
 
     Attributes:
         network: the model, the covered weights, and the backend.

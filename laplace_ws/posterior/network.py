@@ -81,6 +81,11 @@ class Network:
         """P, the number of covered weights."""
         return sum(shape.numel() for shape in self.shapes.values())
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the covered weights."""
+        return next(iter(self.parameters().values())).device
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are covered in part or in whole."""
         return self.subset.parameters(self.model)

@@ -17,6 +17,7 @@ from laplace_ws.likelihoods.links import LinkApprox, draw_outputs, probabilities
 from laplace_ws.matrices import Damping, Layout
 from laplace_ws.posterior.fit import Fit, check_network
 from laplace_ws.posterior.functional import LinearisedModel, check_output_axes
+from laplace_ws.posterior.memory_needs import check_covariances, check_output_samples, check_weight_samples
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.prior import Prior
 from laplace_ws.registry import Choice
@@ -128,6 +129,8 @@ class Predictor:
                 f"link_approx={link.value!r} needs the covariance of the outputs; leave out diagonal_output."
             )
         diagonal_output = options.diagonal_output or not needs_covariance
+        if link is LinkApprox.MC:
+            self._check_output_samples(x, options)
         moments = self.moments if link is LinkApprox.MC else self._moments  # there are no draws of what is not finite
         f, spread = moments(x, joint=options.joint, diagonal_output=diagonal_output, backprop=options.backprop)
         if isinstance(likelihood, RegressionLikelihood):
@@ -189,6 +192,7 @@ class Predictor:
     def sample(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
         """Weights drawn from the posterior."""
         n_samples = whole_number("n_samples", n_samples, least=1)
+        check_weight_samples(n_samples, len(self.fit.mean), max(4, self.fit.mean.element_size()), self.fit.mean.device)
         return self._finite(self._draw(n_samples, generator_or_none("generator", generator)))
 
     def _draw(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
@@ -202,6 +206,7 @@ class Predictor:
         """Outputs drawn from the posterior."""
         if options.by_network:
             return self._finite_network_outputs(x, options)
+        self._check_output_samples(x, options)
         f, spread = self.moments(
             x, joint=options.joint, diagonal_output=options.diagonal_output, backprop=options.backprop
         )
@@ -224,9 +229,12 @@ class Predictor:
 
     def inputs(self, x: Any) -> ModelInputs:
         """Inputs to predict at, once every reason not to predict has been checked and raised."""
-        inputs = self.network.inputs(x, is_row=self.fit.n_arguments > 1)
+        inputs = self._inputs_as_given(x)
         check_network(self.network, self.fit)
         return inputs
+
+    def _inputs_as_given(self, x: Any) -> ModelInputs:
+        return self.network.inputs(x, is_row=self.fit.n_arguments > 1)
 
     def moments(
         self, x: Any, *, joint: bool = False, diagonal_output: bool = False, backprop: bool = False
@@ -246,13 +254,24 @@ class Predictor:
     ) -> tuple[Tensor, list[Tensor]]:
         """Outputs, and their covariance under each of several posterior precisions."""
         inputs = self.inputs(x)
-        linearised = LinearisedModel(self.network, self.fit.output_shape, self.memory_budget, backprop)
-        return linearised.moments(inputs, self.fit.H, self.fit.H.pushforward(dampings, layout))
+        return self._linearised(backprop).moments(inputs, self.fit.H, self.fit.H.pushforward(dampings, layout))
 
     def jacobians(self, x: Any, *, backprop: bool) -> tuple[Float[Tensor, "N D P"], Float[Tensor, "N ..."]]:
         """∂f/∂θ of each example over the covered weights, and f."""
         inputs = self.inputs(x)
-        return LinearisedModel(self.network, self.fit.output_shape, self.memory_budget, backprop).jacobians(inputs)
+        return self._linearised(backprop).jacobians(inputs)
+
+    def _linearised(self, backprop: bool = False) -> LinearisedModel:
+        return LinearisedModel(self.network, self.fit.output_shape, self.memory_budget, backprop)
+
+    def _check_output_samples(self, x: Any, options: PredictionOptions) -> None:
+        """Raise `NotEnoughMemoryError` for draws of the outputs that do not fit."""
+        inputs, mean = self._inputs_as_given(x), self.fit.mean
+        shape, size = self._linearised().output_shape_at(inputs), max(4, mean.element_size())
+        check_output_samples(options.n_samples, len(inputs), shape, size, mean.device)
+        if not options.by_network:  # the covariance, and its root in float64
+            layout = self.layout(joint=options.joint, diagonal_output=options.diagonal_output)
+            check_covariances(layout, len(inputs), shape, size + 8, mean.device)
 
     def layout(self, *, joint: bool, diagonal_output: bool) -> Layout:
         """Which covariances of the outputs there are."""
@@ -267,6 +286,7 @@ class Predictor:
     def network_outputs(self, x: Any, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
         """Outputs of the network at weights drawn from the posterior, finite or not."""
         inputs = self.inputs(x)
+        self._check_output_samples(x, options)
         weights = self._drawn_weights(options.n_samples, options.generator)
         outputs = self.network.outputs(inputs, weights, backprop=options.backprop)
         check_output_axes(self.network.model, outputs[0], self.fit.output_shape)

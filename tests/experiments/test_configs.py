@@ -20,6 +20,7 @@ import trust
 import tuning_cost
 import uci_regression
 import update_cost
+import wide_layers
 from bench_curvature.config import BenchConfig
 from bench_curvature.config import check_config as check_bench
 from train_kfac.config import TrainKfacConfig
@@ -84,6 +85,7 @@ KINDS: dict[str, tuple[type, Callable[[Any], Iterable[RunConfig]]]] = {
     "uci_regression": (uci_regression.UciConfig, no_runs),
     "update_cost": (update_cost.UpdateCostConfig, lambda study: update_cost.check_config(study) or []),
     "update_cost_cuda": (update_cost.UpdateCostConfig, lambda study: update_cost.check_config(study) or []),
+    "wide_layers": (wide_layers.WideConfig, no_runs),
     "wrn_tuning": (StudyConfig, runs_of_tuning),
 }
 """By name of the file, what it is read into, and the trainings that it asks for."""

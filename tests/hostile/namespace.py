@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import laplace_ws as lw
-from laplace_ws import curvature, data, marglik, metrics, models, optim
+from laplace_ws import curvature, data, marglik, memory, metrics, models, optim
 from laplace_ws.posterior import subnetwork
 
 N = 12
@@ -40,6 +41,13 @@ def compiled_in_place() -> nn.Module:
 
 def posterior(likelihood="classification", **options) -> lw.Laplace:
     return lw.Laplace(mlp(), likelihood, **options)
+
+
+def with_free(n_mebibytes: int, call: Callable[[], Any]) -> Any:
+    """What a call gives where this is the memory that is free."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "free_memory", lambda device: n_mebibytes * 2**20)
+        return call()
 
 
 def fit(batches, likelihood="classification", model=None, n_data=None, **options) -> lw.Laplace:
