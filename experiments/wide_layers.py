@@ -158,7 +158,7 @@ def run(config: WideConfig) -> list[dict[str, Any]]:
 def as_markdown(rows: list[dict[str, Any]]) -> str:
     """The table that is printed."""
     lines = [
-        "| posterior | classes | weights | curvature | max_factor_dim | fit [s] | evidence [s] | first prediction [s] | later [s] | memory [MB] |",
+        "| posterior | classes | weights | curvature | max_factor_dim | fit [s] | evidence [s] | first prediction [s] | later [s] | MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

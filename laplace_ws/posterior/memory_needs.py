@@ -40,11 +40,8 @@ def check_covariances(
         what = f"a covariance [{of_each:,}, {of_each:,}] of outputs for each of {n_matrices:,} " + (
             "positions" if len(output_shape) > 1 else "inputs"
         )
-        instead = (
-            "choose diagonal_output=True for variances alone, or for classes "
-            f'link_approx="probit", which needs no more, or {_FEWER_INPUTS}'
-        )
-        _check(n_of_them * n_matrices * of_each**2 * element_size * _COPIES, device, what, instead)
+        instead = 'choose diagonal_output=True for variances alone, or for classes link_approx="probit", which needs no more, or '
+        _check(n_of_them * n_matrices * of_each**2 * element_size * _COPIES, device, what, instead + _FEWER_INPUTS)
 
 
 def check_jacobians(n: int, n_outputs: int, n_params: int, element_size: int, device: torch.device) -> None:

@@ -54,6 +54,7 @@ class Predictive(ABC):
 
         Raises:
             NotFittedError: there is no fit.
+            NotEnoughMemoryError: it takes more memory than is free; says how much, and what takes less.
             InvalidBatchError: the inputs do not fit the model, or the predictions are not finite.
         """
         options = PredictionOptions(
@@ -120,6 +121,9 @@ class Predictive(ABC):
         Args:
             n_samples: S.
             generator: source of randomness; default: torch's own.
+
+        Raises:
+            NotEnoughMemoryError: they take more memory than is free.
         """
         return self.predictor.sample(n_samples, generator)
 
@@ -131,6 +135,9 @@ class Predictive(ABC):
         Returns:
             f `[N, C]` and `[N, C, C]`; for outputs `[N, T, C]`, `[N, T, C, C]`; with `diagonal_output`, and for outputs of more dimensions,
             variances in the shape of f; with `joint`, `[N·C]` and `[N·C, N·C]`.
+
+        Raises:
+            NotEnoughMemoryError: the covariances take more memory than is free.
         """
         f, spread = self.predictor.moments(x, joint=joint, diagonal_output=diagonal_output, backprop=backprop)
         return (f.flatten(), spread) if joint else (f, spread)
