@@ -616,9 +616,9 @@ class Laplace(Predictive, WeightDensity):
 
         Args:
             path: of the file.
-            dtype: how large tensors of the curvature are stored: `torch.float16` or `torch.bfloat16` for a quarter of the size, `torch.float32`
-                for half of it, as of symmetric factors one triangle is kept; None for the tensors as they are. Everything else, and what is
-                loaded, keeps its precision.
+            dtype: how large tensors of the curvature are stored: `torch.float16` or `torch.bfloat16` for a quarter of the size,
+                `torch.float32` for half of it, as of symmetric factors one triangle is kept; None for the tensors as they are. Everything
+                else, and what is loaded, keeps its precision.
         """
         save_tensors(path_of("path", path), self.state_dict(dtype))
 

@@ -17,8 +17,8 @@ from laplace_ws.values import shown
 STORED: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
 """The types in which the tensors of a curvature can be stored."""
 _FEWEST = 2**16
-"""Entries of a tensor that is worth packing. Smaller ones take little of a file, and rounding would move their eigenvalues by more than that
-of their own precision, which a decomposition allows for: the smaller the matrix, the more."""
+"""Entries of a tensor that is worth packing. Smaller ones take little of a file, and rounding would move their eigenvalues by more than a
+decomposition allows for: the smaller the matrix, the more."""
 _SYMMETRY = 1e-5
 """Largest asymmetry of a factor, relative to its largest entry, and of lengths of eigenvectors, that is the rounding of sums."""
 _OF_ROUNDING = 2.0**-7

@@ -74,7 +74,10 @@ def test_some_of_the_weights(subset, through_weights):
         "subnetwork": [0, 3, 13, 21],
     }.get(
         str(subset),
-        [*range(slices["0.bias"].start, slices["0.bias"].stop), *range(slices["2.weight"].start, slices["2.bias"].stop)],
+        [
+            *range(slices["0.bias"].start, slices["0.bias"].stop),
+            *range(slices["2.weight"].start, slices["2.bias"].stop),
+        ],
     )
     options = {"subnetwork_indices": covered} if subset == "subnetwork" else {}
     la = Laplace(model, "classification", subset, "full", **options)
@@ -252,9 +255,7 @@ def test_what_cannot_be_differentiated_twice_goes_through_the_covariance(functio
     assert not can_push_forward(model, x, list(model.parameters()))
     expected = draw_outputs(*la.functional_moments(x), 5, seeded())
     torch.testing.assert_close(la.functional_samples(x, n_samples=5, generator=seeded()), expected)
-    torch.testing.assert_close(
-        la(x, link_approx="mc", n_samples=5, generator=seeded()), expected.softmax(-1).mean(0)
-    )
+    torch.testing.assert_close(la(x, link_approx="mc", n_samples=5, generator=seeded()), expected.softmax(-1).mean(0))
 
 
 class Straight(nn.Module):

@@ -22,7 +22,9 @@ def wide(structure: str = "kron", likelihood: str = "classification") -> tuple[L
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(N, 270), nn.Tanh(), nn.Linear(270, 3)), torch.randn(20, N)
     y = torch.randint(0, 3, (20,)) if likelihood == "classification" else torch.randn(20, 3)
-    options = {"subset_of_weights": "last_layer"} if structure == "full" else {"rank": 10} if structure == "lowrank" else {}
+    options = (
+        {"subset_of_weights": "last_layer"} if structure == "full" else {"rank": 10} if structure == "lowrank" else {}
+    )
     return Laplace(model, likelihood, hessian_structure=structure, **options).fit([(x, y)]), x
 
 
@@ -70,7 +72,13 @@ def test_numbers_far_below_the_largest_become_zero_and_no_other_sign():
 
 
 def test_what_is_small_or_no_number_of_its_own_stays_as_it_is():
-    state = {"B": torch.randn(9, 9), "n_inputs": 3.0, "approx": None, "places": torch.arange(N * N), "bad": torch.full((N, N), torch.nan)}
+    state = {
+        "B": torch.randn(9, 9),
+        "n_inputs": 3.0,
+        "approx": None,
+        "places": torch.arange(N * N),
+        "bad": torch.full((N, N), torch.nan),
+    }
     found = packed(state, torch.float16)
     assert all(found[name] is value for name, value in state.items())
     la, _, _ = fitted("kron", "mlp")
