@@ -39,9 +39,9 @@ class Predictive(ABC):
         Args:
             x: inputs, as in the batches of the fit: a tensor, a mapping, or a row (x1, x2, …) for `model(x1, x2, …)`.
             pred_type: "glm" or "nn", see `PredType`.
-            link_approx: for "glm" and classes: "probit", "mc", "bridge" or "bridge_norm", see `LinkApprox`. "mc" samples the outputs from their
-                covariance, or the weights, whichever takes fewer operations (`posterior.routes`): with many classes its cost does not grow
-                with them, as the others' does.
+            link_approx: for "glm" and classes: "probit", "mc", "bridge" or "bridge_norm", see `LinkApprox`. "mc" samples the
+                outputs from their covariance, or the weights, whichever takes fewer operations (`posterior.routes`): its cost does not grow
+                with the classes where these are many, as that of the others does.
             n_samples: samples, for "nn" and "mc".
             joint: for regression by "glm": the covariance over all inputs and outputs.
             diagonal_output: only variances, without the covariances between outputs; for "mc" and regression.
