@@ -19,13 +19,13 @@ from laplace_ws.matrices import CurvatureMatrix, Layout, LowRank
 _PER_BACKWARD = 2.0
 """Products of one backward pass for one example's output, in those of its forward pass: the gradients of layers, and of weights."""
 _PER_LINEARISATION = 6.0
-_PER_JACOBIAN_PRODUCT = 3.0
+_PER_JACOBIAN_PRODUCT = 4.0
 """Likewise, of `JacobianProducts`: a training step is 3."""
 _PER_ENTRY = 20.0
 """Products in the time in which a large tensor's entry is read, changed and written."""
 _ROW_ENTRIES = 3
 """How often an entry of a Jacobian is: as it is, turned into coordinates of the curvature, weighted."""
-_DRAW_ENTRIES = 10
+_DRAW_ENTRIES = 20
 """How often an entry of a sample of the weights is: a normal number, and what makes it one of the posterior."""
 _DOUBLE = 2.0
 """Products of float32 in one of float64, in which weights are drawn and covariances are factorised."""
