@@ -29,7 +29,7 @@ from laplace_ws.curvature.models import check_visible
 from laplace_ws.curvature.setting import parameters_in_reduce_setting
 from laplace_ws.curvature.watch import final_operation
 from laplace_ws.errors import UnsupportedParameterError
-from laplace_ws.kfac import Use, example_gradients, has_small_rows
+from laplace_ws.kfac import EmbeddingUse, MatrixUse, Use, example_gradients, has_small_rows
 
 SMALL_COLUMN_BYTES = 2**26
 """Columns that take fewer bytes, at the outputs of all uses together, never require memory to be saved."""
@@ -50,6 +50,8 @@ class LinearisationCheck:
     Attributes:
         column_bytes_per_example: bytes that a column takes per example at the outputs of all uses, as measured on the largest examples
             that were checked.
+        positions: by weight, the sharing positions that an example has at all uses of it together, as measured on the same examples; a
+            look-up in a table, and what is no linear map, has none.
         final_operation: what makes the outputs into probabilities, see `watch.final_operation`, as the last check found it.
         small_rows: parameters whose gradients of an example need not be formed in full, see `kfac.has_small_rows`.
     """
@@ -58,6 +60,7 @@ class LinearisationCheck:
         self.backend = backend
         self.model = model
         self.column_bytes_per_example: float = 0.0
+        self.positions: Mapping[str, float] = {}
         self.final_operation: str | None = None
         self.small_rows: frozenset[str] = frozenset()
         self._parameters: Mapping[str, nn.Parameter] = {}
@@ -114,6 +117,7 @@ class LinearisationCheck:
         self._most_examples = max(self._most_examples, min(len(x), N_PROBED))
         if (size := _example_size(x)) >= self._largest_example:
             self._largest_example, self.column_bytes_per_example = size, found.column_bytes / len(x)
+            self.positions = _positions(found.uses)
         return found
 
     @property
@@ -134,6 +138,15 @@ class LinearisationCheck:
 def _example_size(x: ModelInputs) -> int:
     """Entries that one example has in the inputs; of examples of unequal size, their mean."""
     return sum(leaf.numel() for leaf in leaves(x) if isinstance(leaf, Tensor)) // len(x)
+
+
+def _positions(uses: Sequence[Use]) -> dict[str, float]:
+    """See `LinearisationCheck.positions`."""
+    sums: dict[str, float] = {}
+    for use in uses:
+        if isinstance(use, MatrixUse) and use.weight is not None and not isinstance(use, EmbeddingUse):
+            sums[use.weight] = sums.get(use.weight, 0.0) + float(torch.as_tensor(use.n_positions).double().mean())
+    return sums
 
 
 def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:

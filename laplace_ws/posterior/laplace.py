@@ -38,6 +38,7 @@ from laplace_ws.posterior.evidence import log_marginal_likelihood, optimal_prior
 from laplace_ws.posterior.fit import Fit, all_options, check_network, fit_posterior
 from laplace_ws.posterior.groups import PriorStructure
 from laplace_ws.posterior.network import Network
+from laplace_ws.posterior.packing import stored_dtype
 from laplace_ws.posterior.precision import PosteriorPrecision
 from laplace_ws.posterior.predict import PredictionOptions, Predictor, PredType
 from laplace_ws.posterior.predictive import Predictive
@@ -602,8 +603,12 @@ class Laplace(Predictive, WeightDensity):
 
     # ---------------------------------------------------------------- files
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that restore the posterior for a model with the same parameters; see `files.posterior_state`."""
+    def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """Tensors and plain values that restore the posterior for a model with the same parameters; see `files.posterior_state`.
+
+        Args:
+            dtype: of the curvature, see `save`.
+        """
         return files.posterior_state(
             self.fitted,
             self.prior,
@@ -611,6 +616,7 @@ class Laplace(Predictive, WeightDensity):
             memory_budget=self.memory_budget,
             covariance_scale=self.covariance_scale,
             class_names=self.class_names,
+            dtype=stored_dtype(dtype),
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -626,9 +632,16 @@ class Laplace(Predictive, WeightDensity):
         if self.class_names is None:
             self.class_names = found.class_names
 
-    def save(self, path: str | Path) -> None:
-        """Write `state_dict()` to a file, which `load_posterior` and `torch.load(path, weights_only=True)` read."""
-        save_tensors(path_of("path", path), self.state_dict())
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write `state_dict()` to a file, which `load_posterior` and `torch.load(path, weights_only=True)` read.
+
+        Args:
+            path: of the file.
+            dtype: how large tensors of the curvature are stored: `torch.float16` or `torch.bfloat16` for a quarter of the size,
+                `torch.float32` for half of it, as of symmetric factors one triangle is kept; None for the tensors as they are. Everything
+                else, and what is loaded, keeps its precision.
+        """
+        save_tensors(path_of("path", path), self.state_dict(dtype))
 
     def __repr__(self) -> str:
         fitted = "not fitted" if self._fit is None else f"fitted to {self.n_data} examples"

@@ -10,16 +10,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws.curvature.backend import evaluation_mode
 from laplace_ws.curvature.inputs import ModelInputs
-from laplace_ws.errors import InvalidBatchError
+from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.likelihoods import Likelihood, RegressionLikelihood
 from laplace_ws.likelihoods.links import LinkApprox, draw_outputs, probabilities
 from laplace_ws.matrices import Damping, Layout
 from laplace_ws.posterior.fit import Fit, check_network
 from laplace_ws.posterior.functional import LinearisedModel, check_output_axes
+from laplace_ws.posterior.linear_samples import LinearSamples
 from laplace_ws.posterior.memory_needs import check_covariances, check_output_samples, check_weight_samples
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.prior import Prior
+from laplace_ws.posterior.routes import Route
 from laplace_ws.registry import Choice
 from laplace_ws.values import flag, generator_or_none, whole_number
 
@@ -131,6 +134,11 @@ class Predictor:
         diagonal_output = options.diagonal_output or not needs_covariance
         if link is LinkApprox.MC:
             self._check_output_samples(x, options)
+            if not options.diagonal_output:
+                layout = self.layout(joint=False, diagonal_output=diagonal_output)
+                samples = self.samples_through_weights(x, options, layout)
+                if samples is not None:
+                    return self._finite(likelihood.predictive_mean(self._finite(samples)).mean(0))
         moments = self.moments if link is LinkApprox.MC else self._moments  # there are no draws of what is not finite
         f, spread = moments(x, joint=options.joint, diagonal_output=diagonal_output, backprop=options.backprop)
         if isinstance(likelihood, RegressionLikelihood):
@@ -196,17 +204,26 @@ class Predictor:
         return self._finite(self._draw(n_samples, generator_or_none("generator", generator)))
 
     def _draw(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
+        return self.fit.mean + self._draw_deviations(n_samples, generator)
+
+    def _draw_deviations(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
+        """Weights drawn from the posterior, less its mean."""
         mean = self.fit.mean
         # in half precision a deviation would drown in the rounding
         dtype = torch.promote_types(mean.dtype, torch.float32)
         noise = torch.randn(n_samples, len(mean), dtype=dtype, device=mean.device, generator=generator)
-        return mean + self.fit.H.inv_sqrt(noise, *self.damping)
+        return self.fit.H.inv_sqrt(noise, *self.damping)
 
     def functional_samples(self, x: Any, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
         """Outputs drawn from the posterior."""
         if options.by_network:
             return self._finite_network_outputs(x, options)
         self._check_output_samples(x, options)
+        layout = self.layout(joint=options.joint, diagonal_output=options.diagonal_output)
+        if layout is not Layout.DIAGONAL:  # of variances alone, the draws are independent
+            samples = self.samples_through_weights(x, options, layout)
+            if samples is not None:
+                return self._finite(samples)
         f, spread = self.moments(
             x, joint=options.joint, diagonal_output=options.diagonal_output, backprop=options.backprop
         )
@@ -255,6 +272,37 @@ class Predictor:
         """Outputs, and their covariance under each of several posterior precisions."""
         inputs = self.inputs(x)
         return self._linearised(backprop).moments(inputs, self.fit.H, self.fit.H.pushforward(dampings, layout))
+
+    def samples_through_weights(
+        self, x: Any, options: PredictionOptions, layout: Layout
+    ) -> Float[Tensor, "S N ..."] | None:
+        """Outputs of the linearised network at weights drawn from the posterior, finite or not, joint over examples and outputs.
+
+        None where the way through the covariance of the outputs is cheaper (`routes.Route`), or the only one: where the graph is to be
+        kept, or the gradients of the model cannot be differentiated.
+        """
+        if options.backprop:
+            return None
+        inputs, network = self.inputs(x), self.network
+        parameters = network.parameters()
+        try:
+            with evaluation_mode(network.model, parameters):
+                network.check.start(inputs, parameters)
+        except UnsupportedParameterError:
+            return None  # the other way finds another backend, or says what is wrong
+        route = Route(
+            self.fit.H,
+            network.subset.parameter_shapes,
+            network.check.positions,
+            len(inputs),
+            self.fit.output_shape,
+            options.n_samples,
+            layout,
+        )
+        if not route.is_through_weights or not network.can_push_forward(inputs):
+            return None
+        linear = LinearSamples(network, self.fit.output_shape, self.memory_budget)
+        return linear.outputs(inputs, self._deviations(options.n_samples, options.generator))
 
     def jacobians(self, x: Any, *, backprop: bool) -> tuple[Float[Tensor, "N D P"], Float[Tensor, "N ..."]]:
         """∂f/∂θ of each example over the covered weights, and f."""
@@ -323,10 +371,15 @@ class Predictor:
         return prediction
 
     def _drawn_weights(self, n_samples: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, " P"]]:
-        """Samples one by one, drawn in batches as large as memory allows."""
+        """Samples one by one."""
+        for deviations in self._deviations(n_samples, generator):
+            yield from self.fit.mean + deviations
+
+    def _deviations(self, n_samples: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, "B P"]]:
+        """Deviations of samples from the mean, drawn in batches as large as memory allows."""
         at_once = max(1, self.memory_budget // (self.network.n_params * 8))
         for start in range(0, n_samples, at_once):
-            yield from self._draw(min(at_once, n_samples - start), generator)
+            yield self._draw_deviations(min(at_once, n_samples - start), generator)
 
     def mean_over_samples(self, outputs: Float[Tensor, "S N ..."], options: PredictionOptions) -> Prediction:
         """The predictive of networks with sampled weights, given their outputs."""

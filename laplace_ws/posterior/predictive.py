@@ -39,7 +39,9 @@ class Predictive(ABC):
         Args:
             x: inputs, as in the batches of the fit: a tensor, a mapping, or a row (x1, x2, …) for `model(x1, x2, …)`.
             pred_type: "glm" or "nn", see `PredType`.
-            link_approx: for "glm" and classes: "probit", "mc", "bridge" or "bridge_norm", see `LinkApprox`.
+            link_approx: for "glm" and classes: "probit", "mc", "bridge" or "bridge_norm", see `LinkApprox`. "mc" samples the
+                outputs from their covariance, or the weights, whichever takes fewer operations (`posterior.routes`): its cost does not grow
+                with the classes where these are many, as that of the others does.
             n_samples: samples, for "nn" and "mc".
             joint: for regression by "glm": the covariance over all inputs and outputs.
             diagonal_output: only variances, without the covariances between outputs; for "mc" and regression.
@@ -155,7 +157,9 @@ class Predictive(ABC):
     ) -> Float[Tensor, "S N ..."]:
         """Outputs drawn from the posterior; for the arguments see `__call__`.
 
-        Those of one sample belong together across inputs with "nn" and with `joint`, so that each sample is a function.
+        Those of one sample belong together across inputs with "nn" and with `joint`, so that each sample is a function; without, they may
+        or may not. By "glm" they come from the covariance of the outputs, or from samples of the weights, whichever takes fewer operations
+        (`posterior.routes`).
         """
         options = PredictionOptions(
             PredType(pred_type),

@@ -11,6 +11,8 @@ import budget_tradeoff
 import calibrate
 import compare_backends
 import factor_precision
+import file_precision
+import many_classes
 import prediction_cost
 import pytest
 import sampling_variance
@@ -69,11 +71,13 @@ KINDS: dict[str, tuple[type, Callable[[Any], Iterable[RunConfig]]]] = {
     "calibrate_tuned": (calibrate.StudyConfig, runs_of_calibration),
     "compare_backends": (compare_backends.CompareConfig, no_runs),
     "factor_precision": (factor_precision.PrecisionConfig, no_runs),
+    "file_precision": (file_precision.FilesConfig, no_runs),
     "kfac_gnn": (TrainKfacConfig, no_runs),
     "kfac_vit": (TrainKfacConfig, no_runs),
     "kfac_vit_cuda": (TrainKfacConfig, no_runs),
     "paper_wrn_16_4": (RunConfig, lambda run: [run]),
     "paper_wrn_28_10": (RunConfig, lambda run: [run]),
+    "many_classes": (many_classes.ClassesConfig, no_runs),
     "prediction_cost": (prediction_cost.CostConfig, no_runs),
     "prior_sweep": (RunConfig, lambda run: [run]),
     "sampling_variance": (sampling_variance.VarianceConfig, no_runs),
