@@ -162,7 +162,12 @@ def bert() -> nn.Module:
     """A BERT of two layers."""
     import transformers
 
-    size = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+    size: dict[str, Any] = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 512,
+    }
     config = transformers.BertConfig(**TOKENS, **size, max_position_embeddings=N_TOKENS)
     return Unpacked(transformers.BertForSequenceClassification(config))
 
@@ -180,7 +185,7 @@ def llama_with_lora() -> nn.Module:
     import peft
     import transformers
 
-    size = {
+    size: dict[str, Any] = {
         "hidden_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
