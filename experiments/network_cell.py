@@ -137,7 +137,7 @@ def costs(name: str, structure: str, *, n_batches: int, n_repeats: int, seed: in
     yield {"decomposition_seconds": timed(la.log_marginal_likelihood)}
 
     def predict(posterior: Laplace) -> torch.Tensor:
-        return posterior(x, **network.prediction, generator=torch.Generator().manual_seed(seed))
+        return posterior.predict_proba(x, **network.prediction, generator=torch.Generator().manual_seed(seed))
 
     here = PeakMemory()
     start = time.process_time()

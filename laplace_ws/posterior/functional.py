@@ -16,6 +16,7 @@ from laplace_ws.curvature.autograd import AutogradBackend
 from laplace_ws.curvature.backend import Linearisation, differentiable_twice, evaluation_mode
 from laplace_ws.curvature.checks import LinearisationCheck
 from laplace_ws.curvature.finite import check_finite
+from laplace_ws.curvature.graph_inputs import parts_told_apart
 from laplace_ws.curvature.inputs import ModelInputs, own_copy
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
@@ -75,8 +76,9 @@ class LinearisedModel:
                     raise
                 return replace(self, network=self.network.by_autograd).moments(x, H, pushforward)
             n_at_once = len(x) if layout is Layout.JOINT else self._examples_at_once(layout)
-            for start in range(0, len(x), n_at_once):
-                f, by_damping = self._part(x[start : start + n_at_once], H, pushforward)
+            parts = [slice(start, start + n_at_once) for start in range(0, len(x), n_at_once)]
+            for part in parts if layout is Layout.JOINT else parts_told_apart(x, parts):
+                f, by_damping = self._part(x[part], H, pushforward)
                 outputs.append(f)
                 covariances.append(by_damping)
         f, joined = torch.cat(outputs), [torch.cat(parts) for parts in zip(*covariances, strict=True)]
