@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_networks import REAL_NETWORKS, Batch, inputs_of, labels_of, make_network
+from real_networks import REAL_NETWORKS, Batch, inputs_of, labels_of, make_network, outputs_of
 from torch import nn
 
 from laplace_ws import Laplace, load_posterior
@@ -100,7 +100,7 @@ def training_costs(name: str, batch: Batch, n_repeats: int, seed: int) -> Record
 
     def step() -> None:
         optimizer.zero_grad()
-        f, y = model(inputs_of(batch)), labels_of(batch)
+        f, y = outputs_of(model, batch), labels_of(batch)
         nn.functional.cross_entropy(f.flatten(0, -2), y.flatten()).backward()
         optimizer.step()
 

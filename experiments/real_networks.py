@@ -67,6 +67,12 @@ def labels_of(batch: Batch) -> Tensor:
     return batch["labels"] if isinstance(batch, dict) else batch[1]
 
 
+def outputs_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits of a batch, `[n, C]`, or `[n, T, C]` with a label for each of T pixels."""
+    outputs = model(inputs_of(batch))
+    return outputs if isinstance(outputs, Tensor) else outputs.logits
+
+
 # ------------------------------------------------------------------ images
 
 
@@ -113,27 +119,32 @@ class PixelClasses(nn.Module):
         return self.segmentation(x)["out"].movedim(1, -1).flatten(1, 2)
 
 
-def deeplab() -> nn.Module:
-    """DeepLabV3 on a ResNet-50."""
-    return PixelClasses(
-        torchvision.models.segmentation.deeplabv3_resnet50(
-            weights=None, weights_backbone=None, num_classes=N_CLASSES, aux_loss=False
-        )
+def deeplab(backbone: str, title: str) -> RealNetwork:
+    """A DeepLabV3 of torchvision: with a label for each pixel, the exact GGN and the variances of all outputs take thousands of passes."""
+
+    def make() -> nn.Module:
+        options = {"weights": None, "weights_backbone": None, "num_classes": N_CLASSES, "aux_loss": False}
+        return PixelClasses(getattr(torchvision.models.segmentation, f"deeplabv3_{backbone}")(**options))
+
+    return RealNetwork(
+        f"torchvision's DeepLabV3 on a {title}, 32×32, a label for each pixel (random signs, prior precision 10⁴, 5 networks drawn)",
+        (),
+        make,
+        images(32, labels_per_side=32),
+        n=2,
+        options={"curvature": "ggn_mc_rademacher", "prior_precision": 1e4},
+        prediction={"pred_type": "nn", "n_samples": 5},
     )
 
 
 # ------------------------------------------------------------------ language
 
 
-class Unpacked(nn.Module):
-    """A model of Hugging Face, which is called with the entries of a batch by their names, as `model(batch)`."""
+def taking_batches(model: nn.Module) -> nn.Module:
+    """A model of Hugging Face as one that is called with a batch."""
+    from laplace_ws.callbacks.huggingface import TakesBatch
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return self.model(**batch).logits
+    return TakesBatch(model)
 
 
 def texts(n: int, generator: torch.Generator) -> Batch:
@@ -169,7 +180,7 @@ def bert() -> nn.Module:
         "intermediate_size": 512,
     }
     config = transformers.BertConfig(**TOKENS, **size, max_position_embeddings=N_TOKENS)
-    return Unpacked(transformers.BertForSequenceClassification(config))
+    return taking_batches(transformers.BertForSequenceClassification(config))
 
 
 def gpt2() -> nn.Module:
@@ -177,7 +188,7 @@ def gpt2() -> nn.Module:
     import transformers
 
     config = transformers.GPT2Config(**TOKENS, n_embd=128, n_layer=2, n_head=2, n_positions=N_TOKENS)
-    return Unpacked(transformers.GPT2ForSequenceClassification(config))
+    return taking_batches(transformers.GPT2ForSequenceClassification(config))
 
 
 def llama_with_lora() -> nn.Module:
@@ -198,7 +209,7 @@ def llama_with_lora() -> nn.Module:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
-    return Unpacked(model)
+    return taking_batches(model)
 
 
 def of_transformers(title: str, make: Callable[[], nn.Module], *more: str) -> RealNetwork:
@@ -216,15 +227,8 @@ REAL_NETWORKS: dict[str, RealNetwork] = {
     "efficientnet_b0": of_torchvision("efficientnet_b0", "EfficientNet-B0"),
     "mobilenet_v3_small": of_torchvision("mobilenet_v3_small", "MobileNetV3 (small)"),
     "densenet121": of_torchvision("densenet121", "DenseNet-121"),
-    "deeplabv3": RealNetwork(
-        "torchvision's DeepLabV3 on a ResNet-50, a class for each of 32×32 pixels; random signs, 5 sampled networks",
-        (),
-        deeplab,
-        images(32, labels_per_side=32),
-        n=2,
-        options={"curvature": "ggn_mc_rademacher"},
-        prediction={"pred_type": "nn", "n_samples": 5},
-    ),
+    "deeplabv3_mobilenet": deeplab("mobilenet_v3_large", "MobileNetV3"),
+    "deeplabv3_resnet50": deeplab("resnet50", "ResNet-50"),
     "timm_resnet18": of_timm("resnet18", "ResNet-18"),
     "timm_vit": of_timm("vit_tiny_patch16_224", "ViT-Ti/16", img_size=64),
     "bert": of_transformers("BERT", bert),

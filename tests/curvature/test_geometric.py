@@ -9,7 +9,15 @@ import torch
 from cases import double
 from torch import Tensor, nn
 
-from laplace_ws import InvalidBatchError, Laplace, UnsupportedParameterError, kron_factors, row_examples
+from laplace_ws import (
+    InvalidBatchError,
+    Laplace,
+    UnsupportedParameterError,
+    kron_factors,
+    load_posterior,
+    marglik_training,
+    row_examples,
+)
 from laplace_ws.curvature import exact, jacobians
 from laplace_ws.curvature.forward import probe
 from laplace_ws.curvature.graph_inputs import GraphInputs, parts_told_apart
@@ -212,6 +220,16 @@ def test_a_model_may_change_its_batch():
 def test_a_batch_without_targets_is_refused():
     with pytest.raises(InvalidBatchError, match=r"y of batch 0 is a NoneType but must be one tensor"):
         kron_factors(double(ReadOut()), "regression", [batch_of([(3, 2)])])
+
+
+def test_training_and_files(tmp_path):
+    data = [batch_of(EDGES_PER_GRAPH[name], LABELS) for name in ("unequal", "as many edges as nodes")]
+    model = double(NodesAndEdges())
+    la = marglik_training(model, data, "classification", n_epochs=2, n_epochs_burnin=0, marglik_frequency=1).la
+    assert la.n_data == 10
+    la.save(tmp_path / "posterior.pt")
+    again = load_posterior(tmp_path / "posterior.pt", model)
+    torch.testing.assert_close(again(data[0]), la(data[0]))
 
 
 # ------------------------------------------------------------------ the library itself

@@ -10,7 +10,7 @@ import network_cell
 import pytest
 import torch
 from network_cell import STRUCTURES, PeakMemory, TimedLoader, costs, in_own_process
-from real_networks import REAL_NETWORKS, inputs_of, labels_of, make_network
+from real_networks import REAL_NETWORKS, inputs_of, labels_of, make_network, outputs_of
 
 from laplace_ws import Laplace
 
@@ -41,7 +41,7 @@ def test_every_network_is_accepted(name, structure):
     network, model = REAL_NETWORKS[name], make_network(name, 0)
     (batch,) = network.batches(1, 0)
     with torch.no_grad():
-        assert model(inputs_of(batch)).shape[:-1] == labels_of(batch).shape
+        assert outputs_of(model, batch).shape[:-1] == labels_of(batch).shape
     Laplace(model, "classification", **STRUCTURES[structure], **network.options).check(inputs_of(batch))
 
 
