@@ -23,6 +23,7 @@ from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.checks import LinearisationCheck, check_linearisation
 from laplace_ws.curvature.columns import Curvature, loss_columns, stream_columns
 from laplace_ws.curvature.finite import check_finite, check_finite_curvature, check_finite_gradients
+from laplace_ws.curvature.graph_inputs import parts_told_apart
 from laplace_ws.curvature.inputs import BatchKeys, ModelInputs, as_inputs, check_devices, own_copy
 from laplace_ws.curvature.last_layer import layer_of_outputs
 from laplace_ws.curvature.models import check_visible
@@ -147,7 +148,7 @@ class CurvatureSum:
                 if self._shard is not None:  # processes that see other examples must come to one decision
                     first, *others = self._shard.processes.gather(self._check.in_reduce_setting)
                     self._check.in_reduce_setting = first.intersection(*others)
-            for part in self._parts(x, y):
+            for part in parts_told_apart(x, self._parts(x, y)):
                 self._add_checked(x[part], y[part])
 
     def _parts(self, x: ModelInputs, y: Tensor) -> list[slice]:

@@ -16,6 +16,7 @@ from laplace_ws.curvature.autograd import AutogradBackend
 from laplace_ws.curvature.backend import Linearisation, differentiable_twice, evaluation_mode
 from laplace_ws.curvature.checks import LinearisationCheck
 from laplace_ws.curvature.finite import check_finite
+from laplace_ws.curvature.graph_inputs import parts_told_apart
 from laplace_ws.curvature.inputs import ModelInputs, own_copy
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
@@ -154,7 +155,7 @@ class LinearisedModel:
         self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """The moments of as many examples at a time as fit into the memory budget; by closed form where there is one."""
-        layout, subset, start = pushforward.layout, self.network.subset, 0
+        layout, subset, n_done = pushforward.layout, self.network.subset, 0
         if not self.differentiable and may_be_last_layer(subset, self.output_shape, H):
 
             def closed_form(linearisation: Linearisation) -> tuple[Tensor, list[Tensor]] | None:
@@ -162,18 +163,23 @@ class LinearisedModel:
 
             of_activations = _ACTIVATION_COPIES * self._check.column_bytes_per_example
             n_at_once = int(self.memory_budget // (bytes_per_example(self.output_shape, layout) + of_activations))
-            n_at_once = len(x) if layout is Layout.JOINT else max(1, n_at_once)
-            while start < len(x):
-                found = self._with_linearisation(x[start : start + n_at_once], closed_form)
+            for part in self._slices(x, 0, max(1, n_at_once), layout):
+                found = self._with_linearisation(x[part], closed_form)
                 if found is None:
                     break
                 yield found
-                start += n_at_once
-        n_at_once = (
-            len(x) if layout is Layout.JOINT else self._examples_at_once(pushforward, is_full=isinstance(H, Dense))
-        )
-        for first in range(start, len(x), n_at_once):
-            yield self._part(x[first : first + n_at_once], H, pushforward)
+                n_done = part.stop
+        n_at_once = self._examples_at_once(pushforward, is_full=isinstance(H, Dense))
+        for part in self._slices(x, n_done, n_at_once, layout):
+            yield self._part(x[part], H, pushforward)
+
+    @staticmethod
+    def _slices(x: ModelInputs, start: int, n_at_once: int, layout: Layout) -> Iterator[slice]:
+        """Parts of a batch from an example on."""
+        n = len(x)
+        if layout is Layout.JOINT:
+            return iter([slice(0, n)] if start < n else [])
+        return parts_told_apart(x, (slice(first, min(first + n_at_once, n)) for first in range(start, n, n_at_once)))
 
     def _part(self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward) -> tuple[Tensor, list[Tensor]]:
         """The moments of some examples."""

@@ -133,12 +133,11 @@ class Predictor:
             )
         diagonal_output = options.diagonal_output or not needs_covariance
         if link is LinkApprox.MC:
-            self._check_output_samples(x, options)
-            if not options.diagonal_output:
-                layout = self.layout(joint=False, diagonal_output=diagonal_output)
-                samples = self.samples_through_weights(x, options, layout)
-                if samples is not None:
-                    return self._finite(likelihood.predictive_mean(self._finite(samples)).mean(0))
+            layout = self.layout(joint=False, diagonal_output=diagonal_output)
+            samples = self.samples_through_weights(x, options, layout)
+            if samples is not None:
+                return self._finite(likelihood.predictive_mean(self._finite(samples)).mean(0))
+            self._check_roots(x, options, layout)
         moments = self.moments if link is LinkApprox.MC else self._moments  # there are no draws of what is not finite
         f, spread = moments(x, joint=options.joint, diagonal_output=diagonal_output, backprop=options.backprop)
         if isinstance(likelihood, RegressionLikelihood):
@@ -218,12 +217,11 @@ class Predictor:
         """Outputs drawn from the posterior."""
         if options.by_network:
             return self._finite_network_outputs(x, options)
-        self._check_output_samples(x, options)
         layout = self.layout(joint=options.joint, diagonal_output=options.diagonal_output)
-        if layout is not Layout.DIAGONAL:  # of variances alone, the draws are independent
-            samples = self.samples_through_weights(x, options, layout)
-            if samples is not None:
-                return self._finite(samples)
+        samples = self.samples_through_weights(x, options, layout)
+        if samples is not None:
+            return self._finite(samples)
+        self._check_roots(x, options, layout)
         f, spread = self.moments(
             x, joint=options.joint, diagonal_output=options.diagonal_output, backprop=options.backprop
         )
@@ -279,9 +277,13 @@ class Predictor:
         """Outputs of the linearised network at weights drawn from the posterior, finite or not, joint over examples and outputs.
 
         None where the way through the covariance of the outputs is cheaper (`routes.Route`), or the only one: where the graph is to be
-        kept, or the gradients of the model cannot be differentiated.
+        kept, the gradients of the model cannot be differentiated, or variances alone count, of which the draws are independent.
+
+        Raises:
+            NotEnoughMemoryError: the samples do not fit, whichever way they are made.
         """
-        if options.backprop:
+        self._check_output_samples(x, options)
+        if options.backprop or options.diagonal_output or layout is Layout.DIAGONAL:
             return None
         inputs, network = self.inputs(x), self.network
         parameters = network.parameters()
@@ -317,9 +319,12 @@ class Predictor:
         inputs, mean = self._inputs_as_given(x), self.fit.mean
         shape, size = self._linearised().output_shape_at(inputs), max(4, mean.element_size())
         check_output_samples(options.n_samples, len(inputs), shape, size, mean.device)
-        if not options.by_network:  # the covariance, and its root in float64
-            layout = self.layout(joint=options.joint, diagonal_output=options.diagonal_output)
-            check_covariances(layout, len(inputs), shape, size + 8, mean.device)
+
+    def _check_roots(self, x: Any, options: PredictionOptions, layout: Layout) -> None:
+        """Raise `NotEnoughMemoryError` where the covariances of the outputs, and their roots in float64, do not fit."""
+        inputs, mean = self._inputs_as_given(x), self.fit.mean
+        shape = self._linearised().output_shape_at(inputs)
+        check_covariances(layout, len(inputs), shape, max(4, mean.element_size()) + 8, mean.device)
 
     def layout(self, *, joint: bool, diagonal_output: bool) -> Layout:
         """Which covariances of the outputs there are."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import budget_tradeoff
 import calibrate
+import check_networks
 import compare_backends
 import factor_precision
 import file_precision
@@ -69,6 +70,7 @@ KINDS: dict[str, tuple[type, Callable[[Any], Iterable[RunConfig]]]] = {
     "budget_tradeoff": (budget_tradeoff.TradeoffConfig, runs_of_tradeoff),
     "calibrate": (calibrate.StudyConfig, runs_of_calibration),
     "calibrate_tuned": (calibrate.StudyConfig, runs_of_calibration),
+    "check_networks": (check_networks.NetworksConfig, lambda study: check_networks.check_config(study) or []),
     "compare_backends": (compare_backends.CompareConfig, no_runs),
     "factor_precision": (factor_precision.PrecisionConfig, no_runs),
     "file_precision": (file_precision.FilesConfig, no_runs),
