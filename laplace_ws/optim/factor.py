@@ -108,7 +108,7 @@ class FactorForm:
     def times(self, matrix: Float[Tensor, "*G M D"], factor: Tensor) -> Float[Tensor, "*G M D"]:
         """The product of a matrix with a factor in this form."""
         if self.is_diagonal:
-            return matrix * factor
+            return matrix * factor[..., None, :]
         if self.n_blocks == 1:
             return matrix @ factor
         product = self._in_blocks(matrix) @ factor  # [*G, n_blocks, M, b]

@@ -24,6 +24,7 @@ from laplace_ws.optim.first_order import Grafting
 from laplace_ws.optim.layers import Layer
 from laplace_ws.optim.options import KfacOptions, LossReduction, Timer, checked_group
 from laplace_ws.optim.scaling import has_overflowed, loss_scale, unscale
+from laplace_ws.optim.stacks import Stacks
 from laplace_ws.optim.statistics import kron_blocks
 from laplace_ws.optim.steps import apply_steps, directions
 
@@ -148,6 +149,7 @@ class KFAC(torch.optim.Optimizer):
             columns = LikelihoodColumns(self.options.likelihood, self.options.curvature, mc_samples, self.generator)
         self._factor_timer = Timer(factor_update_steps, start_steps)
         self._inverse_timer = Timer(inv_update_steps, start_steps)
+        self._stacks = Stacks(self._finder.layers, self._finder.parameters, self.state)
         self._capture = TrainingCapture(model, self._finder.parameters, self._finder, columns)
         self._capture.is_on = True
 
@@ -201,9 +203,8 @@ class KFAC(torch.optim.Optimizer):
                 raise ValueError("a gradient is sparse, and KFAC takes dense ones; make embeddings with sparse=False.")
         self._update_curvature(of_loss)
         unscale(self, parameters)
-        finder, options = self._finder, self.options
-        steps = directions(self.param_groups, self.state, finder.layers, finder.parameters, options.grafting)
-        apply_steps(self.param_groups, steps, options.kl_clip)
+        steps = directions(self.param_groups, self.state, self._stacks, self.options.grafting)
+        apply_steps(self.param_groups, steps, self.options.kl_clip)
         self.n_steps += 1
         self._capture.is_on = self._factor_timer.is_due(self.n_steps)
         return loss
@@ -229,6 +230,7 @@ class KFAC(torch.optim.Optimizer):
             for name, inverses in divided_inverses(self._finder.layers, known, damping).items():
                 found.setdefault(name, {}).update(inverses)
             self._inverse_timer.done(self.n_steps)
+            self._stacks.forget()
         for name, state in found.items():
             self.state[self._finder.parameters[name]].update(state)
         if batches:
@@ -324,6 +326,7 @@ class KFAC(torch.optim.Optimizer):
         self._factor_timer.next, self._inverse_timer.next = own["next_factors"], own["next_inverses"]
         self._finder.layers.clear()
         self._finder.layers |= {state["weight"]: Layer.from_state(state) for state in own["layers"]}
+        self._stacks = Stacks(self._finder.layers, self._finder.parameters, self.state)
         self._capture.drop()
         self._capture.form = None if own["form"] is None else BatchForm(**own["form"])
         self._capture.is_on = self._factor_timer.is_due(self.n_steps)
