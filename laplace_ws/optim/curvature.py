@@ -24,6 +24,7 @@ from laplace_ws.matrices.division import divided
 from laplace_ws.optim.factor import check_finite
 from laplace_ws.optim.layers import Layer, find_layers
 from laplace_ws.optim.options import KfacOptions, LossReduction
+from laplace_ws.optim.stacks import MOST_ENTRIES
 from laplace_ws.optim.statistics import FactorSums, LayerAccumulator
 
 FACTORS = ("factor_A", "factor_B", "inv_A", "inv_B", "n_inputs")
@@ -135,8 +136,8 @@ def averaged_factors(
     for name, sums in sums_of.items():
         n_inputs = torch.as_tensor(sums.n_inputs, dtype=torch.float64, device=sums.A.device) / n_examples
         now = {"factor_A": sums.mean_A, "factor_B": sums.B / n_examples, "n_inputs": n_inputs}
-        check_finite(repr(name), now["factor_A"], now["factor_B"])
         found[name] = _averaged(states.get(name, {}), now, options)
+    check_finite({name: _factors(state) for name, state in found.items()})
     return found
 
 
@@ -187,17 +188,35 @@ def divided_inverses(
     group = processes()
     costs = [sum(factor.numel() * factor.shape[-1] for factor in _factors(known[name])) for name in known]
     owners = divided(costs, group.size)
-    found: dict[str, dict[str, Tensor]] = {}
+    own = [name for name, owner in zip(known, owners, strict=True) if owner == group.rank]
+    found = _inverses({name: layers[name] for name in own}, known, damping)
     for name, owner in zip(known, owners, strict=True):
         A, B = _factors(known[name])
-        if owner == group.rank:
-            found[name] = layers[name].inverses(A, B, damping[name])
-        else:
+        if owner != group.rank:
             found[name] = {"inv_A": torch.empty_like(A), "inv_B": torch.empty_like(B)}
     if group.size > 1:
         for rank in range(group.size):
-            own = [found[name] for name, owner in zip(known, owners, strict=True) if owner == rank]
-            group.broadcast_([inverses[which] for inverses in own for which in ("inv_A", "inv_B")], rank)
+            of_rank = [found[name] for name, owner in zip(known, owners, strict=True) if owner == rank]
+            group.broadcast_([inverses[which] for inverses in of_rank for which in ("inv_A", "inv_B")], rank)
+    return found
+
+
+def _inverses(
+    layers: Mapping[str, Layer], known: Mapping[str, Mapping[str, Any]], damping: Mapping[str, float]
+) -> dict[str, dict[str, Tensor]]:
+    """The damped inverses of the factors of each weight, those of equal form at once."""
+    alike: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
+    for name, layer in layers.items():
+        for of, form in (("A", layer.A), ("B", layer.B)):
+            factor = known[name][f"factor_{of}"]
+            alone = (name, of) if factor.numel() > MOST_ENTRIES else None
+            alike.setdefault((form, factor.shape, factor.dtype, factor.device, alone), []).append((name, of))
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+    for (form, *_), places in alike.items():
+        factors = [known[name][f"factor_{of}"] for name, of in places]
+        dampings, names = [damping[name] for name, _ in places], [repr(name) for name, _ in places]
+        for (name, of), inverse in zip(places, form.damped_inverses(factors, dampings, names), strict=True):
+            found[name][f"inv_{of}"] = inverse
     return found
 
 

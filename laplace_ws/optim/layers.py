@@ -65,14 +65,6 @@ class Layer:
         """B⁻¹ M A⁻¹."""
         return self.A.times(self.B.times(matrix.mT, inv_B).mT, inv_A)
 
-    def inverses(self, A: Tensor, B: Tensor, damping: float) -> dict[str, Tensor]:
-        """The damped inverses of its factors, as the state of the weight names them; see `FactorForm.damped_inverse`."""
-        of = repr(self.weight)
-        return {
-            "inv_A": self.A.damped_inverse(A, damping, of),
-            "inv_B": self.B.damped_inverse(B, damping, of),
-        }
-
     def state(self) -> dict[str, Any]:
         """The layer as plain values."""
         return asdict(self) | {"approx": self.approx.value}
