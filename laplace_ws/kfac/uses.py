@@ -186,7 +186,7 @@ class LinearUse(MatrixUse):
     @property
     def n_inputs(self) -> int | float | Tensor:
         """See `MatrixUse.n_inputs`."""
-        return self.x.shape[:-1].numel()
+        return self.x.shape[:-1].numel() if self.groups == 1 else super().n_inputs
 
     def inputs(self) -> Tensor:
         """See `MatrixUse.inputs`."""
@@ -256,11 +256,6 @@ class PackedLinearUse(LinearUse):
             return n
         n = torch.as_tensor(n, device=self.x.device).expand(self.n_examples)
         return self._place(n.expand(len(self.parts), -1))
-
-    @property
-    def n_inputs(self) -> int | float | Tensor:
-        """See `MatrixUse.n_inputs`."""
-        return super().n_inputs if len(self.parts) == self.n_parts else MatrixUse.n_inputs.fget(self)  # type: ignore[misc]
 
     def inputs(self) -> Tensor:
         """See `MatrixUse.inputs`."""

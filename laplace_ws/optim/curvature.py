@@ -17,7 +17,7 @@ from laplace_ws.curvature.native import UseRecorder
 from laplace_ws.curvature.processes import Shard
 from laplace_ws.distributed import Processes, processes
 from laplace_ws.errors import UnsupportedParameterError
-from laplace_ws.kfac import Accumulator, KfacApprox
+from laplace_ws.kfac import Accumulator, KfacApprox, Use
 from laplace_ws.kfac.factors import total
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.matrices.division import divided
@@ -31,6 +31,9 @@ FACTORS = ("factor_A", "factor_B", "inv_A", "inv_B", "n_inputs")
 """What the state of a weight holds of its curvature, in a precision of its own."""
 
 
+_NORMALISATIONS = frozenset({"batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm"})
+
+
 @dataclass(eq=False)
 class LayerFinder:
     """Makes the accumulator of each batch, and keeps what is known of the layers.
@@ -41,6 +44,7 @@ class LayerFinder:
         max_factor_dim: rows of the largest block of a factor.
         strict: whether a weight without a block is an error.
         layers: those found so far, by weight.
+        watched: the parameters whose uses need to be recorded: all but the affine vectors of normalisations, once a pass has shown them.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -48,6 +52,7 @@ class LayerFinder:
     max_factor_dim: int | None
     strict: bool
     layers: dict[str, Layer]
+    watched: dict[str, nn.Parameter]
 
     def __call__(self, recorder: UseRecorder, form: BatchForm) -> Accumulator | None:
         """See `capture.Begin`.
@@ -67,7 +72,20 @@ class LayerFinder:
         if self.strict:
             self._check_all_have_blocks({layer.weight for layer in found}, recorder.unsupported)
         self.layers |= {layer.weight: layer for layer in found}
-        return LayerAccumulator(found, self.parameters) if found else None
+        if not found:
+            return None
+        self._stop_watching(uses, recorder.unsupported)
+        return LayerAccumulator(found, self.parameters)
+
+    def _stop_watching(self, uses: Sequence[Use], unsupported: Mapping[str, str]) -> None:
+        """Leave out what only normalisations use, as what a recorder would note of them costs another normalisation each."""
+        calls: dict[str, set[str]] = {}
+        for use in uses:
+            for name in use.parameters:
+                calls.setdefault(name, set()).add(use.call)
+        for name, of_parameter in calls.items():
+            if self.parameters[name].ndim == 1 and of_parameter <= _NORMALISATIONS and name not in unsupported:
+                self.watched.pop(name, None)
 
     def _check_all_have_blocks(self, weights: set[str], unsupported: Mapping[str, str]) -> None:
         for name, p in self.parameters.items():

@@ -135,7 +135,7 @@ class KFAC(torch.optim.Optimizer):
             strict=strict,
         )
         self.n_steps: int = 0
-        self._finder = LayerFinder({}, {}, max_factor_dim, strict, {})
+        self._finder = LayerFinder({}, {}, max_factor_dim, strict, {}, {})
         trainable = [p for p in model.parameters() if p.requires_grad]
         defaults: dict[str, Any] = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "damping": damping, "kfac_approx": kfac_approx,
@@ -150,7 +150,7 @@ class KFAC(torch.optim.Optimizer):
         self._factor_timer = Timer(factor_update_steps, start_steps)
         self._inverse_timer = Timer(inv_update_steps, start_steps)
         self._stacks = Stacks(self._finder.layers, self._finder.parameters, self.state)
-        self._capture = TrainingCapture(model, self._finder.parameters, self._finder, columns)
+        self._capture = TrainingCapture(model, self._finder.watched, self._finder, columns)
         self._capture.is_on = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -162,7 +162,7 @@ class KFAC(torch.optim.Optimizer):
         for p in self.param_groups[-1]["params"]:
             name = names.get(id(p))
             if name is not None and p.requires_grad:
-                self._finder.parameters[name] = p
+                self._finder.parameters[name] = self._finder.watched[name] = p
                 self._finder.approximations[name] = by_name[name].decided(False)
 
     @property
