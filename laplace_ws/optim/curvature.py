@@ -54,6 +54,11 @@ class LayerFinder:
     layers: dict[str, Layer]
     watched: dict[str, nn.Parameter]
 
+    @property
+    def reduced(self) -> set[str]:
+        """The parameters of K-FAC-reduce."""
+        return {name for name, approx in self.approximations.items() if approx is KfacApprox.REDUCE}
+
     def __call__(self, recorder: UseRecorder, form: BatchForm) -> Accumulator | None:
         """See `capture.Begin`.
 

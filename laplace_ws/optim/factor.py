@@ -74,7 +74,7 @@ class FactorForm:
             root, info = torch.linalg.cholesky_ex(self._damped(X, damping, mean))
             if bool(torch.isfinite(mean).all() & (info == 0).all()):
                 return list(torch.cholesky_inverse(root).to(factors[0].dtype).unbind())
-        return [self.damped_inverse(X, *options) for X, *options in zip(factors, dampings, of, strict=True)]
+        return [self.damped_inverse(X, damping, name) for X, damping, name in zip(factors, dampings, of, strict=True)]
 
     def damped_inverse(self, factor: Tensor, damping: float, of: str) -> Tensor:
         """(X + λ·(tr X/D)·I)⁻¹ in this form; that of a factor of zeros is the identity.

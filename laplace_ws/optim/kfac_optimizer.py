@@ -150,7 +150,8 @@ class KFAC(torch.optim.Optimizer):
         self._factor_timer = Timer(factor_update_steps, start_steps)
         self._inverse_timer = Timer(inv_update_steps, start_steps)
         self._stacks = Stacks(self._finder.layers, self._finder.parameters, self.state)
-        self._capture = TrainingCapture(model, self._finder.watched, self._finder, columns)
+        finder = self._finder  # of which alone the capture knows, so that the optimizer can be deleted
+        self._capture = TrainingCapture(model, self._finder.watched, self._finder, columns, lambda: finder.reduced)
         self._capture.is_on = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -301,6 +302,7 @@ class KFAC(torch.optim.Optimizer):
             "next_inverses": self._inverse_timer.next,
             "layers": [layer.state() for layer in self._finder.layers.values()],
             "form": None if form is None else asdict(form),
+            "time_first": sorted(self._capture.rows.time_first),
             "generator": self.generator.get_state(),
         }
 
@@ -330,6 +332,7 @@ class KFAC(torch.optim.Optimizer):
         self._capture.drop()
         self._capture.form = None if own["form"] is None else BatchForm(**own["form"])
         self._capture.is_on = self._factor_timer.is_due(self.n_steps)
+        self._capture.rows.time_first.update(own.get("time_first", ()))
         self.generator.set_state(own["generator"].cpu())
 
     def __reduce__(self) -> Any:
