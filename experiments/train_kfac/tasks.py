@@ -61,7 +61,7 @@ class MeltingPoints(Task):
 
     def __init__(self, config: DataConfig):
         self._molecules = load_molecules(Path(config.cache) / "molecules.pt")
-        self.parts = _split(len(self._molecules), config, n_test=config.n_validation)
+        self.parts = split(len(self._molecules), config, n_test=config.n_validation)
         target = self._molecules.melting_point[self.parts["train"]]
         self._mean, self._std = target.mean(), target.std()
 
@@ -93,7 +93,7 @@ class Images(Task):
             torch.save({part: _read_images(root / part) for part in ("train", "test")}, cache)
         kept = torch.load(cache, weights_only=True)
         (x, y), (x_test, y_test) = kept["train"], kept["test"]
-        self.parts = _split(len(y), config, n_test=0)
+        self.parts = split(len(y), config, n_test=0)
         self.parts["test"] = len(y) + torch.arange(len(y_test))
         self._x, self._y = torch.cat([x, x_test]), torch.cat([y, y_test])
         pixels = x[self.parts["train"][:5000]].float()
@@ -122,7 +122,8 @@ def _read_images(folder: Path) -> tuple[Tensor, Tensor]:
     return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
 
-def _split(n: int, config: DataConfig, n_test: int) -> dict[str, Tensor]:
+def split(n: int, config: DataConfig, n_test: int) -> dict[str, Int[Tensor, " N"]]:
+    """Numbers of the examples of each part, of n, drawn at random."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
     test, validation, train = order.split([n_test, config.n_validation, n - n_test - config.n_validation])
     return {"train": train[: config.n_train], "validation": validation, "test": test}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from train_kfac import command, optimizers
 from train_kfac.config import Contestant, DataConfig, TrainKfacConfig
-from train_kfac.molecules import N_ATOM_FEATURES, N_BOND_FEATURES, Molecules, _from_tables
+from train_kfac.molecules import N_ATOM_FEATURES, N_BOND_FEATURES, Molecules, molecules_of, structures_of
 from train_kfac.nets import GraphNetwork, VisionTransformer
 from train_kfac.summary import Row, reached
 from train_kfac.training import Job, _batches, _rate
@@ -123,7 +123,8 @@ def test_molecules_of_a_batch_are_those_that_were_chosen():
 
 def test_molecules_are_made_of_smiles_each_structure_once():
     pytest.importorskip("rdkit")
-    found = _from_tables([("CCO", 159.0), ("OCC", 161.0), ("C", 90.7), ("no molecule", 1.0), ("c1ccccc1Br", 242.0)])
+    rows = [("CCO", 159.0), ("OCC", 161.0), ("C", 90.7), ("no molecule", 1.0), ("c1ccccc1Br", 242.0)]
+    found = molecules_of(structures_of(rows))
     assert (found.n_atoms.tolist(), found.n_bonds.tolist()) == ([3, 7], [4, 14])  # methane has no bond
     assert found.melting_point.tolist() == [160.0, 242.0]
     assert (found.atoms.shape[1], found.bonds.shape[1]) == (N_ATOM_FEATURES, N_BOND_FEATURES)
