@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 
 import torch
+from rdkit import Chem
 from torch import Tensor
 from train_kfac.config import DataConfig
 from train_kfac.molecules import Molecules, melting_point_rows, molecules_of, structures_of
@@ -36,16 +37,24 @@ def counts(
     table: Sequence[object], known: Sequence[tuple[str, float]], structures: dict[str, list[float]]
 ) -> list[tuple[str, str]]:
     """What each filter leaves, and what is there several times."""
-    spreads = [max(values) - min(values) for values in structures.values() if len(values) > 1]
+    graphs: dict[str, list[float]] = {}
+    for smiles, values in structures.items():
+        graphs.setdefault(_without_stereo(smiles), []).extend(values)
+    spreads = [max(values) - min(values) for values in graphs.values() if len(values) > 1]
     return [
         ("rows of the table", f"{len(table):,}"),
         ("with a structure (SMILES) in the same package", f"{len(known):,}"),
         ("that rdkit can read and that have a bond", f"{sum(map(len, structures.values())):,}"),
         ("different structures (canonical SMILES): what is used", f"{len(structures):,}"),
-        ("structures under several numbers, whose median is taken", f"{len(spreads):,}"),
-        ("… largest, median difference of their values", f"{max(spreads, default=0):.1f} K, {_median(spreads):.1f} K"),
+        ("different graphs, which do not tell stereoisomers apart", f"{len(graphs):,}"),
+        ("… graphs with several melting points", f"{len(spreads):,}"),
+        ("… median, largest difference of these", f"{_median(spreads):.1f} K, {max(spreads, default=0):.1f} K"),
         ("structures of several parts (salts, solvates)", f"{sum('.' in smiles for smiles in structures):,}"),
     ]
+
+
+def _without_stereo(smiles: str) -> str:
+    return Chem.MolToSmiles(Chem.MolFromSmiles(smiles), isomericSmiles=False)
 
 
 def properties(molecules: Molecules) -> list[tuple[str, str]]:

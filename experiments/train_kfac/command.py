@@ -58,15 +58,19 @@ def _run_own(config: TrainKfacConfig, jobs: list[Job], task: Task, first: int = 
 
 
 def trials(config: TrainKfacConfig, name: str) -> list[Job]:
-    """The trials of a contestant."""
+    """The trials of a contestant, unless there is nothing to choose."""
     contestant = config.contestants[name]
+    if len(contestant.trials) == 1:
+        return []
     n_steps = round(contestant.tuned_at * config.horizon)
     return [_job(config, name, trial, n_steps, config.tuning_seed, "validation") for trial in contestant.trials]
 
 
 def best_trial(config: TrainKfacConfig, name: str) -> dict | None:
-    """Options of the trial with the lowest validation score; None until all have been run."""
+    """Options of the trial with the lowest validation score, or of the only one; None until all have been run."""
     jobs = trials(config, name)
+    if not jobs:
+        return config.contestants[name].trials[0]
     records = [read(job, folder_of(config)) for job in jobs]
     scores = [record.score for record in records if record is not None]
     if len(scores) < len(jobs):
@@ -89,7 +93,7 @@ def _job(config: TrainKfacConfig, name: str, trial: dict, n_steps: int, seed: in
         n_steps=n_steps,
         seed=seed,
         part=part,
-        batch_size=config.batch_size,
+        batch_size=contestant.batch_size or config.batch_size,
         warmup=config.warmup,
         model=config.model,
         data={key: value for key, value in asdict(config.data).items() if key not in ("root", "cache")},

@@ -29,7 +29,7 @@ def _sgd(model: nn.Module, **options: Any) -> list[torch.optim.Optimizer]:
 
 
 def _muon(model: nn.Module, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of hidden layers; AdamW, at the same rate, for all else [Jordan et al. 2024]."""
+    """Muon for the matrices and convolutions of hidden layers; AdamW, at the same rate, for all else [Jordan et al. 2024]."""
     package = _pytorch_optimizer("Muon")
     matrix = importlib.import_module("pytorch_optimizer.optimizer.utils.matrix")
 
@@ -39,10 +39,12 @@ def _muon(model: nn.Module, lr: float, weight_decay: float) -> list[torch.optim.
         @staticmethod
         def _orthogonalize(group: Mapping[str, Any], updates: list[Tensor]) -> list[Tensor]:
             options = {"num_steps": group["ns_steps"], "weights": group["ns_coeffs"], "dtype": torch.float32}
-            return [matrix.zero_power_via_newton_schulz_5(update, **options) for update in updates]
+            matrices = [update.reshape(len(update), -1) for update in updates]
+            return [matrix.zero_power_via_newton_schulz_5(update, **options) for update in matrices]
 
     named = list(model.named_parameters())
-    hidden = [p for name, p in named if p.ndim == 2 and not name.startswith("head")]
+    convolutions = [p for _, p in named if p.ndim == 4][1:]  # the first one sees the images
+    hidden = [p for name, p in named if p.ndim == 2 and not name.startswith(("head", "classifier"))] + convolutions
     others = [p for p in model.parameters() if not any(p is other for other in hidden)]
     is_cpu = hidden[0].device.type == "cpu"
     shared = {"lr": lr, "weight_decay": weight_decay}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from laplace_ws.models import WideResNet
 from train_kfac.config import DataConfig
 from train_kfac.molecules import load_molecules
 from train_kfac.nets import GraphNetwork, VisionTransformer
@@ -100,7 +101,11 @@ class Images(Task):
         self._mean, self._std = (getattr(pixels, name)((0, 2, 3), keepdim=True) for name in ("mean", "std"))
 
     def network(self, options: dict[str, Any]) -> nn.Module:
-        return VisionTransformer(size=self._x.shape[-1], n_classes=int(self._y.max()) + 1, **options)
+        """A vision transformer, or, with `network: wide-resnet`, a wide residual network."""
+        options, n_classes = dict(options), int(self._y.max()) + 1
+        if options.pop("network", "vit") == "wide-resnet":
+            return WideResNet(in_channels=3, n_classes=n_classes, **options)
+        return VisionTransformer(size=self._x.shape[-1], n_classes=n_classes, **options)
 
     def batch(self, chosen: Tensor, device: str) -> tuple[Any, Tensor]:
         x = (self._x[chosen].to(device).float() - self._mean.to(device)) / self._std.to(device)

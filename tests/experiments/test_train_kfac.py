@@ -106,8 +106,18 @@ def test_images_are_read_from_folders(tmp_path, monkeypatch):
     assert {part: len(chosen) for part, chosen in task.parts.items()} == {"train": 8, "validation": 4, "test": 6}
     x, y = task.batch(task.parts["test"], "cpu")
     assert (x.shape, y.tolist()) == ((6, 3, 16, 16), [0, 0, 0, 1, 1, 1])
-    model = task.network({"patch": 8, "width": 8, "depth": 1, "n_heads": 2})
-    assert 0 <= task.score(model, "test", "cpu") <= 100
+    vit = {"patch": 8, "width": 8, "depth": 1, "n_heads": 2}
+    for options in (vit, {"network": "wide-resnet", "depth": 10, "width": 1, "norm": "batch"}):
+        model = task.network(options)
+        assert 0 <= task.score(model.eval(), "test", "cpu") <= 100
+        for name in ("nadamw", "muon", "kfac"):
+            before = [p.clone() for p in model.parameters()]
+            for optimizer in optimizers.make_optimizers(name, model.train(), {"lr": 0.01, "weight_decay": 0.1}):
+                optimizer.zero_grad()
+                task.loss(model(x), y).backward()
+                optimizer.step()
+            changed = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+            assert sum(changed) >= 0.9 * len(changed)
 
 
 def test_molecules_of_a_batch_are_those_that_were_chosen():
