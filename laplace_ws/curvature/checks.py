@@ -104,7 +104,7 @@ class LinearisationCheck:
 
     def knows(self, uses: Sequence[Use]) -> bool:
         """Whether a batch with uses like these has been checked."""
-        return _signature(uses) in self._signatures
+        return use_signature(uses) in self._signatures
 
     def run(self, x: ModelInputs) -> Findings:
         """Check a batch, see `check_linearisation`."""
@@ -113,7 +113,7 @@ class LinearisationCheck:
         self.small_rows = frozenset(name for name in self._parameters if has_small_rows(name, found.uses))
         known = self._in_reduce_setting
         self._in_reduce_setting = found.in_reduce_setting if known is None else known & found.in_reduce_setting
-        self._signatures.add(_signature(found.uses))
+        self._signatures.add(use_signature(found.uses))
         self._most_examples = max(self._most_examples, min(len(x), N_PROBED))
         if (size := _example_size(x)) >= self._largest_example:
             self._largest_example, self.column_bytes_per_example = size, found.column_bytes / len(x)
@@ -149,7 +149,7 @@ def _positions(uses: Sequence[Use]) -> dict[str, float]:
     return sums
 
 
-def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:
+def use_signature(uses: Sequence[Use]) -> tuple[Any, ...]:
     """What distinguishes one way of using the parameters from another: calls, and rows per example where none are declared.
 
     A single example does not show how rows belong to examples.
@@ -235,11 +235,7 @@ def check_rows_by_example(
     backend: Backend, uses: Sequence[Use], g: Sequence[Float[Tensor, "K B ..."]], probed: Sequence[int]
 ) -> None:
     """Raise unless vectors that are non-zero for a single example each, `probed`, reach only the rows of that example."""
-    wrong: list[tuple[Use, torch.Size]] = []
-    for use, columns in zip(uses, g, strict=True):
-        example = use.rows.example_of_each(columns.device)
-        if any(column[example != n].count_nonzero() for n, column in zip(probed, columns, strict=True)):
-            wrong.append((use, columns.shape[1:]))
+    wrong = misplaced_rows(uses, g, probed)
     if not wrong:
         return
     use = wrong[0][0]
@@ -249,6 +245,18 @@ def check_rows_by_example(
         f"{use.parameters[0]!r} is used by {use.call} with rows that are not grouped by example: put the batch axis first, "
         "and keep the examples of a batch apart, or freeze it (requires_grad_(False))."
     )
+
+
+def misplaced_rows(
+    uses: Sequence[Use], g: Sequence[Float[Tensor, "K B ..."]], probed: Sequence[int]
+) -> list[tuple[Use, torch.Size]]:
+    """Uses of which vectors that are non-zero for a single example each, `probed`, reach rows of others; with the sizes of the outputs."""
+    wrong: list[tuple[Use, torch.Size]] = []
+    for use, columns in zip(uses, g, strict=True):
+        example = use.rows.example_of_each(columns.device)
+        if any(column[example != n].count_nonzero() for n, column in zip(probed, columns, strict=True)):
+            wrong.append((use, columns.shape[1:]))
+    return wrong
 
 
 def check_gradients(
