@@ -98,6 +98,18 @@ class OnNodes(nn.Module):
         return self.layer(nodes)[:2]
 
 
+class TimeMajor(nn.Module):
+    """A layer on rows that are ordered by time and then by example."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, sequences):
+        rows = sequences.transpose(0, 1).reshape(-1, 3)
+        return self.layer(rows).unflatten(0, (-1, len(sequences))).mean(0)
+
+
 def estimators():
     return pytest.importorskip("laplace_ws.sklearn", exc_type=ImportError)
 
