@@ -24,11 +24,11 @@ _PER_JACOBIAN_PRODUCT = 4.0
 _PER_ENTRY = 20.0
 """Products in the time in which a large tensor's entry is read, changed and written."""
 _ROW_ENTRIES = 3
-"""How often an entry of a Jacobian is: as it is, turned into coordinates of the curvature, weighted."""
+"""How often an entry of a Jacobian is, where its rows are formed: as it is, turned into coordinates of the curvature, weighted."""
 _DRAW_ENTRIES = 20
 """How often an entry of a sample of the weights is: a normal number, and what makes it one of the posterior."""
 _DOUBLE = 2.0
-"""Products of float32 in one of float64, in which weights are drawn and covariances are factorised."""
+"""Products of float32 in one of float64."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Route:
     def through_weights(self) -> float:
         """Draws of the weights, and products with the Jacobian."""
         of_network = self.n_examples * self._forward
-        draw = _DRAW_ENTRIES * _PER_ENTRY * self.H.n_params + _DOUBLE * self._root()
+        draw = _DRAW_ENTRIES * _PER_ENTRY * self.H.n_params + self._root()
         return _PER_LINEARISATION * of_network + self.n_samples * (draw + _PER_JACOBIAN_PRODUCT * of_network)
 
     def through_covariance(self) -> float:
@@ -72,10 +72,9 @@ class Route:
             Layout.JOINT: self.n_examples * n_outputs,
             Layout.DIAGONAL: 1,
         }[self.layout]
-        row = _PER_BACKWARD * self._forward + _ROW_ENTRIES * _PER_ENTRY * self._row_entries() + self._turn()
-        pairs = in_block * (self._row_entries() + self.n_samples)
-        root = _DOUBLE * in_block**2 / 3
-        return self.n_examples * n_outputs * (row + pairs + root)
+        row = _PER_BACKWARD * self._forward + self._rows(in_block) + self._turn()
+        root_and_draws = in_block * self.n_samples + _DOUBLE * in_block**2 / 3
+        return self.n_examples * n_outputs * (row + root_and_draws)
 
     # ---------------------------------------------------------------- parts
 
@@ -84,15 +83,22 @@ class Route:
         """One example through the covered weights."""
         return sum(n * self.shapes[name].numel() for name, n in self.positions.items() if name in self.shapes)
 
-    def _row_entries(self) -> float:
-        """The entries of a row of the Jacobian, as far as it is formed: that of a weight with one position is an outer product."""
-        sizes = {name: self._sides(name)[1] if self._is_outer(name) else shape.numel() for name, shape in self._covered}
-        return float(sum(sizes.values()))
+    def _rows(self, in_block: int) -> float:
+        """A row of the Jacobian, and its products with those of its block."""
+        total = 0.0
+        for name, shape in self._covered:
+            n_positions = self.positions.get(name, 0.0) if self._is_sum(name) else 0.0
+            if n_positions:  # in parts that stay in a cache, or by pairs of positions, see `matrices.pushforward`
+                of_pairs = _DOUBLE * n_positions * (n_positions + 1) / 2 / in_block
+                total += shape.numel() * min(n_positions + _PER_ENTRY + in_block, of_pairs)
+            else:
+                total += shape.numel() * (_ROW_ENTRIES * _PER_ENTRY + in_block)
+        return total
 
     def _turn(self) -> float:
         """A row of the Jacobian into the coordinates of the curvature: the gradient as a whole, or its two factors."""
         if not self.H.is_separable:
-            return _DOUBLE * self._root()
+            return self._root()
         total = 0.0
         for name, _ in self._covered:
             n_groups, n_out, n_in, turns_out, turns_in = self._sides(name)
@@ -104,19 +110,19 @@ class Route:
     def _root(self) -> float:
         """A vector over the weights times a root of their covariance."""
         if isinstance(self.H, LowRank):
-            return 2.0 * self.H.n_params * self.H.rank
+            return _DOUBLE * 2 * self.H.n_params * self.H.rank
         if not self.H.is_separable:
-            return self.H.n_params**2 / 2
+            return _DOUBLE * self.H.n_params**2 / 2
         sides = [self._sides(name) for name, _ in self._covered]
-        return float(sum(2 * g * n_out * n_in * (n_out * o + n_in * i) for g, n_out, n_in, o, i in sides))
+        return float(sum(g * n_out * n_in * (n_out * o + n_in * i) for g, n_out, n_in, o, i in sides))
 
     @property
     def _covered(self) -> list[tuple[str, torch.Size]]:
         return list(self.H.shapes.items())
 
-    def _is_outer(self, name: str) -> bool:
-        is_whole = self.H.shapes[name] == self.shapes[name]
-        return self.H.is_separable and self.layout is not Layout.JOINT and is_whole and self.positions.get(name) == 1
+    def _is_sum(self, name: str) -> bool:
+        """Whether rows are sums over positions that need not be formed."""
+        return self.H.is_separable and self.layout is not Layout.JOINT and self.H.shapes[name] == self.shapes[name]
 
     def _sides(self, name: str) -> tuple[int, int, int, bool, bool]:
         """Groups, outputs and inputs of a parameter, and whether the outputs and the inputs have eigenvectors."""
