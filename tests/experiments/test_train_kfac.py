@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from train_kfac import command, optimizers
 from train_kfac.config import Contestant, DataConfig, TrainKfacConfig
-from train_kfac.molecules import N_ATOM_FEATURES, N_BOND_FEATURES, Molecules, molecules_of, structures_of
+from train_kfac.molecules import N_ATOM_FEATURES, N_BOND_FEATURES, Molecules, Substance, molecules_of, structures_of
 from train_kfac.nets import GraphNetwork, VisionTransformer
 from train_kfac.summary import Row, reached
 from train_kfac.training import Job, _batches, _rate
@@ -141,6 +141,26 @@ def test_molecules_are_made_of_smiles_each_structure_once():
     assert found.ends[:, :4].T.tolist() == [[0, 1], [1, 0], [1, 2], [2, 1]]
     assert found.atoms[:3, :3].tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 1]]  # carbon, carbon, oxygen
     assert found.bonds[4:, 3].sum() == 12  # the aromatic ones of bromobenzene, in both directions
+
+
+def test_the_datasheet_counts_what_each_filter_leaves(monkeypatch, capsys):
+    pytest.importorskip("rdkit")
+    import describe_molecules
+
+    rings = [Substance("C1" + "C" * n + "1", 300.0 + n) for n in range(2, 42)]
+    isomers = [Substance("C/C=C/C", 167.0), Substance("C/C=C\\C", 134.0), Substance("CO.O", 200.0)]
+    monkeypatch.setattr(describe_molecules, "melting_point_rows", lambda: [*isomers, Substance(None, 1.0), *rings])
+    monkeypatch.setattr(describe_molecules, "version", lambda package: "1")
+    monkeypatch.setattr(describe_molecules, "DataConfig", lambda task: DataConfig(task, n_validation=5))
+    describe_molecules.main()
+    out = capsys.readouterr().out
+    assert "| rows of the table | 44 |" in out
+    assert "| with a structure (SMILES) in the same package | 43 |" in out
+    assert "| different structures (canonical SMILES): what is used | 43 |" in out
+    assert "| different graphs, which do not tell stereoisomers apart | 42 |" in out
+    assert "| … median, largest difference of these | 33.0 K, 33.0 K |" in out
+    assert "| structures of several parts (salts, solvates) | 1 |" in out
+    assert "| training, validation, test | 33, 5, 5 |" in out
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
