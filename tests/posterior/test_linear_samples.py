@@ -317,11 +317,11 @@ def route(la: Laplace, n: int, n_samples: int, layout=Layout.EXAMPLE) -> Route:
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_it_depends_on_outputs_and_samples(structure):
     la, _, _ = fitted(structure, "cnn")
-    n_samples = [1, 10, 100, 1000, 100_000]
-    choices = [route(la, 6, n).is_through_weights for n in n_samples]
+    shapes, positions = la.network.subset.parameter_shapes, la.network.check.positions
+    by_samples = [Route(la.H, shapes, positions, 6, (20,), S, Layout.EXAMPLE) for S in (1, 10, 100, 1000, 100_000)]
+    choices = [r.is_through_weights for r in by_samples]
     assert choices == sorted(choices, reverse=True)  # few samples of the weights, many through a covariance
     assert (choices[0], choices[-1]) == (True, False)
-    shapes, positions = la.network.subset.parameter_shapes, la.network.check.positions
     by_classes = [Route(la.H, shapes, positions, 6, (C,), 100, Layout.EXAMPLE) for C in (2, 10, 100, 1000, 10_000)]
     assert len({r.through_weights() for r in by_classes}) == 1
     choices = [r.is_through_weights for r in by_classes]
