@@ -123,7 +123,12 @@ def costs(name: str, structure: str, *, n_batches: int, n_repeats: int, seed: in
 
     model = make_network(name, seed)
     n_weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    la = Laplace(model, "classification", **STRUCTURES[structure], **network.options)
+    options = {
+        **STRUCTURES[structure],
+        **network.options,
+        **(network.options_of_factors if structure == "kron" else {}),
+    }
+    la = Laplace(model, "classification", **options)
     yield {"n_weights": n_weights, "n_covered": la.n_params}
 
     loader, memory = TimedLoader(batches), PeakMemory()

@@ -34,6 +34,7 @@ class RealNetwork:
         batch: random inputs and labels of some examples, by a generator.
         n: examples of a batch.
         options: of `Laplace`, where the defaults take too long.
+        options_of_factors: of Kronecker posteriors, likewise.
         prediction: options of a prediction, likewise.
     """
 
@@ -43,6 +44,7 @@ class RealNetwork:
     batch: Callable[[int, torch.Generator], Batch]
     n: int = 4
     options: Mapping[str, Any] = field(default_factory=dict)
+    options_of_factors: Mapping[str, Any] = field(default_factory=dict)
     prediction: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -127,12 +129,13 @@ def deeplab(backbone: str, title: str) -> RealNetwork:
         return PixelClasses(getattr(torchvision.models.segmentation, f"deeplabv3_{backbone}")(**options))
 
     return RealNetwork(
-        f"torchvision's DeepLabV3 on a {title}, 32×32, a label for each pixel (random signs, prior precision 10⁴, 5 networks drawn)",
+        f"torchvision's DeepLabV3 on a {title}, 32×32, a label for each pixel (random signs, prior precision 10⁴, factors of at most 4,608 rows, 5 networks drawn)",
         (),
         make,
         images(32, labels_per_side=32),
         n=2,
         options={"curvature": "ggn_mc_rademacher", "prior_precision": 1e4},
+        options_of_factors={"max_factor_dim": 4608},
         prediction={"pred_type": "nn", "n_samples": 5},
     )
 
