@@ -129,7 +129,8 @@ def deeplab(backbone: str, title: str) -> RealNetwork:
         return PixelClasses(getattr(torchvision.models.segmentation, f"deeplabv3_{backbone}")(**options))
 
     return RealNetwork(
-        f"torchvision's DeepLabV3 on a {title}, 32×32, a label for each pixel (random signs, prior precision 10⁴, factors of at most 4,608 rows, 5 networks drawn)",
+        f"torchvision's DeepLabV3 on a {title}, 32×32, a label for each pixel (random signs, prior precision 10⁴, factors of at most 4,608 "
+        "rows, 5 networks drawn)",
         (),
         make,
         images(32, labels_per_side=32),
