@@ -105,7 +105,7 @@ CALLS = {
     ),
     "draws by a covariance": (
         {"n_outputs": 1000, "max_factor_dim": 64},
-        lambda la: la(torch.zeros(2, 3), link_approx="mc"),
+        lambda la: la(torch.zeros(2, 3), link_approx="mc", backprop=True),
         f"a covariance [1,000, 1,000] of outputs for each of 2 inputs takes 46 MiB {FREE} choose "
         'diagonal_output=True for variances alone, or for classes link_approx="probit", which needs no more, ' + FEWER,
     ),

@@ -107,7 +107,7 @@ def thin_eigh(
     missed = A.diagonal().sum() - found.sum()
     if not missed.abs() <= rounding(size, matrix.dtype) * found[-1]:
         return None
-    values = torch.cat([found.new_zeros(size - n_columns), clamped(found, matrix.dtype, what)])
+    values = clamped(torch.cat([found.new_zeros(size - n_columns), found]), matrix.dtype, what)
     if not vectors:
         return values, None
     basis = torch.linalg.qr((Q @ rotation).to(matrix.dtype), mode="complete").Q
