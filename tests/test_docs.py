@@ -25,6 +25,7 @@ EXAMPLES = [
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
 ]
 NEEDS = {
+    "graphs.md": ("torch_geometric",),
     "scikit_learn.md": ("sklearn",),
     "training_loops.md": ("lightning", "transformers", "tensorboard"),
 }

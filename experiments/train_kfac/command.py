@@ -32,21 +32,23 @@ def folder_of(config: TrainKfacConfig) -> Path:
 def train(config: TrainKfacConfig) -> None:
     """Run this process's share of the trainings that have no record yet."""
     task = make_task(config.data)
-    _run_all(config, [job for name in config.contestants for job in trials(config, name)], task)
-    jobs = []
-    for name in config.contestants:
-        best = best_trial(config, name)
-        if best is None:
-            print(f"{name}: other processes have trials to run; start this one again when they have", flush=True)
-        else:
-            jobs += final_jobs(config, name, best)
-    _run_all(config, jobs, task)
+    _run_own(config, [job for name in config.contestants for job in trials(config, name)], task)
+    first, waiting = 0, {}
+    for name, contestant in config.contestants.items():
+        waiting[name] = first
+        first += len(contestant.budgets) * len(config.seeds)
+    while ready := {name: best for name in waiting if (best := best_trial(config, name)) is not None}:
+        for name, best in ready.items():
+            _run_own(config, final_jobs(config, name, best), task, waiting.pop(name))
+    for name in waiting:
+        print(f"{name}: other processes have trials to run; start this one again when they have", flush=True)
 
 
-def _run_all(config: TrainKfacConfig, jobs: list[Job], task: Task) -> None:
+def _run_own(config: TrainKfacConfig, jobs: list[Job], task: Task, first: int = 0) -> None:
+    """Run those of the jobs, which are numbered from `first`, that are this process's and have no record."""
     own, of = map(int, config.share.split("/"))
-    for job in jobs[own::of]:
-        if read(job, folder_of(config)) is None:
+    for number, job in enumerate(jobs, first):
+        if number % of == own and read(job, folder_of(config)) is None:
             record = run(job, task, config.device, folder_of(config))
             print(
                 f"{job.contestant} {job.options} {job.n_steps} steps, seed {job.seed}: {job.part} {record.score:.3f} in "
@@ -56,15 +58,19 @@ def _run_all(config: TrainKfacConfig, jobs: list[Job], task: Task) -> None:
 
 
 def trials(config: TrainKfacConfig, name: str) -> list[Job]:
-    """The trials of a contestant."""
+    """The trials of a contestant, unless there is nothing to choose."""
     contestant = config.contestants[name]
+    if len(contestant.trials) == 1:
+        return []
     n_steps = round(contestant.tuned_at * config.horizon)
     return [_job(config, name, trial, n_steps, config.tuning_seed, "validation") for trial in contestant.trials]
 
 
 def best_trial(config: TrainKfacConfig, name: str) -> dict | None:
-    """Options of the trial with the lowest validation score; None until all have been run."""
+    """Options of the trial with the lowest validation score, or of the only one; None until all have been run."""
     jobs = trials(config, name)
+    if not jobs:
+        return config.contestants[name].trials[0]
     records = [read(job, folder_of(config)) for job in jobs]
     scores = [record.score for record in records if record is not None]
     if len(scores) < len(jobs):
@@ -87,7 +93,7 @@ def _job(config: TrainKfacConfig, name: str, trial: dict, n_steps: int, seed: in
         n_steps=n_steps,
         seed=seed,
         part=part,
-        batch_size=config.batch_size,
+        batch_size=contestant.batch_size or config.batch_size,
         warmup=config.warmup,
         model=config.model,
         data={key: value for key, value in asdict(config.data).items() if key not in ("root", "cache")},

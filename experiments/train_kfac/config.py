@@ -34,10 +34,11 @@ class Contestant:
     Attributes:
         optimizer: "nadamw", "adamw", "sgd", "muon", "soap" or "kfac".
         role: "reference" (its best sets the target), "rival" (a target of its own) or "kfac".
-        trials: options of each trial, as many for every contestant.
+        trials: options of each trial, as many for every contestant; a single one needs no tuning, and is not run as a trial.
         options: what all trials share.
         tuned_at: share of the horizon at which trials are run.
         budgets: shares of the horizon that are run with all seeds.
+        batch_size: examples of a step, if other than the study's.
     """
 
     optimizer: str
@@ -46,6 +47,7 @@ class Contestant:
     options: dict[str, Any] = field(default_factory=dict)
     tuned_at: float = 1.0
     budgets: list[float] = field(default_factory=lambda: [1.0])
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)

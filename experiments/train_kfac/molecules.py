@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,13 +112,27 @@ def load_molecules(cache: Path) -> Molecules:
     """The molecules, from `cache` if they are there; else made by rdkit from the tables of `chemicals`, and kept."""
     if cache.exists():
         return Molecules.load(cache)
-    molecules = _from_tables(_melting_points())
+    known = [(row.smiles, row.melting_point) for row in melting_point_rows() if row.smiles is not None]
+    molecules = molecules_of(structures_of(known))
     molecules.save(cache)
     return molecules
 
 
-def _melting_points() -> list[tuple[str, float]]:
-    """SMILES and melting point in K of each substance that has both."""
+@dataclass(frozen=True)
+class Substance:
+    """A row of the table of melting points.
+
+    Attributes:
+        smiles: its structure; None where the package does not know it.
+        melting_point: in K.
+    """
+
+    smiles: str | None
+    melting_point: float
+
+
+def melting_point_rows() -> list[Substance]:
+    """The table of melting points, joined with the structures of the same package by CAS number."""
     import chemicals
     from chemicals.identifiers import pubchem_db
 
@@ -128,12 +142,13 @@ def _melting_points() -> list[tuple[str, float]]:
     found = []
     for cas, melting_point in rows:
         entry: Any = pubchem_db.search_CAS(int(cas.replace("-", "")))
-        if entry and math.isfinite(melting_point):
-            found.append((entry.smiles, melting_point))
+        is_known = bool(entry) and math.isfinite(melting_point)
+        found.append(Substance(entry.smiles if is_known else None, melting_point))
     return found
 
 
-def _from_tables(rows: Sequence[tuple[str, float]]) -> Molecules:
+def structures_of(rows: Sequence[tuple[str, float]]) -> dict[str, list[float]]:
+    """By canonical SMILES, the melting points of each structure that rdkit can read and that has a bond."""
     from rdkit import Chem, RDLogger
 
     RDLogger.DisableLog("rdApp.*")  # pyright: ignore[reportAttributeAccessIssue]
@@ -142,6 +157,13 @@ def _from_tables(rows: Sequence[tuple[str, float]]) -> Molecules:
         molecule = Chem.MolFromSmiles(smiles)
         if molecule is not None and molecule.GetNumBonds():
             by_structure.setdefault(Chem.MolToSmiles(molecule), []).append(melting_point)
+    return by_structure
+
+
+def molecules_of(by_structure: Mapping[str, Sequence[float]]) -> Molecules:
+    """The graphs of structures, each with the median of its melting points."""
+    from rdkit import Chem
+
     atoms, bonds, ends, n_atoms, n_bonds, melting_points = [], [], [], [], [], []
     for smiles, values in by_structure.items():
         molecule = Chem.MolFromSmiles(smiles)

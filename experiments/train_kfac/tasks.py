@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from laplace_ws.models import WideResNet
 from train_kfac.config import DataConfig
 from train_kfac.molecules import load_molecules
 from train_kfac.nets import GraphNetwork, VisionTransformer
@@ -61,7 +62,7 @@ class MeltingPoints(Task):
 
     def __init__(self, config: DataConfig):
         self._molecules = load_molecules(Path(config.cache) / "molecules.pt")
-        self.parts = _split(len(self._molecules), config, n_test=config.n_validation)
+        self.parts = split(len(self._molecules), config, n_test=config.n_validation)
         target = self._molecules.melting_point[self.parts["train"]]
         self._mean, self._std = target.mean(), target.std()
 
@@ -93,14 +94,18 @@ class Images(Task):
             torch.save({part: _read_images(root / part) for part in ("train", "test")}, cache)
         kept = torch.load(cache, weights_only=True)
         (x, y), (x_test, y_test) = kept["train"], kept["test"]
-        self.parts = _split(len(y), config, n_test=0)
+        self.parts = split(len(y), config, n_test=0)
         self.parts["test"] = len(y) + torch.arange(len(y_test))
         self._x, self._y = torch.cat([x, x_test]), torch.cat([y, y_test])
         pixels = x[self.parts["train"][:5000]].float()
         self._mean, self._std = (getattr(pixels, name)((0, 2, 3), keepdim=True) for name in ("mean", "std"))
 
     def network(self, options: dict[str, Any]) -> nn.Module:
-        return VisionTransformer(size=self._x.shape[-1], n_classes=int(self._y.max()) + 1, **options)
+        """A vision transformer, or, with `network: wide-resnet`, a wide residual network."""
+        options, n_classes = dict(options), int(self._y.max()) + 1
+        if options.pop("network", "vit") == "wide-resnet":
+            return WideResNet(in_channels=3, n_classes=n_classes, **options)
+        return VisionTransformer(size=self._x.shape[-1], n_classes=n_classes, **options)
 
     def batch(self, chosen: Tensor, device: str) -> tuple[Any, Tensor]:
         x = (self._x[chosen].to(device).float() - self._mean.to(device)) / self._std.to(device)
@@ -122,7 +127,8 @@ def _read_images(folder: Path) -> tuple[Tensor, Tensor]:
     return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
 
-def _split(n: int, config: DataConfig, n_test: int) -> dict[str, Tensor]:
+def split(n: int, config: DataConfig, n_test: int) -> dict[str, Int[Tensor, " N"]]:
+    """Numbers of the examples of each part, of n, drawn at random."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
     test, validation, train = order.split([n_test, config.n_validation, n - n_test - config.n_validation])
     return {"train": train[: config.n_train], "validation": validation, "test": test}

@@ -62,6 +62,7 @@ class MethodsConfig:
             last_layer_kron, of those of the last layer.
         curvature: exact GGN, GGN by sampled labels or signs, or empirical Fisher.
         kfac_approx: of the Kronecker structures: auto, expand or reduce, or a mapping from a pattern of layers to one of them.
+        max_factor_dim: rows of the widest Kronecker factor that is kept whole; of wider ones only the diagonal is; no limit if not given.
         backend: native, asdl or backpack: who runs the model for the curvature; the numbers are the same.
         priors: by what the prior precision of each posterior is chosen, one predictive each: as it was in training, fixed or tuned with the
             weights (training), by the log marginal likelihood of the trained weights (marglik), the same with a multiplier of the
@@ -81,6 +82,7 @@ class MethodsConfig:
     laplace: list[str] = field(default_factory=lambda: ["kron", "diag", "last_layer_kron", "last_layer_full"])
     curvature: OneOf[Curvature] = "ggn"
     kfac_approx: OneOf[KfacApprox] | dict[str, str] = "auto"
+    max_factor_dim: int | None = None
     backend: str = "native"
     priors: list[Literal["training", "marglik", "scaled", "validation"]] = field(
         default_factory=lambda: ["training", "scaled"]

@@ -49,7 +49,7 @@ def methods_of(config: CalibrateConfig, trained: TrainedRun, structure: str) -> 
     data = trained.data
     la = make_posterior(config, trained, structure)
     start = time.perf_counter()
-    la.fit(own_batches(data.x_train, data.y_train, config))
+    la.fit(own_batches(data.x_train, data.y_train, config)).decompose()
     fit_seconds = time.perf_counter() - start
     for prior in config.methods.priors:
         start = time.perf_counter()
@@ -115,7 +115,7 @@ def make_posterior(config: CalibrateConfig, trained: TrainedRun, structure: str)
     last_layer = structure.startswith("last_layer_")
     hessian_structure = structure.removeprefix("last_layer_")
     has_factors = "kfac_approx" in STRUCTURES[hessian_structure].option_names()
-    own: dict[str, Any] = {"kfac_approx": m.kfac_approx} if has_factors else {}
+    own: dict[str, Any] = {"kfac_approx": m.kfac_approx, "max_factor_dim": m.max_factor_dim} if has_factors else {}
     device = trained.data.x_train.device
     return Laplace(
         trained.model,

@@ -36,6 +36,7 @@ from laplace_ws.curvature.backpack_structure import model_state
 from laplace_ws.curvature.backpack_trace import convert
 from laplace_ws.curvature.calls import Call, UnreadableCallError, read_call
 from laplace_ws.curvature.checks import check_covered
+from laplace_ws.curvature.graph_inputs import GraphInputs
 from laplace_ws.curvature.inputs import ModelInputs, StructuredInputs, check_outputs, examples_of, running
 from laplace_ws.curvature.module_readers import NATIVE_INSTEAD, module_uses
 from laplace_ws.curvature.operands import Operand
@@ -95,6 +96,8 @@ def _of_chain(x: ModelInputs) -> Any:
     """The input of the chain: the one argument of the model, or all of them."""
     if isinstance(x, StructuredInputs):
         return x.arguments[0] if len(x.arguments) == 1 else x.arguments
+    if isinstance(x, GraphInputs):
+        return x.batch
     return x.detach() if isinstance(x, Tensor) else x
 
 

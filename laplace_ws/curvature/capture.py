@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from laplace_ws.curvature.columns import stream_columns
 from laplace_ws.curvature.inputs import ModelInputs, StructuredInputs, as_inputs, check_outputs, examples_of, outputs_in
 from laplace_ws.curvature.native import NativeLinearisation, UseRecorder
+from laplace_ws.curvature.row_check import RowCheck
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.kfac import Accumulator, Examples, ExamplesOrRows, MatrixUse
 
@@ -127,15 +128,23 @@ class TrainingCapture:
         parameters: the parameters whose uses are recorded, by name.
         begin: makes the accumulator of a batch; it must not hold on to the capture.
         columns: columns to pull back in place of the gradients of the loss.
+        by_example: names of the parameters, at present, for which it matters which example each row belongs to; see `RowCheck`.
 
     Attributes:
         is_on: whether the next forward passes are recorded.
         form: of the last batch that was recorded.
+        rows: the check of what belongs to which example.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], begin: Begin, columns: Columns | None = None
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        begin: Begin,
+        columns: Columns | None = None,
+        by_example: Callable[[], Collection[str]] = tuple,
     ):
+        self.rows: RowCheck = RowCheck(by_example)
         self.is_on = False
         self.form: BatchForm | None = None
         self.parameters = parameters
@@ -147,7 +156,7 @@ class TrainingCapture:
         self._model = weakref.ref(model)
         handles = [
             model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, always_call=True),
+            model.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
         self._finalizer = weakref.finalize(self, _remove, handles)
 
@@ -175,13 +184,15 @@ class TrainingCapture:
         if not (self.is_on and model.training and torch.is_grad_enabled() and model is self._model()):
             return
         x = _inputs(args, kwargs)
+        if x is not None and self.rows.is_due:
+            self.rows.run(model, x, args, kwargs, self.parameters)
         known = None if x is None else examples_of(x)
         examples = ExamplesOrRows(1, True) if known is None else ExamplesOrRows(known.n, known.are_ragged)
-        recorder = UseRecorder(self.parameters, examples)
+        recorder = UseRecorder(self.parameters, examples, time_first=self.rows.time_first)
         recorder.__enter__()
         self._open = recorder, x
 
-    def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         if self._open is None or model is not self._model():
             return
         recorder, x = self._close()
@@ -189,9 +200,16 @@ class TrainingCapture:
             return
         recorder.check_unchanged(MatrixUse)
         form = _form(output, recorder.examples, x)
+        if x is not None and not self.rows.knows([kept.use for kept in recorder.kept]):
+            known = set(self.rows.time_first)
+            self.rows.run(model, x, args, kwargs, self.parameters)
+            if self.rows.time_first != known:  # what was recorded may be of other rows; the next pass will do
+                self.form = form
+                return
         with torch.no_grad(), torch.autocast(next(iter(self.parameters.values())).device.type, enabled=False):
             accumulator = self._begin(recorder, form)
             if accumulator is not None:
+                self.rows.say_what_is_not_known()
                 batch = CapturedBatch(recorder, form.n_examples, accumulator, self._begun.append)
                 if self._columns is None:
                     batch.wait_for_gradients(recorder)

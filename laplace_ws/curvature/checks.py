@@ -29,7 +29,7 @@ from laplace_ws.curvature.models import check_visible
 from laplace_ws.curvature.setting import parameters_in_reduce_setting
 from laplace_ws.curvature.watch import final_operation
 from laplace_ws.errors import UnsupportedParameterError
-from laplace_ws.kfac import Use, example_gradients
+from laplace_ws.kfac import EmbeddingUse, MatrixUse, Use, example_gradients, has_small_rows
 
 SMALL_COLUMN_BYTES = 2**26
 """Columns that take fewer bytes, at the outputs of all uses together, never require memory to be saved."""
@@ -50,14 +50,19 @@ class LinearisationCheck:
     Attributes:
         column_bytes_per_example: bytes that a column takes per example at the outputs of all uses, as measured on the largest examples
             that were checked.
+        positions: by weight, the sharing positions that an example has at all uses of it together, as measured on the same examples; a
+            look-up in a table, and what is no linear map, has none.
         final_operation: what makes the outputs into probabilities, see `watch.final_operation`, as the last check found it.
+        small_rows: parameters whose gradients of an example need not be formed in full, see `kfac.has_small_rows`.
     """
 
     def __init__(self, backend: Backend, model: nn.Module):
         self.backend = backend
         self.model = model
         self.column_bytes_per_example: float = 0.0
+        self.positions: Mapping[str, float] = {}
         self.final_operation: str | None = None
+        self.small_rows: frozenset[str] = frozenset()
         self._parameters: Mapping[str, nn.Parameter] = {}
         self._anatomy: Anatomy | None = None
         self._signatures: set[tuple[Any, ...]] = set()
@@ -99,18 +104,20 @@ class LinearisationCheck:
 
     def knows(self, uses: Sequence[Use]) -> bool:
         """Whether a batch with uses like these has been checked."""
-        return _signature(uses) in self._signatures
+        return use_signature(uses) in self._signatures
 
     def run(self, x: ModelInputs) -> Findings:
         """Check a batch, see `check_linearisation`."""
         found = check_linearisation(self.backend, self.model, x, self._parameters)
         self.final_operation = found.final_operation
+        self.small_rows = frozenset(name for name in self._parameters if has_small_rows(name, found.uses))
         known = self._in_reduce_setting
         self._in_reduce_setting = found.in_reduce_setting if known is None else known & found.in_reduce_setting
-        self._signatures.add(_signature(found.uses))
+        self._signatures.add(use_signature(found.uses))
         self._most_examples = max(self._most_examples, min(len(x), N_PROBED))
         if (size := _example_size(x)) >= self._largest_example:
             self._largest_example, self.column_bytes_per_example = size, found.column_bytes / len(x)
+            self.positions = _positions(found.uses)
         return found
 
     @property
@@ -133,7 +140,16 @@ def _example_size(x: ModelInputs) -> int:
     return sum(leaf.numel() for leaf in leaves(x) if isinstance(leaf, Tensor)) // len(x)
 
 
-def _signature(uses: Sequence[Use]) -> tuple[Any, ...]:
+def _positions(uses: Sequence[Use]) -> dict[str, float]:
+    """See `LinearisationCheck.positions`."""
+    sums: dict[str, float] = {}
+    for use in uses:
+        if isinstance(use, MatrixUse) and use.weight is not None and not isinstance(use, EmbeddingUse):
+            sums[use.weight] = sums.get(use.weight, 0.0) + float(torch.as_tensor(use.n_positions).double().mean())
+    return sums
+
+
+def use_signature(uses: Sequence[Use]) -> tuple[Any, ...]:
     """What distinguishes one way of using the parameters from another: calls, and rows per example where none are declared.
 
     A single example does not show how rows belong to examples.
@@ -219,11 +235,7 @@ def check_rows_by_example(
     backend: Backend, uses: Sequence[Use], g: Sequence[Float[Tensor, "K B ..."]], probed: Sequence[int]
 ) -> None:
     """Raise unless vectors that are non-zero for a single example each, `probed`, reach only the rows of that example."""
-    wrong: list[tuple[Use, torch.Size]] = []
-    for use, columns in zip(uses, g, strict=True):
-        example = use.rows.example_of_each(columns.device)
-        if any(column[example != n].count_nonzero() for n, column in zip(probed, columns, strict=True)):
-            wrong.append((use, columns.shape[1:]))
+    wrong = misplaced_rows(uses, g, probed)
     if not wrong:
         return
     use = wrong[0][0]
@@ -233,6 +245,18 @@ def check_rows_by_example(
         f"{use.parameters[0]!r} is used by {use.call} with rows that are not grouped by example: put the batch axis first, "
         "and keep the examples of a batch apart, or freeze it (requires_grad_(False))."
     )
+
+
+def misplaced_rows(
+    uses: Sequence[Use], g: Sequence[Float[Tensor, "K B ..."]], probed: Sequence[int]
+) -> list[tuple[Use, torch.Size]]:
+    """Uses of which vectors that are non-zero for a single example each, `probed`, reach rows of others; with the sizes of the outputs."""
+    wrong: list[tuple[Use, torch.Size]] = []
+    for use, columns in zip(uses, g, strict=True):
+        example = use.rows.example_of_each(columns.device)
+        if any(column[example != n].count_nonzero() for n, column in zip(probed, columns, strict=True)):
+            wrong.append((use, columns.shape[1:]))
+    return wrong
 
 
 def check_gradients(

@@ -23,7 +23,9 @@ from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.checks import LinearisationCheck, check_linearisation
 from laplace_ws.curvature.columns import Curvature, loss_columns, stream_columns
 from laplace_ws.curvature.finite import check_finite, check_finite_curvature, check_finite_gradients
+from laplace_ws.curvature.graph_inputs import parts_told_apart
 from laplace_ws.curvature.inputs import BatchKeys, ModelInputs, as_inputs, check_devices, own_copy
+from laplace_ws.curvature.last_layer import layer_of_outputs
 from laplace_ws.curvature.models import check_visible
 from laplace_ws.curvature.processes import Shard
 from laplace_ws.curvature.totals import DataTotals
@@ -146,7 +148,7 @@ class CurvatureSum:
                 if self._shard is not None:  # processes that see other examples must come to one decision
                     first, *others = self._shard.processes.gather(self._check.in_reduce_setting)
                     self._check.in_reduce_setting = first.intersection(*others)
-            for part in self._parts(x, y):
+            for part in parts_told_apart(x, self._parts(x, y)):
                 self._add_checked(x[part], y[part])
 
     def _parts(self, x: ModelInputs, y: Tensor) -> list[slice]:
@@ -191,9 +193,18 @@ class CurvatureSum:
     def _add_curvature(self, linearisation: Linearisation, y: Tensor) -> None:
         f = linearisation.outputs
         self.accumulator.start_batch(linearisation.uses, self._check.in_reduce_setting)
+        column = self._root_of_diagonal(linearisation, y)
         linearisation.forget_uses()
-        stream_columns(linearisation, self._columns(f, y), self.accumulator)
+        stream_columns(linearisation, self._columns(f, y) if column is None else iter([column]), self.accumulator)
         self.accumulator.end_batch()
+
+    def _root_of_diagonal(self, linearisation: Linearisation, y: Tensor) -> Tensor | None:
+        """One column in place of those of the GGN, where their squares alone count and the outputs are those of the one covered layer."""
+        if self.curvature is not Curvature.GGN or not self.accumulator.needs_squares_alone:
+            return None
+        f = linearisation.outputs
+        column = self.likelihood.root_of_diagonal(f, self.likelihood.term_mask(f, y))
+        return None if column is None or layer_of_outputs(linearisation) is None else column
 
     def _columns(self, f: Tensor, y: Tensor) -> Iterator[Tensor]:
         """The columns of a batch. Random ones of several processes are those that one process draws for the batch of all."""
@@ -276,6 +287,7 @@ def kron_factors(
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
     factor_precision: str | FactorPrecision = "float32",
+    max_factor_dim: int | None = None,
     dict_key_x: str = BatchKeys.x,
     dict_key_y: str = BatchKeys.y,
 ) -> Kron:
@@ -292,6 +304,7 @@ def kron_factors(
         mc_samples: random columns per example, for "ggn_mc" and "ggn_mc_rademacher".
         generator: source of the labels or signs; by default a separate one, which `torch.manual_seed` makes reproducible.
         factor_precision: precision of the products that make up the factors: "float32", "tf32" or "bf16", see `FactorPrecision`.
+        max_factor_dim: of a factor with more rows only the diagonal is computed; None for no limit.
         dict_key_x: of batches that are mappings, the entry that determines the number of examples and the device.
         dict_key_y: of batches that are mappings, the targets; the model is called with the mapping of everything else.
 
@@ -304,9 +317,12 @@ def kron_factors(
         InvalidBatchError: the data do not fit the model or the likelihood, or the factors are not finite.
     """
 
+    if max_factor_dim is not None:
+        whole_number("max_factor_dim", max_factor_dim, least=1)
+
     def make_accumulator(parameters: Mapping[str, nn.Parameter]) -> KronAccumulator:
         approximations = approximation_by_parameter(kfac_approx, list(parameters))
-        return KronAccumulator(parameters, approximations, factor_precision)
+        return KronAccumulator(parameters, approximations, factor_precision, max_factor_dim)
 
     sums = CurvatureSum(
         model,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_ws.curvature.finite import check_finite
+from laplace_ws.curvature.graph_inputs import places_told_apart
 from laplace_ws.curvature.inputs import ModelInputs, call_model, own_copy, selected
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.randomness import random_state, set_random_state
@@ -26,7 +27,7 @@ def probe(x: ModelInputs) -> ModelInputs:
     Inputs of a class that knows only slices give the first examples of the batch.
     """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: N_PROBED - 1].tolist()
-    return selected(x, order if len(x) == 1 else [*order, order[0]])
+    return selected(x, places_told_apart(x, order if len(x) == 1 else [*order, order[0]]))
 
 
 def check_forward(model: nn.Module, x: ModelInputs) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_ws.curvature.dtypes import type_mismatch
+from laplace_ws.curvature.graph_inputs import GraphInputs, is_geometric
 from laplace_ws.curvature.refused import refused_inputs
 from laplace_ws.errors import InvalidBatchError
 from laplace_ws.kfac.examples import Examples, RaggedInputs, SelectableInputs
@@ -94,7 +95,7 @@ class StructuredInputs:
         return StructuredInputs(_changed(self.arguments, changed), n, self.device, tuple(whole))
 
 
-ModelInputs = Tensor | RaggedInputs | StructuredInputs
+ModelInputs = Tensor | RaggedInputs | StructuredInputs | GraphInputs
 """What a model is called with, by `call_model`; all have `len`, slices and `device`."""
 
 
@@ -108,6 +109,7 @@ def split_batch(batch: object, number: int, keys: BatchKeys = DEFAULT_KEYS) -> t
     - `(x1, x2, …, y)`: it is called as `model(x1, x2, …)`.
     - a mapping: it is called as `model(batch)`, without the targets, so that a model that takes labels too does not compute its own loss
       (laplace-torch leaves them in).
+    - a batch of PyTorch Geometric: it is called as `model(batch)`, and the targets are `batch.y`.
 
     Args:
         batch: the batch.
@@ -126,6 +128,8 @@ def split_batch(batch: object, number: int, keys: BatchKeys = DEFAULT_KEYS) -> t
         x: Sequence[Any] = [without_targets(batch, keys)]
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
         *x, y = batch
+    elif is_geometric(batch):
+        x, y = [batch], targets_of(batch, keys)
     else:
         length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         raise InvalidBatchError(
@@ -151,6 +155,8 @@ def targets_of(batch: object, keys: BatchKeys = DEFAULT_KEYS) -> object:
     """What a batch has in the place of its targets, without a check; None where it has none."""
     if isinstance(batch, Mapping):
         return batch.get(keys.y)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    if is_geometric(batch):
+        return getattr(batch, "y", None)
     return batch[-1] if isinstance(batch, (tuple, list)) and batch else None  # pyright: ignore[reportUnknownVariableType]
 
 
@@ -171,8 +177,10 @@ def as_inputs(*x: Any, keys: BatchKeys = DEFAULT_KEYS, name: str = "x") -> Model
         InvalidBatchError: they hold no example, or it cannot be determined how many.
     """
     first = x[0]
-    if len(x) == 1 and (isinstance(first, (Tensor, StructuredInputs)) or _is_ragged(first)):
-        inputs: ModelInputs = first
+    if len(x) == 1 and is_geometric(first):
+        inputs: ModelInputs = GraphInputs(first)
+    elif len(x) == 1 and (isinstance(first, (Tensor, StructuredInputs)) or _is_ragged(first)):
+        inputs = first
     else:
         leaf = _that_tells_n(first, keys, name)
         inputs = StructuredInputs(tuple(x), len(leaf), leaf.device)
@@ -244,7 +252,11 @@ def call_model(model: nn.Module, x: ModelInputs) -> Tensor:
     """
     try:
         with running(model, x):
-            f = model(*x.arguments) if isinstance(x, StructuredInputs) else model(x)
+            f = (
+                model(*x.arguments)
+                if isinstance(x, StructuredInputs)
+                else model(x.batch if isinstance(x, GraphInputs) else x)
+            )
     except (torch.OutOfMemoryError, InvalidBatchError):
         raise
     except (TypeError, AttributeError) as error:
@@ -324,7 +336,7 @@ def own_copy(x: ModelInputs) -> ModelInputs:
     """Inputs for a model that may change them in place, so that they are unchanged when they are used again."""
     if isinstance(x, StructuredInputs):
         return StructuredInputs(_changed(x.arguments, own_copy), x.n, x.device)
-    return x.clone() if isinstance(x, Tensor) else x
+    return x.clone() if isinstance(x, (Tensor, GraphInputs)) else x
 
 
 def selected(x: ModelInputs, places: Sequence[int]) -> ModelInputs:
@@ -339,6 +351,8 @@ def selected(x: ModelInputs, places: Sequence[int]) -> ModelInputs:
 
 def examples_of(x: ModelInputs) -> Examples:
     """The examples of a batch; in tensors, all have the same number of rows."""
+    if isinstance(x, GraphInputs):
+        return x.examples
     return Examples(len(x), are_ragged=any(_is_ragged(leaf) for leaf in leaves(x)))
 
 

@@ -18,6 +18,7 @@ from laplace_ws.curvature.curvature_sum import default_generator
 from laplace_ws.curvature.finite import check_finite_gradients
 from laplace_ws.curvature.forward import check_forward, check_has_gradient, precision, probe
 from laplace_ws.curvature.inputs import DEFAULT_KEYS, BatchKeys, call_model, own_copy
+from laplace_ws.curvature.jacobian import JacobianProducts
 from laplace_ws.curvature.models import check_visible
 from laplace_ws.curvature.totals import DataTotals
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
@@ -203,15 +204,12 @@ class CurvatureProducts:
     def _pushforward(self, f: Float[Tensor, "N ..."], vectors: Float[Tensor, "S P"]) -> Float[Tensor, "S N ..."]:
         """J v for each row v."""
         parameters = list(self.parameters.values())
-        u = torch.zeros_like(f, requires_grad=True)
         try:
-            gradients = torch.autograd.grad(f, parameters, u, create_graph=True, allow_unused=True)
-            linear = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+            products = JacobianProducts(f, parameters)
             rows = []
             for vector in vectors:
-                parts = vector.split(self._sizes)
-                tangents = [parts[i].reshape(parameters[i].shape).to(parameters[i].dtype) for i in linear]
-                rows += torch.autograd.grad([gradients[i] for i in linear], u, tangents, retain_graph=True)
+                parts = zip(vector.split(self._sizes), parameters, strict=True)
+                rows.append(products([part.reshape(p.shape).to(p.dtype) for part, p in parts]))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

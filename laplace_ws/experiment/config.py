@@ -106,6 +106,7 @@ class MarglikConfig(ScheduleOptions):
         hessian_structure: of the Laplace approximation: kron, ekfac, diag, full or lowrank.
         curvature: exact GGN, GGN by sampled labels, or empirical Fisher.
         kfac_approx: of the tuning: auto, expand or reduce, or a mapping from a pattern of layers to one of them; reduce if not given.
+        max_factor_dim: rows of the widest Kronecker factor that is kept whole; of wider ones only the diagonal is; no limit if not given.
         backend: native, asdl or backpack: who runs the model for the curvature; the numbers are the same.
         mc_samples: labels or signs drawn per image for ggn_mc and ggn_mc_rademacher.
         final_curvature: of the last fit; `curvature` if not given.
@@ -129,6 +130,7 @@ class MarglikConfig(ScheduleOptions):
     hessian_structure: str = _DEFAULTS["hessian_structure"]
     curvature: OneOf[Curvature] = _DEFAULTS["curvature"]
     kfac_approx: OneOf[KfacApprox] | dict[str, str] | None = _DEFAULTS["kfac_approx"]
+    max_factor_dim: int | None = _DEFAULTS["max_factor_dim"]
     backend: str = _DEFAULTS["backend"]
     mc_samples: int = _DEFAULTS["mc_samples"]
     final_curvature: OneOf[Curvature] | None = _DEFAULTS["final_curvature"]

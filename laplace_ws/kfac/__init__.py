@@ -10,7 +10,7 @@ from laplace_ws.kfac.accumulator import (
 from laplace_ws.kfac.approximation import KfacApprox, KfacApproxSpec, approximation_by_parameter
 from laplace_ws.kfac.conv_transpose_use import ConvTransposeUse
 from laplace_ws.kfac.conv_use import ConvUse
-from laplace_ws.kfac.ekfac import EkfacAccumulator, rotated_gradients
+from laplace_ws.kfac.ekfac import EkfacAccumulator, has_small_rows, lookups, outer_products, rotated_gradients
 from laplace_ws.kfac.embedding_use import EmbeddingUse
 from laplace_ws.kfac.examples import Examples, ExamplesOrRows, RaggedInputs, Rows, row_examples
 from laplace_ws.kfac.expression_use import ExpressionUse
@@ -51,6 +51,9 @@ __all__ = [
     "Use",
     "approximation_by_parameter",
     "example_gradients",
+    "has_small_rows",
+    "lookups",
+    "outer_products",
     "rotated_gradients",
     "row_examples",
 ]

@@ -59,6 +59,11 @@ class Accumulator(ABC):
         """Release the batch."""
         self._uses = ()
 
+    @property
+    def needs_squares_alone(self) -> bool:
+        """Whether of the columns of the present batch only Σ_c g² counts, at each output and position."""
+        return False
+
     def column_bytes(self, n_examples: int) -> int:
         """Bytes that the gradients of each example take, for one column; 0 where they are never formed."""
         return n_examples * sum(p.nbytes for name, p in self.parameters.items() if self._needs_example_gradients(name))
@@ -109,6 +114,11 @@ class OutputGradients:
         assert isinstance(self.use, MatrixUse)
         return self.use.bias_gradient_gram(self.g) if is_bias and self.use.groups > 1 else self._gram
 
+    def squares(self) -> Float[Tensor, "*G O"]:
+        """Σ g², the diagonal of Σ g gᵀ."""
+        assert isinstance(self.use, MatrixUse)
+        return self.use.output_gradient_squares(self.g)
+
     def sum(self, is_bias: bool) -> Float[Tensor, "*G K N O"]:
         """Σ_r g, for a bias with the channels of all groups side by side."""
         assert isinstance(self.use, MatrixUse)
@@ -142,6 +152,11 @@ class DiagAccumulator(WeightAccumulator):
     def __init__(self, parameters: Mapping[str, Tensor], selection: Mapping[str, Tensor] | None = None):
         super().__init__(parameters, selection)
         self._diagonals = {name: p.new_zeros(self.shapes[name].numel()) for name, p in self.parameters.items()}
+
+    @property
+    def needs_squares_alone(self) -> bool:
+        """See `Accumulator.needs_squares_alone`: where the gradient of a weight is a product of one input and one output gradient."""
+        return len(self._uses) == 1 and has_one_position(self._uses[0])
 
     def _add_sum(self, name: str, pieces: Tensor) -> None:
         self._diagonals[name] += pieces.square().sum((0, 1))
@@ -189,6 +204,11 @@ class DenseAccumulator(WeightAccumulator):
     def result(self) -> Dense:
         """See `Accumulator.result`."""
         return Dense(self.shapes, self._matrix.clone())
+
+
+def has_one_position(use: Use) -> bool:
+    """Whether a use is of a weight, at one position of each example."""
+    return isinstance(use, MatrixUse) and isinstance(use.n_positions, int) and use.n_positions == 1
 
 
 def example_gradients(

@@ -53,6 +53,10 @@ class ConvUse(MatrixUse):
         a = patch_columns(at_least_float32(self.x), self.geometry)
         return _without_single_group(cross_gram(a, a))
 
+    def input_squares(self) -> Tensor:
+        """See `MatrixUse.input_squares`; a patch of the squares of x holds the squares of the patch."""
+        return replace(self, x=at_least_float32(self.x).square()).input_sum().sum(-2)
+
     @property
     def plan(self) -> Plan | None:
         """How to sum `input_gram` over batches without patches; None where patches are cheaper."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace_ws.kfac.uses import MatrixUse, at_least_float32, positions
@@ -53,9 +53,21 @@ class EmbeddingUse(MatrixUse):
         """See `MatrixUse.input_gram`: how often each index occurs."""
         return self.input_sum().sum(0)
 
+    def input_squares(self) -> Tensor:
+        """See `MatrixUse.input_squares`: the same, as inputs are 0 or 1."""
+        return self.input_gram()
+
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""
         return positions(self.rows, g)
+
+    def lookups(self, g: Float[Tensor, "K B ... O"]) -> tuple[Int[Tensor, "N M"], Float[Tensor, "N K M O"]]:
+        """Indices by example, and the vectors with respect to what is looked up; zero where there is none, or no gradient."""
+        index = self.rows.group(self.indices.reshape(len(self.indices), -1)).flatten(1, 2)
+        g = positions(self.rows, g)
+        if self.padding_idx is not None:
+            g = torch.where((index == self.padding_idx)[..., None], 0, g)
+        return index, g.transpose(0, 1)
 
     def example_gradients(self, name: str, g: Tensor) -> Tensor:
         """See `Use.example_gradients`; gathers rows instead of multiplying by one-hot inputs."""

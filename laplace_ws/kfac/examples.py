@@ -116,6 +116,41 @@ class Examples:
         return Rows(n_rows, self.n) if is_grouped else None
 
 
+@dataclass(frozen=True, eq=False)
+class GraphExamples(Examples):
+    """Graphs, whose layers have a row for each node, each edge or each graph: which of these, their number tells.
+
+    Attributes:
+        kinds: the graph of each node, of each edge, and so on.
+    """
+
+    kinds: tuple[Int[Tensor, " B"], ...] = ()
+
+    def rows(self, n_rows: int) -> Rows | None:
+        """See `Examples.rows`; None too where rows of several kinds are as many, and belong to other graphs."""
+        if declared_row_examples.get() is not None:
+            return super().rows(n_rows)
+        found = self._kinds_of(n_rows)
+        if not found or not _are_equal(found):
+            return None
+        return Rows(n_rows, self.n, None if n_rows == self.n else found[0])
+
+    @property
+    def are_told_apart(self) -> bool:
+        """Whether the number of rows always tells the graphs that they belong to."""
+        return all(_are_equal(self._kinds_of(len(kind))) for kind in self.kinds)
+
+    def _kinds_of(self, n_rows: int) -> list[Tensor]:
+        found = [kind for kind in self.kinds if len(kind) == n_rows]
+        if n_rows == self.n:
+            found.append(torch.arange(self.n, device=self.kinds[0].device))
+        return found
+
+
+def _are_equal(kinds: Sequence[Tensor]) -> bool:
+    return all(torch.equal(kinds[0], other) for other in kinds[1:])
+
+
 @dataclass(frozen=True)
 class ExamplesOrRows(Examples):
     """The examples of a batch whose rows need not be theirs, as those of graphs in plain tensors are not: such rows count as examples.

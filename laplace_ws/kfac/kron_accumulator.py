@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -16,22 +14,19 @@ from laplace_ws.distributed import Processes
 from laplace_ws.errors import CurvatureWarning, UnsupportedParameterError
 from laplace_ws.kfac import factors
 from laplace_ws.kfac.absent_use import AbsentUse
-from laplace_ws.kfac.accumulator import Accumulator, OutputGradients
+from laplace_ws.kfac.accumulator import Accumulator, OutputGradients, has_one_position
 from laplace_ws.kfac.approximation import KfacApprox
 from laplace_ws.kfac.conv_gram import PatchGram, Plan
 from laplace_ws.kfac.conv_use import ConvUse
-from laplace_ws.kfac.embedding_use import EmbeddingUse
+from laplace_ws.kfac.roles import Role, chosen, is_too_wide
 from laplace_ws.kfac.uses import MatrixUse, Use, at_least_float32
 from laplace_ws.matrices import Kron, KronBlock
 from laplace_ws.matrices.axes import WeightAxes
-from laplace_ws.matrices.kron import at_least_one
+from laplace_ws.matrices.kron import at_least_one, of_groups
 from laplace_ws.memory import check_memory, in_words
 
-LARGEST_DENSE_VECTOR = 4096
-"""Vectors (biases, scales, affine parameters) with more entries keep only the diagonal of their block, to fit in memory."""
-LARGEST_DENSE_VOCABULARY = 8192
-"""Embeddings with more rows have no dense input factor, which K-FAC-reduce needs; "auto" gives them K-FAC-expand."""
-
+MOST_NAMED = 4
+"""Factors that a warning names."""
 MOST_SIZES = 4
 """Number of image sizes for one convolution whose products are kept separately: each takes as much memory as the factor."""
 
@@ -43,6 +38,7 @@ class KronAccumulator(Accumulator):
         parameters: the parameters to cover, by name.
         approximations: approximation of each parameter.
         factor_precision: "float32", "tf32" or "bf16", see `FactorPrecision`.
+        max_factor_dim: rows of the widest factor that is kept whole; of wider ones only the diagonal is computed. None for no limit.
     """
 
     def __init__(
@@ -50,11 +46,15 @@ class KronAccumulator(Accumulator):
         parameters: Mapping[str, Tensor],
         approximations: Mapping[str, KfacApprox],
         factor_precision: str | factors.FactorPrecision = "float32",
+        max_factor_dim: int | None = None,
     ):
         super().__init__(parameters)
         self.approximations = approximations
         self.factor_precision: factors.FactorPrecision = factors.FactorPrecision(factor_precision)
+        self.max_factor_dim = max_factor_dim
         self._sums: dict[str, _FactorSums] = {}
+        self._said = False
+        self._squares_alone = False
         self._squares: dict[str, float | Tensor] = {}  # ‖g‖² of the first batch, of weights with reduce
 
     def start_batch(self, uses: Sequence[Use], in_reduce_setting: Collection[str] = ()) -> None:
@@ -72,11 +72,11 @@ class KronAccumulator(Accumulator):
                 continue
             known = self._sums.get(name)
             approx = (
-                _chosen(self.approximations[name], own, name in in_reduce_setting)
+                chosen(self.approximations[name], own, name in in_reduce_setting)
                 if known is None
                 else known.role.approx
             )
-            role = _Role.of(name, parameter, own, approx)
+            role = Role.of(name, parameter, own, approx, self.max_factor_dim)
             if known is None:
                 self._sums[name] = _FactorSums(parameter, role)
                 if role.kind == "matrix" and approx is KfacApprox.REDUCE:
@@ -88,6 +88,11 @@ class KronAccumulator(Accumulator):
                 )
             with factors.products_in(self.factor_precision):
                 self._sums[name].add_inputs(role, own)
+        self._squares_alone = len(self._uses) == 1 and all(
+            self._sums[name].needs_squares_alone(has_one_position(self._uses[0]))
+            for name in self._uses[0].parameters
+            if name in self._sums
+        )
         of_vectors = {name for name in self._sums if self._needs_example_gradients(name)}
         self._uses = [use if of_vectors & set(use.parameters) else use.without_inputs() for use in uses]
 
@@ -98,8 +103,11 @@ class KronAccumulator(Accumulator):
             use = next((use for use in uses if isinstance(use, MatrixUse) and use.weight == name), None)
             if use is not None:
                 *groups, n_outputs, n_inputs = use.axes.sizes
-                has_diagonal = use.diagonal_inputs and self.approximations[name] is not KfacApprox.REDUCE
-                entries[name] = prod(groups) * (n_outputs**2 + (n_inputs if has_diagonal else n_inputs**2))
+                is_diagonal = use.diagonal_inputs and self.approximations[name] is not KfacApprox.REDUCE
+                has_diagonal_A = is_diagonal or is_too_wide(n_inputs, self.max_factor_dim)
+                of_A = n_inputs if has_diagonal_A else n_inputs**2
+                of_B = n_outputs if is_too_wide(n_outputs, self.max_factor_dim) else n_outputs**2
+                entries[name] = prod(groups) * (of_A + of_B)
         if not entries:
             return
         largest = max(entries, key=lambda name: entries[name])
@@ -109,9 +117,14 @@ class KronAccumulator(Accumulator):
             2 * sum(entries.values()) * p.element_size(),
             p.device,
             f"a pair of Kronecker factors for each of {len(entries)} weights, {share} of it for {largest!r} {tuple(p.shape)},",
-            'choose hessian_structure="diag" or "lowrank", freeze the largest weights (requires_grad_(False)), or name others by '
-            "subset_of_weights",
+            'choose hessian_structure="diag" or "lowrank", keep only the diagonals of wide factors (max_factor_dim=1024), freeze the '
+            "largest weights (requires_grad_(False)), or name others by subset_of_weights",
         )
+
+    @property
+    def needs_squares_alone(self) -> bool:
+        """See `Accumulator.needs_squares_alone`: where all gradient factors are diagonals."""
+        return self._squares_alone
 
     def add(self, number: int, g: Tensor) -> None:
         """See `Accumulator.add`."""
@@ -124,7 +137,7 @@ class KronAccumulator(Accumulator):
         if name not in self._sums:  # it has had no part in any batch yet
             return False
         role = self._sums[name].role
-        return role.kind == "vector" or role.diagonal_B
+        return role.kind == "vector" or (role.kind == "bias" and role.diagonal_B)
 
     def _piece(self, name: str, gradients: OutputGradients) -> Tensor:
         role = self._sums[name].role
@@ -133,7 +146,7 @@ class KronAccumulator(Accumulator):
             return of_examples.reshape(*of_examples.shape[:2], -1)
         is_bias = role.kind == "bias"
         if role.approx is KfacApprox.EXPAND:
-            return gradients.gram(is_bias)
+            return gradients.squares() if role.diagonal_B else gradients.gram(is_bias)
         if name in self._squares:
             self._squares[name] = self._squares[name] + at_least_float32(gradients.g).square().sum()
         return gradients.sum(is_bias)
@@ -142,8 +155,9 @@ class KronAccumulator(Accumulator):
         self._sums[name].add_columns(pieces)
 
     def end_batch(self) -> None:
-        """See `Accumulator.end_batch`; warns, after the first batch, of factors that vanish."""
+        """See `Accumulator.end_batch`; warns, after the first batch, of factors that vanish or are too wide."""
         super().end_batch()
+        self._say_what_is_diagonal()
         squares, self._squares = self._squares, {}
         if not squares:
             return
@@ -154,6 +168,21 @@ class KronAccumulator(Accumulator):
             warnings.warn(
                 f"K-FAC-reduce gives no curvature for {names}: the gradients at the sharing positions of an example cancel in their "
                 f'sum, as where scores of separate positions meet in one softmax; choose kfac_approx={{"{vanishing[0]}": "expand"}}.',
+                CurvatureWarning,
+                stacklevel=2,
+            )
+
+    def _say_what_is_diagonal(self) -> None:
+        """Warn, once, of the factors that `max_factor_dim` has made diagonal."""
+        if self._said or self.max_factor_dim is None:
+            return
+        self._said = True
+        found = [f"{what} of {name!r}" for name, sums in self._sums.items() for what in sums.role.too_wide]
+        if found:
+            shown = found if len(found) <= MOST_NAMED else [*found[:MOST_NAMED], f"{len(found) - MOST_NAMED} others"]
+            warnings.warn(
+                f"max_factor_dim={self.max_factor_dim} leaves only the diagonal of {', '.join(shown)}: correlations along these axes are "
+                "lost; raise it where memory allows.",
                 CurvatureWarning,
                 stacklevel=2,
             )
@@ -188,7 +217,7 @@ class _FactorSums:
         role: how it enters its uses.
     """
 
-    def __init__(self, parameter: Tensor, role: _Role):
+    def __init__(self, parameter: Tensor, role: Role):
         self.role = role
         self._shape = parameter.shape
         self._A: Tensor | None = None
@@ -197,10 +226,10 @@ class _FactorSums:
         size: tuple[int, ...] = (parameter.numel(),) * (1 if role.diagonal_B else 2)
         if role.kind == "matrix":
             *groups, n_outputs, _ = WeightAxes(parameter.shape, role.output_axes, role.groups).sizes
-            size = (*groups, n_outputs, n_outputs)
+            size = (*groups, n_outputs) if role.diagonal_B else (*groups, n_outputs, n_outputs)
         self._B = parameter.new_zeros(size)
 
-    def add_inputs(self, role: _Role, uses: Sequence[Use]) -> None:
+    def add_inputs(self, role: Role, uses: Sequence[Use]) -> None:
         """Add to the input factor what the uses in one batch contribute."""
         self.role = role
         if role.kind != "matrix":
@@ -210,11 +239,16 @@ class _FactorSums:
         n_positions = factors.total(use.n_positions for use in matrix_uses)
         if role.approx is KfacApprox.REDUCE:
             a = factors.mean_over_positions([use.input_sum() for use in matrix_uses], n_positions)
-            self._A = factors.add_gram(self._A, a)
+            self._A = (
+                factors.accumulated(self._A, a.square().sum(-2)) if role.diagonal_A else factors.add_gram(self._A, a)
+            )
             self.n_inputs = self.n_inputs + n_examples
             return
         self.n_inputs = self.n_inputs + _number_of_inputs(n_positions, n_examples)
         for use in matrix_uses:
+            if role.diagonal_A:
+                self._A = factors.accumulated(self._A, use.input_squares())
+                continue
             plan = use.plan if isinstance(use, ConvUse) else None
             if plan is None:
                 self._A = factors.accumulated(self._A, use.input_gram())
@@ -223,6 +257,11 @@ class _FactorSums:
                 self._patch_grams.setdefault(plan, PatchGram(plan)).add(at_least_float32(use.x))
         if len(self._patch_grams) > MOST_SIZES:
             self._put_together()
+
+    def needs_squares_alone(self, has_one_position: bool) -> bool:
+        """Whether of the columns only the sum of their squares counts, at each output and position."""
+        sums_positions = self.role.kind != "matrix" or self.role.approx is KfacApprox.REDUCE
+        return self.role.kind != "vector" and self.role.diagonal_B and (has_one_position or not sums_positions)
 
     def factors(self) -> list[tuple[Tensor, bool]]:
         """The sums of the factors, and whether each is a diagonal."""
@@ -238,8 +277,10 @@ class _FactorSums:
 
     def add_columns(self, pieces: Tensor) -> None:
         """Add to the gradient factor the pieces of all uses in one batch, see `KronAccumulator`."""
-        if self.role.diagonal_B:
+        if self.role.diagonal_B and self.role.kind != "matrix":
             self._B += pieces.square().sum((0, 1))
+        elif self.role.diagonal_B:
+            self._B += pieces if self.role.approx is KfacApprox.EXPAND else pieces.square().sum((-3, -2))
         elif self.role.kind != "vector" and self.role.approx is KfacApprox.EXPAND:
             self._B += pieces
         else:
@@ -248,7 +289,8 @@ class _FactorSums:
     def vanishes_beside(self, square: float | Tensor) -> Bool[Tensor, ""]:
         """Whether the gradient factor is no more than the rounding of gradients with this squared norm."""
         rounding = max(1e-6, 100 * torch.finfo(self._B.dtype).eps ** 2)
-        return self._B.diagonal(dim1=-2, dim2=-1).sum() < rounding * square
+        diagonal = self._B if self.role.diagonal_B else self._B.diagonal(dim1=-2, dim2=-1)
+        return diagonal.sum() < rounding * square
 
     def block(self) -> KronBlock:
         """The block given by the sums so far."""
@@ -257,7 +299,7 @@ class _FactorSums:
             return KronBlock(self._shape, self._B.clone(), diagonal_B=self.role.diagonal_B, approx=approx)
         self._put_together()
         assert self._A is not None
-        A = self._A / at_least_one(self.n_inputs)
+        A = self._A / of_groups(at_least_one(self.n_inputs), is_diagonal=self.role.diagonal_A)
         return KronBlock(
             self._shape,
             self._B.clone(),
@@ -265,78 +307,9 @@ class _FactorSums:
             self.n_inputs,
             output_axes=self.role.output_axes,
             diagonal_A=self.role.diagonal_A,
+            diagonal_B=self.role.diagonal_B,
             approx=approx,
         )
-
-
-def _chosen(approx: KfacApprox, uses: Sequence[Use], in_reduce_setting: bool) -> KfacApprox:
-    """The approximation that is meant, "auto" decided."""
-    too_large = any(isinstance(u, EmbeddingUse) and u.weight_shape[0] > LARGEST_DENSE_VOCABULARY for u in uses)
-    return approx.decided(in_reduce_setting and not too_large)
-
-
-@dataclass(frozen=True)
-class _Role:
-    """How a parameter enters its uses, and what block that gives."""
-
-    kind: str  # "matrix": a weight; "bias": bias of matrix uses only; "vector": elementwise in at least one use
-    approx: KfacApprox
-    diagonal_A: bool = False
-    diagonal_B: bool = False
-    output_axes: tuple[int, ...] = (0,)
-    groups: int = 1
-
-    @property
-    def form(self) -> tuple[Any, ...]:
-        """What the factors of all batches must have in common to be added up."""
-        return self.kind == "matrix", self.diagonal_A, self.diagonal_B, self.output_axes, self.groups > 1
-
-    @classmethod
-    def of(cls, name: str, parameter: Tensor, uses: Sequence[Use], approx: KfacApprox) -> _Role:
-        if not all(use.is_known for use in uses):
-            raise UnsupportedParameterError(
-                f'backend="{uses[0].call}" does not see how {name!r} is used, so that it has no Kronecker factors; choose '
-                'hessian_structure="diag", "full" or "lowrank", or backend="native".'
-            )
-        kinds = {_kind(name, use) for use in uses}
-        if "matrix" in kinds:
-            diagonal_A = _check_matrix_uses(name, uses, kinds, approx)
-            first = next(use for use in uses if isinstance(use, MatrixUse))
-            return cls("matrix", approx, diagonal_A=diagonal_A, output_axes=first.output_axes, groups=first.groups)
-        if any(use.hides_matrix for use in uses) and parameter.ndim > 1 and parameter.numel() > LARGEST_DENSE_VECTOR:
-            calls = " and ".join(sorted({use.call for use in uses}))
-            raise UnsupportedParameterError(
-                f"{name!r} has no Kronecker factors, as it does not enter {calls} as it is; make the masks or products of weights that it "
-                'is part of permanent (torch.nn.utils.prune.remove(module, "weight") for pruned layers), freeze it '
-                '(requires_grad_(False)), or choose hessian_structure="diag" or "lowrank".'
-            )
-        kind = "bias" if kinds == {"bias"} else "vector"
-        return cls(kind, approx, diagonal_B=parameter.numel() > LARGEST_DENSE_VECTOR)
-
-
-def _kind(name: str, use: Use) -> str:
-    if isinstance(use, MatrixUse):
-        return "matrix" if name == use.weight else "bias"
-    return "vector"
-
-
-def _check_matrix_uses(name: str, uses: Sequence[Use], kinds: set[str], approx: KfacApprox) -> bool:
-    """Whether the input factor is diagonal; raises where the uses of a weight share no Kronecker block."""
-    forms = {(use.output_axes, use.groups, use.diagonal_inputs) for use in uses if isinstance(use, MatrixUse)}
-    if kinds != {"matrix"} or len(forms) > 1:
-        calls = " and ".join(sorted({use.call for use in uses}))
-        raise UnsupportedParameterError(
-            f"{name!r} is used by {calls} in roles that share no Kronecker block; untie it, freeze it (requires_grad_(False)) "
-            'or choose hessian_structure="diag".'
-        )
-    diagonal = any(form[2] for form in forms) and approx is KfacApprox.EXPAND
-    vocabulary = max((use.weight_shape[0] for use in uses if isinstance(use, EmbeddingUse)), default=0)
-    if not diagonal and vocabulary > LARGEST_DENSE_VOCABULARY:
-        raise UnsupportedParameterError(
-            f"K-FAC-reduce of {name!r} needs a dense input factor of {vocabulary}×{vocabulary} (limit {LARGEST_DENSE_VOCABULARY}); "
-            f'choose kfac_approx={{"{name}": "expand"}} or freeze it (requires_grad_(False)).'
-        )
-    return diagonal
 
 
 def _number_of_inputs(n_positions: int | Tensor, n_examples: int) -> float | Tensor:

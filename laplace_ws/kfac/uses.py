@@ -110,9 +110,26 @@ class MatrixUse(Use):
         """The inputs summed over the sharing positions."""
         return self.inputs().sum(-2)
 
+    def input_total(self) -> Float[Tensor, "*G I"]:
+        """The inputs summed over all positions of all examples."""
+        return self.input_sum().sum(-2)
+
+    @property
+    def n_inputs(self) -> int | float | Int[Tensor, " G"]:
+        """Positions of all examples together; one number per group where the groups have different ones."""
+        n = self.n_positions
+        if not isinstance(n, Tensor):
+            return n * self.n_examples
+        n = n.sum(-1)
+        return n.item() if n.ndim == 0 else n
+
     def input_gram(self) -> Float[Tensor, "*G I I"]:
         """Σ_n Σ_r a aᵀ; `[I]`, its diagonal, where it is diagonal."""
         return gram(self.inputs().flatten(-3, -2))
+
+    def input_squares(self) -> Float[Tensor, "*G I"]:
+        """Σ_n Σ_r a², the diagonal of `input_gram`, which is not formed."""
+        return self.inputs().square().sum((-3, -2))
 
     @abstractmethod
     def output_gradients(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "*G K N R O"]:
@@ -125,6 +142,10 @@ class MatrixUse(Use):
     def output_gradient_gram(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "*G O O"]:
         """Σ_c Σ_n Σ_r g gᵀ."""
         return gram(self.output_gradients(g).flatten(-4, -2))
+
+    def output_gradient_squares(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "*G O"]:
+        """Σ_c Σ_n Σ_r g², the diagonal of `output_gradient_gram`, which is not formed."""
+        return self.output_gradient_sum(at_least_float32(g).square()).sum((-3, -2))
 
     def bias_gradient_gram(self, g: Float[Tensor, "K B ..."]) -> Float[Tensor, "O O"]:
         """`output_gradient_gram` with the channels of all groups side by side."""
@@ -170,17 +191,30 @@ class LinearUse(MatrixUse):
         """See `MatrixUse.n_positions`."""
         return self.rows.counts * (self.x.shape[1:-1].numel())
 
+    @property
+    def n_inputs(self) -> int | float | Tensor:
+        """See `MatrixUse.n_inputs`."""
+        return self.x.shape[:-1].numel() if self.groups == 1 else super().n_inputs
+
     def inputs(self) -> Tensor:
         """See `MatrixUse.inputs`."""
         return self.rows.group(self._by_row()).flatten(1, 2)
 
     def input_sum(self) -> Tensor:
         """See `MatrixUse.input_sum`."""
-        return self.rows.sum(self._by_row().sum(1))
+        return self.rows.sum(_sum(self._by_row(), 1))
+
+    def input_total(self) -> Tensor:
+        """See `MatrixUse.input_total`."""
+        return at_least_float32(self.x).flatten(0, -2).sum(0)
 
     def input_gram(self) -> Tensor:
         """See `MatrixUse.input_gram`."""
         return gram(self._by_row().flatten(0, 1))
+
+    def input_squares(self) -> Tensor:
+        """See `MatrixUse.input_squares`."""
+        return replace(self, x=at_least_float32(self.x).square()).input_sum().sum(-2)
 
     def output_gradients(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradients`."""
@@ -188,7 +222,7 @@ class LinearUse(MatrixUse):
 
     def output_gradient_sum(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradient_sum`."""
-        return self.rows.sum(_by_position(g).sum(2), 1)
+        return self.rows.sum(_sum(_by_position(g), 2), 1)
 
     def output_gradient_gram(self, g: Tensor) -> Tensor:
         """See `MatrixUse.output_gradient_gram`."""
@@ -243,6 +277,11 @@ class PackedLinearUse(LinearUse):
     def input_sum(self) -> Tensor:
         """See `MatrixUse.input_sum`."""
         a = super().input_sum()
+        return self._place(a.expand(len(self.parts), *a.shape))
+
+    def input_total(self) -> Tensor:
+        """See `MatrixUse.input_total`."""
+        a = super().input_total()
         return self._place(a.expand(len(self.parts), *a.shape))
 
     def input_gram(self) -> Tensor:
@@ -311,6 +350,11 @@ class ElementwiseUse(Use):
             return grads.reshape(*grads.shape[:2], *self.shape)
         of_p = grads.new_zeros(*grads.shape[:2], self.shape.numel())
         return of_p.index_add_(2, self.index.flatten(), grads.flatten(2)).unflatten(2, self.shape)
+
+
+def _sum(x: Tensor, axis: int) -> Tensor:
+    """The sum over an axis; of one entry, a view of it."""
+    return x.squeeze(axis) if x.shape[axis] == 1 else x.sum(axis)
 
 
 def positions(rows: Rows, g: Float[Tensor, "K B ... O"]) -> Float[Tensor, "K N R O"]:

@@ -61,6 +61,15 @@ class Likelihood(ABC):
             mask: the terms that count, as `term_mask` gives them; the columns are zero at the others.
         """
 
+    def root_of_diagonal(self, f: Float[Tensor, "N ..."], mask: Tensor | None = None) -> Float[Tensor, "N ..."] | None:
+        """The square root of the Hessian's diagonal, for where nothing else of it counts; None where it takes the columns to know it.
+
+        Args:
+            f: outputs.
+            mask: see `hessian_columns`.
+        """
+        return None
+
     def projected_column(self, f: Float[Tensor, "N ..."], generator: torch.Generator | None) -> Float[Tensor, "N ..."]:
         """Σ_c ε_c s_c with fresh signs ε_c = ±1 for each example: the mean of its outer product is the Hessian."""
         column = torch.zeros_like(f)

@@ -156,6 +156,15 @@ class Categorical(Likelihood):
                 column[:, term] = of_term
                 yield column.reshape(f.shape).to(f.dtype)
 
+    def root_of_diagonal(self, f: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """See `Likelihood.root_of_diagonal`: √(p(1 − p)), with 1 − p as the probability of all other classes."""
+        if type(self).hessian_columns is not Categorical.hessian_columns:  # a class of one's own knows better
+            return None
+        ranks = _Ranks.of(f, mask)
+        above = F.pad(ranks.p.cumsum(-1)[..., :-1], (1, 0))
+        roots = (ranks.p * (above + ranks.below)).sqrt()
+        return torch.empty_like(roots).scatter_(-1, ranks.classes, roots).reshape(f.shape).to(f.dtype)
+
     def projected_column(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
         """See `Likelihood.projected_column`; all columns and terms at once, at the cost of a cumulative sum."""
         ranks = _Ranks.of(f)

@@ -33,6 +33,7 @@ class TrainingOptions:
     hessian_structure: str = "kron"
     curvature: str = "ggn_mc"
     kfac_approx: str | Mapping[str, str] | None = None
+    max_factor_dim: int | None = None
     backend: str | Backend = "native"
     mc_samples: int = 1
     final_curvature: str | None = None
@@ -102,6 +103,8 @@ class TrainingOptions:
 
         def posterior(curvature: str, approx: str | Mapping[str, str]) -> Laplace:
             own: dict[str, Any] = {"kfac_approx": approx} if has_factors or approx != "auto" else {}
+            if self.max_factor_dim is not None:
+                own["max_factor_dim"] = self.max_factor_dim
             return Laplace(
                 model,
                 likelihood,

@@ -40,6 +40,7 @@ def marglik_training(
     *,
     curvature: str = TrainingOptions.curvature,
     kfac_approx: str | Mapping[str, str] | None = TrainingOptions.kfac_approx,
+    max_factor_dim: int | None = TrainingOptions.max_factor_dim,
     backend: str | Backend = TrainingOptions.backend,
     mc_samples: int = TrainingOptions.mc_samples,
     final_curvature: str | None = TrainingOptions.final_curvature,
@@ -108,6 +109,7 @@ def marglik_training(
         curvature, backend, mc_samples: as for `Laplace`.
         kfac_approx: by which the hyperparameters are tuned: "expand", "reduce", "auto", or a mapping, as for `Laplace`. Where not given,
             reduce for outputs `[N, C]`, which is cheaper and tunes as well, and expand for `[N, T, C]`.
+        max_factor_dim: as for `Laplace`, of the tuning and of the posterior that is returned.
         final_curvature: of the posterior that is returned; `curvature` where not given.
         final_kfac_approx: of the posterior that is returned. Where its factors are by another approximation than those of the tuning, its
             prior precisions (and noise) are chosen anew, where its own log marginal likelihood is highest: reduce keeps
@@ -183,6 +185,7 @@ def marglik_training(
         hessian_structure=hessian_structure,
         curvature=curvature,
         kfac_approx=kfac_approx,
+        max_factor_dim=max_factor_dim,
         backend=backend,
         mc_samples=mc_samples,
         final_curvature=final_curvature,

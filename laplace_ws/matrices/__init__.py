@@ -8,6 +8,7 @@ from laplace_ws.matrices.ekfac import Ekfac, EkfacBlock
 from laplace_ws.matrices.kron import Kron, KronBlock
 from laplace_ws.matrices.lowrank import LowRank
 from laplace_ws.matrices.pushforward import Damping, Layout, Pushforward
+from laplace_ws.matrices.rows import Lookups, OuterProducts
 
 __all__ = [
     "CurvatureMatrix",
@@ -20,7 +21,9 @@ __all__ = [
     "Kron",
     "KronBlock",
     "Layout",
+    "Lookups",
     "LowRank",
+    "OuterProducts",
     "Pushforward",
     "by_parameter",
     "expand_per_weight",

@@ -85,11 +85,22 @@ class BlockMatrix(CurvatureMatrix, Mapping[str, B], Generic[B]):
 
     def solve(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.solve`."""
-        return self._filter(vectors, scale, delta, -1.0)
+        solved = []
+        for part, block, variances in self._parts(vectors, scale, delta):
+            coordinates = block.basis.rotate(part.double()) * variances
+            solved.append(block.basis.rotate_back(coordinates).to(part.dtype))
+        return torch.cat(solved, dim=1)
 
     def inv_sqrt(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
-        """See `CurvatureMatrix.inv_sqrt`; the symmetric root."""
-        return self._filter(vectors, scale, delta, -0.5)
+        """See `CurvatureMatrix.inv_sqrt`: Q diag^(-1/2), so that each vector is turned once, and in its own precision.
+
+        A sum of roundings of standard deviations does no harm to a sample, as it may to a solution.
+        """
+        drawn = []
+        for part, block, variances in self._parts(vectors, scale, delta):
+            coordinates = part.reshape(len(part), *variances.shape) * variances.sqrt().to(part.dtype)
+            drawn.append(block.basis.rotate_back(coordinates))
+        return torch.cat(drawn, dim=1)
 
     def inverse_diagonal(self, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.inverse_diagonal`: Σ_k Q_ik² / (s·λ_k + δ), a product of factors like the eigenvectors."""
@@ -120,14 +131,13 @@ class BlockMatrix(CurvatureMatrix, Mapping[str, B], Generic[B]):
             self._with_delta(delta)
         return SeparablePushforward(variances, dampings, layout)
 
-    def _filter(self, vectors: Tensor, scale: Tensor, delta: Tensor, power: float) -> Tensor:
+    def _parts(
+        self, vectors: Float[Tensor, "S P"], scale: Tensor, delta: Tensor
+    ) -> Iterator[tuple[Float[Tensor, "S D"], B, Float[Tensor, "*G O I"]]]:
+        """By block: its part of the vectors, itself, and its variances 1 / (s·λ + δ) in float64."""
         parts = vectors.split([shape.numel() for shape in self.shapes.values()], dim=1)
-        pairs = zip(parts, self._with_delta(delta), strict=True)
-        filtered = []
-        for part, (block, d) in pairs:
-            gains = (block.eigenvalues() * scale.double() + d) ** power
-            filtered.append(block.basis.rotate_back(block.basis.rotate(part.double()) * gains).to(part.dtype))
-        return torch.cat(filtered, dim=1)
+        for part, (block, d) in zip(parts, self._with_delta(delta), strict=True):
+            yield part, block, 1 / (block.eigenvalues() * scale.double() + d)
 
     def _with_delta(self, delta: Tensor) -> Iterator[tuple[B, Tensor]]:
         if delta.ndim > 0 and delta.shape != (len(self),):

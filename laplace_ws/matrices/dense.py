@@ -14,6 +14,7 @@ from laplace_ws import saved
 from laplace_ws.matrices.base import CurvatureMatrix, expand_per_weight, rows_by_parameter
 from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh
 from laplace_ws.matrices.pushforward import Damping, DensePushforward, Layout, Pushforward, RotatedPushforward
+from laplace_ws.memory import check_memory
 
 
 class Dense(CurvatureMatrix):
@@ -94,6 +95,7 @@ class Dense(CurvatureMatrix):
         if scale.requires_grad or delta.requires_grad:
             return torch.linalg.cholesky(self.damped(scale, delta))
         if self._last is None or not (torch.equal(self._last[0], scale) and torch.equal(self._last[1], delta)):
+            self._check_memory()
             factor = torch.linalg.cholesky(self.damped(scale, delta))
             self._last = scale.clone(), delta.clone(), factor
         return self._last[2]
@@ -103,6 +105,15 @@ class Dense(CurvatureMatrix):
         if len(dampings) > 1 and all(delta.ndim == 0 for _, delta in dampings):
             return RotatedPushforward(*self._eigen, dampings, layout)
         return DensePushforward([self.cholesky(*damping) for damping in dampings], dampings, layout)
+
+    def _check_memory(self) -> None:
+        """Raise `NotEnoughMemoryError` unless H in float64, the precision and its factor fit."""
+        check_memory(
+            3 * 8 * self.n_params**2,
+            self.matrix.device,
+            f"the Cholesky factor of a full matrix over {self.n_params:,} weights",
+            'choose hessian_structure="kron", "diag" or "lowrank", or fewer weights by subset_of_weights',
+        )
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,13 @@
-"""Eigendecompositions of many blocks, divided among processes."""
+"""Eigendecompositions of many blocks: divided among processes, or all at once before they are needed."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from laplace_ws.distributed import Processes
 from laplace_ws.matrices.kron import Kron, KronBlock
@@ -35,6 +37,23 @@ def decompose(kron: Kron, processes: Processes, *, vectors: bool) -> None:
         assert b is not None
         assert a is not None
         block.accept((b, Q_B), (a, Q_A), vectors=vectors)
+
+
+def decompose_now(kron: Kron, processes: Processes, *, progress_bar: bool = False) -> None:
+    """Compute eigenvalues and eigenvectors of all blocks in one go, those of each block once.
+
+    Raises:
+        ProcessError: another process has failed.
+    """
+    if processes.size > 1:
+        decompose(kron, processes, vectors=True)
+        return
+    hidden = not (progress_bar and sys.stderr.isatty())
+    n_rows = [sum(factor.shape[-1] for factor in factors) for factors in kron.tensors_by_parameter().values()]
+    with tqdm(total=sum(n_rows), desc="eigenvectors", unit="row", disable=hidden) as bar:
+        for block, n in zip(kron.values(), n_rows, strict=True):
+            _ = block.eigen
+            bar.update(n)
 
 
 def divided(costs: Sequence[float], n: int) -> list[int]:
@@ -75,5 +94,5 @@ def _room(block: KronBlock, vectors: bool) -> _Parts:
         values = factor if is_diagonal else factor[..., 0]
         has_vectors = vectors and not is_diagonal
         found.append(torch.empty_like(values, dtype=torch.float64, memory_format=torch.contiguous_format))
-        found.append(torch.empty_like(factor, dtype=torch.float64) if has_vectors else None)
+        found.append(torch.empty_like(factor) if has_vectors else None)
     return tuple(found)  # type: ignore[return-value]

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from laplace_ws.errors import NumericalRepairWarning
 
+_OVERSAMPLING = 10  # random vectors beyond the rank, with which the range is found but for a chance below 1e-10
+_THIN_FROM = 256  # rows below which the whole decomposition takes no time
+
 
 def decomposition_dtype(matrix: Float[Tensor, "*G D D"]) -> torch.dtype:
     """The precision that decomposes a symmetric matrix without losing its positive-definiteness.
@@ -41,7 +44,7 @@ def rounding(n_rows: int, dtype: torch.dtype) -> float:
 def eigh(
     matrix: Float[Tensor, "*G D D"], dtype: torch.dtype, what: str
 ) -> tuple[Float[Tensor, "*G D"], Float[Tensor, "*G D D"]]:
-    """Eigenvalues and eigenvectors of a positive semi-definite matrix, computed in `dtype`, returned in float64; see `clamped`.
+    """Eigenvalues and eigenvectors of a positive semi-definite matrix, computed in `dtype`; eigenvalues in float64, see `clamped`.
 
     The divide-and-conquer routine behind torch sometimes fails on wide matrices of low rank; LAPACK's relatively robust
     representations, called through scipy, then take its place.
@@ -54,7 +57,7 @@ def eigh(
         pairs = [scipy.linalg.eigh(block, driver="evr") for block in blocks]
         values = torch.from_numpy(np.stack([pair[0] for pair in pairs])).to(working).reshape(working.shape[:-1])
         vectors = torch.from_numpy(np.stack([pair[1] for pair in pairs])).to(working).reshape(working.shape)
-    return clamped(values.double(), matrix.dtype, what), vectors.double()
+    return clamped(values.double(), matrix.dtype, what), vectors
 
 
 def eigenvalues(matrix: Float[Tensor, "*G D D"], dtype: torch.dtype, what: str) -> Float[Tensor, "*G D"]:
@@ -73,3 +76,39 @@ def clamped(values: Float[Tensor, "*G D"], dtype: torch.dtype, what: str) -> Flo
         message = f"{what} has an eigenvalue of {lowest:.3g} where none can be negative; set to 0."
         warnings.warn(message, NumericalRepairWarning, stacklevel=2)
     return values.clamp_min(0)
+
+
+def thin_eigh(
+    matrix: Float[Tensor, "D D"], rank: int, what: str, *, vectors: bool
+) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"] | None] | None:
+    """As `eigh`, for a matrix whose rank is perhaps at most `rank`, in time D²·rank in place of D³; None where it is larger.
+
+    The range is found by products with random vectors [Halko et al. 2011], and the eigenvectors are completed to a basis. What lies
+    outside of the range is the trace that it does not account for, which also bounds each eigenvalue that would be missed: it must be
+    within the `rounding` of the matrix, so that a wrong guess costs time alone.
+
+    Args:
+        matrix: a positive semi-definite one.
+        rank: a guess.
+        what: the matrix is, for messages.
+        vectors: whether eigenvectors are wanted.
+    """
+    size = len(matrix)
+    n_columns = rank + _OVERSAMPLING
+    if size < _THIN_FROM or 2 * n_columns > size or not matrix.isfinite().all():
+        return None
+    A = matrix.double()
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.randn(size, n_columns, dtype=torch.float64, generator=generator).to(A.device)
+    for _ in range(2):
+        Q = torch.linalg.qr(A @ Q).Q
+    small = Q.mT @ (A @ Q)
+    found, rotation = torch.linalg.eigh((small + small.mT) / 2)
+    missed = A.diagonal().sum() - found.sum()
+    if not missed.abs() <= rounding(size, matrix.dtype) * found[-1]:
+        return None
+    values = clamped(torch.cat([found.new_zeros(size - n_columns), found]), matrix.dtype, what)
+    if not vectors:
+        return values, None
+    basis = torch.linalg.qr((Q @ rotation).to(matrix.dtype), mode="complete").Q
+    return values, torch.cat([basis[:, n_columns:], basis[:, :n_columns]], dim=1)

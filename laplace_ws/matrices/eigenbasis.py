@@ -43,14 +43,14 @@ class EigenBasis:
         """Coordinates Qᵀ v, in the precision of the vectors."""
         x = self.axes.matrices(vectors)
         if self.Q_B is not None:
-            x = self.Q_B.mT.to(x.dtype) @ x
+            x = _from_left(self.Q_B.mT.to(x.dtype), x)
         return x if self.Q_A is None else x @ self.Q_A.to(x.dtype)
 
     def rotate_back(self, coordinates: Float[Tensor, "*S *G O I"]) -> Float[Tensor, "*S D"]:
         """The vector Q x of coordinates x."""
         x = coordinates
         if self.Q_B is not None:
-            x = self.Q_B.to(x.dtype) @ x
+            x = _from_left(self.Q_B.to(x.dtype), x)
         if self.Q_A is not None:
             x = x @ self.Q_A.mT.to(x.dtype)
         return self.axes.vectors(x)
@@ -77,6 +77,11 @@ class EigenBasis:
 
 def _square(Q: Tensor | None) -> Tensor | None:
     return None if Q is None else Q.double().square()
+
+
+def _from_left(Q: Float[Tensor, "*G O O"], x: Float[Tensor, "*S *G O I"]) -> Float[Tensor, "*S *G O I"]:
+    """Q x; matrices of one column are turned by one product for all of them, and not by one each."""
+    return (x.mT @ Q.mT).mT if Q.ndim == 2 and x.shape[-1] == 1 else Q @ x
 
 
 def _rotate_last(x: Tensor, Q: Tensor | None) -> Tensor:

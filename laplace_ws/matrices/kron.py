@@ -17,8 +17,11 @@ from laplace_ws.files import FileFormatError
 from laplace_ws.matrices.axes import WeightAxes, saved_output_axes
 from laplace_ws.matrices.base import CurvatureMatrix
 from laplace_ws.matrices.blocks import Block, BlockMatrix
-from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh
+from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh, thin_eigh
 from laplace_ws.matrices.eigenbasis import EigenBasis
+
+_MOST_SHOWN = 4
+"""Parameters with diagonal factors that the representation of a matrix names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +34,8 @@ class KronBlock(Block):
 
     Attributes:
         shape: shape of the parameter.
-        B: gradient factor, a sum over data, `[*G, O, O]`; `[O]` for a diagonal.
-        A: input factor, a mean over data, `[*G, I, I]`; `[I]` for a diagonal; None for a vector.
+        B: gradient factor, a sum over data, `[*G, O, O]`; `[*G, O]` for a diagonal.
+        A: input factor, a mean over data, `[*G, I, I]`; `[*G, I]` for a diagonal; None for a vector.
         n_inputs: number of inputs that the mean A is taken over, `[G, 1, 1]` where the groups differ.
         output_axes: of the weight, see `WeightAxes`.
         diagonal_B: whether B is kept as its diagonal.
@@ -53,24 +56,29 @@ class KronBlock(Block):
         """Combine the factors of two data sets: sums of B, and the mean A over the inputs of both.
 
         Raises:
-            ValueError: they are not by the same approximation.
+            ValueError: they are not by the same approximation, or one keeps a factor whole of which the other has the diagonal.
         """
         if self.approx != other.approx:
             kinds = [f"K-FAC-{a}" if a else "an approximation that is not known" for a in (self.approx, other.approx)]
             raise ValueError(f"factors by {kinds[0]} and by {kinds[1]} do not add up; fit all the data anew.")
+        if (self.diagonal_A, self.diagonal_B) != (other.diagonal_A, other.diagonal_B):
+            raise ValueError("a factor and the diagonal of another do not add up; fit all the data anew.")
         A, n_inputs = self.A, self.n_inputs + other.n_inputs
         if A is not None and other.A is not None:
-            A = (A * self.n_inputs + other.A * other.n_inputs) / at_least_one(n_inputs)
+            n, n_other, n_both = (
+                of_groups(n, is_diagonal=self.diagonal_A)
+                for n in (self.n_inputs, other.n_inputs, at_least_one(n_inputs))
+            )
+            A = (A * n + other.A * n_other) / n_both
         return replace(self, A=A, B=self.B + other.B, n_inputs=n_inputs)
 
     def to_dense(self) -> Float[Tensor, "D D"]:
         """The block in full, over the parameter flattened row-major."""
-        B = torch.diag(self.B) if self.diagonal_B else self.B
+        B = torch.diag_embed(self.B) if self.diagonal_B else self.B
         if self.A is None:
             return B
-        A = torch.diag(self.A) if self.diagonal_A else self.A
-        is_grouped = B.ndim == 3
-        dense = torch.block_diag(*map(torch.kron, B, A)) if is_grouped else torch.kron(B, A)
+        A = torch.diag_embed(self.A) if self.diagonal_A else self.A
+        dense = torch.block_diag(*map(torch.kron, B, A)) if self.is_grouped else torch.kron(B, A)
         if self.axes.is_row_major:
             return dense
         places = self.axes.places(dense.device)
@@ -79,11 +87,16 @@ class KronBlock(Block):
         return out
 
     @property
+    def is_grouped(self) -> bool:
+        """Whether the factors are those of several groups."""
+        return self.B.ndim == (2 if self.diagonal_B else 3)
+
+    @property
     def axes(self) -> WeightAxes:
         """How the parameter holds the matrices that the factors are of."""
         if self.A is None:
             return WeightAxes(torch.Size([self.shape.numel()]))
-        return WeightAxes(self.shape, self.output_axes, len(self.B) if self.B.ndim == 3 else 1)
+        return WeightAxes(self.shape, self.output_axes, len(self.B) if self.is_grouped else 1)
 
     @cached_property
     def decomposition_dtypes(self) -> tuple[torch.dtype | None, torch.dtype | None]:
@@ -100,13 +113,20 @@ class KronBlock(Block):
         if "eigen" in self.__dict__:
             return self.eigen[0][0], self.eigen[1][0]
         B_dtype, A_dtype = self.decomposition_dtypes
-        return _eigenvalues(self.B, B_dtype, self.B), _eigenvalues(self.A, A_dtype, self.B)
+        thin = self._thin_A(vectors=False)
+        return _eigenvalues(self.B, B_dtype, self.B), thin[0] if thin else _eigenvalues(self.A, A_dtype, self.B)
 
     @cached_property
     def eigen(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-        """Eigenvalues and eigenvectors (None for the identity) of B and A in float64."""
+        """Eigenvalues in float64 and eigenvectors (None for the identity), in the precision of the factors, of B and A."""
         B_dtype, A_dtype = self.decomposition_dtypes
-        return _eigen(self.B, B_dtype, self.B), _eigen(self.A, A_dtype, self.B)
+        return _eigen(self.B, B_dtype, self.B), self._thin_A(vectors=True) or _eigen(self.A, A_dtype, self.B)
+
+    def _thin_A(self, *, vectors: bool) -> tuple[Tensor, Tensor | None] | None:
+        """Eigenvalues and eigenvectors of A by a short way, where it is a mean over far fewer inputs than it has rows; else None."""
+        if self.A is None or self.decomposition_dtypes[1] != torch.float64 or self.A.ndim > 2:
+            return None
+        return thin_eigh(self.A, math.ceil(float(self.n_inputs)), "a Kronecker factor", vectors=vectors)
 
     def accept(self, of_B: tuple[Tensor, Tensor | None], of_A: tuple[Tensor, Tensor | None], *, vectors: bool) -> None:
         """Take the eigenvalues, and with `vectors` the eigenvectors, as computed elsewhere, in place of computing them."""
@@ -145,6 +165,15 @@ class Kron(BlockMatrix[KronBlock]):
         """By parameter, the precisions in which its B and A are decomposed; see `KronBlock.decomposition_dtypes`."""
         return {name: block.decomposition_dtypes for name, block in self.blocks.items()}
 
+    @property
+    def diagonal_factors(self) -> dict[str, tuple[str, ...]]:
+        """By parameter, which of its factors "A" and "B" are kept as their diagonals, by nature or because they are wide."""
+        of_each = {
+            name: (*(["A"] if block.diagonal_A else []), *(["B"] if block.diagonal_B else []))
+            for name, block in self.blocks.items()
+        }
+        return {name: factors for name, factors in of_each.items() if factors}
+
     def tensors_by_parameter(self) -> Mapping[str, Sequence[Tensor]]:
         """See `CurvatureMatrix.tensors_by_parameter`."""
         return {name: [block.B, *([] if block.A is None else [block.A])] for name, block in self.blocks.items()}
@@ -156,6 +185,12 @@ class Kron(BlockMatrix[KronBlock]):
             name: {field: getattr(block, field) for field in fields} | {"output_axes": list(block.output_axes)}
             for name, block in self.blocks.items()
         }
+
+    def __repr__(self) -> str:
+        names = [f"{' and '.join(factors)} of {name!r}" for name, factors in self.diagonal_factors.items()]
+        listed = names[:_MOST_SHOWN] + ([f"{len(names) - _MOST_SHOWN} others"] if len(names) > _MOST_SHOWN else [])
+        diagonals = f", only the diagonal of {', '.join(listed)}" if names else ""
+        return f"Kron({len(self)} parameters, {self.n_params} weights{diagonals})"
 
     @classmethod
     def from_state_dict(cls, shapes: Mapping[str, torch.Size], state: Mapping[str, Any]) -> Kron:
@@ -172,13 +207,14 @@ def _restored(name: str, shape: torch.Size, state: Mapping[str, Any]) -> KronBlo
     A = saved.entry(state, "A", Tensor, None, of=of)
     for field, factor in (("B", B), ("A", A)):
         if factor is not None and fields[f"diagonal_{field}"]:
-            saved.floats(factor, f"factor {field}{of}", (factor.numel(),), least=0)
+            shape_of_diagonal = tuple(factor.shape) if factor.ndim == 2 else (factor.numel(),)
+            saved.floats(factor, f"factor {field}{of}", shape_of_diagonal, least=0)
         elif factor is not None:
             saved.curvature(factor, f"factor {field}{of}")
     factors = [(B, fields["diagonal_B"]), *([] if A is None else [(A, fields["diagonal_A"])])]
     groups = {factor.shape[: -1 if is_diagonal else -2] for factor, is_diagonal in factors}
     n_groups = math.prod(*groups) if len(groups) == 1 else 0
-    is_grouped = B.ndim == 3 and n_groups > 1 and A is not None
+    is_grouped = B.ndim == (2 if fields["diagonal_B"] else 3) and n_groups > 1 and A is not None
     fits = n_groups * math.prod(factor.shape[-1] for factor, _ in factors) == shape.numel()
     block = KronBlock(shape, B, A, 0, saved_output_axes(dict(state), shape, of), **fields, approx=approx)
     if not fits or not (is_grouped or groups == {()}) or (A is not None and block.axes.sizes[-2] != B.shape[-1]):
@@ -198,6 +234,11 @@ def at_least_one(n_inputs: float | Tensor) -> float | Tensor:
     return n_inputs or 1
 
 
+def of_groups(n_inputs: float | Tensor, *, is_diagonal: bool) -> float | Tensor:
+    """A number of inputs, `[G, 1, 1]` where groups differ, in a shape that goes with factors, or with diagonals `[G, I]`."""
+    return n_inputs.squeeze(-1) if isinstance(n_inputs, Tensor) and is_diagonal else n_inputs
+
+
 def _eigenvalues(factor: Tensor | None, dtype: torch.dtype | None, like: Tensor) -> Tensor:
     if factor is None or dtype is None:
         return _eigen(factor, None, like)[0]
@@ -209,4 +250,6 @@ def _eigen(factor: Tensor | None, dtype: torch.dtype | None, like: Tensor) -> tu
         return torch.ones(1, dtype=torch.float64, device=like.device), None
     if dtype is None:  # a diagonal
         return factor.double(), None
-    return eigh(factor, dtype, "a Kronecker factor")
+    values, vectors = eigh(factor, dtype, "a Kronecker factor")
+    # eigenvalues enter logarithms and quotients; vectors that are rounded as the factor itself is turn by no more than it is uncertain
+    return values, vectors.to(factor.dtype)

@@ -10,9 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws.matrices.rows import Lookups, OuterProducts
+
 Damping = tuple[Tensor, Tensor]
 """The scale s and the δ of a covariance Σ = (s·H + diag(δ))⁻¹."""
 
+_FLOAT64 = 2.0  # cost of a product in float64, in those of float32
+_PASSES = 10  # cost of reading and writing rows, in products
 
 VariancesOf = Callable[[str, Tensor, Tensor], Float[Tensor, " D"]]
 """From the name of a parameter tensor and a damping, a diagonal of Σ."""
@@ -40,13 +44,22 @@ class Pushforward(ABC):
         self.dampings = dampings
         self.layout = layout
 
+    @property
+    def forms_rows(self) -> bool:
+        """Whether `add_products` and `add_lookups` form the rows in full."""
+        return True
+
     @abstractmethod
     def add(self, name: str, rows: Float[Tensor, "N K D"]) -> None:
         """Add the part of one parameter tensor, given its rows of J: K outputs of N examples."""
 
-    def add_outer(self, name: str, g: Float[Tensor, "N K O"], a: Float[Tensor, "N I"]) -> None:
-        """`add` with the rows g aᵀ, `[O, I]` each."""
-        self.add(name, (g[..., None] * a[:, None, None]).flatten(2))
+    def add_products(self, name: str, products: OuterProducts) -> None:
+        """`add` with rows in this form."""
+        self.add(name, products.whole())
+
+    def add_lookups(self, name: str, lookups: Lookups) -> None:
+        """`add` with rows in this form."""
+        self.add(name, lookups.whole())
 
     @abstractmethod
     def result(self) -> list[Tensor]:
@@ -66,7 +79,7 @@ class SeparablePushforward(Pushforward):
     """For matrices that are diagonal in separate coordinates for each parameter tensor.
 
     Args:
-        variances: `variances(name, s, δ)`: the diagonal of Σ in these coordinates.
+        variances: `variances(name, s, δ)`: the diagonal of Σ in these coordinates, float64.
         dampings: see `Pushforward`.
         layout: see `Pushforward`.
     """
@@ -76,26 +89,74 @@ class SeparablePushforward(Pushforward):
         self._variances = variances
         self._sums: list[Tensor] | None = None
 
+    @property
+    def forms_rows(self) -> bool:
+        """See `Pushforward.forms_rows`."""
+        return self.layout is Layout.JOINT
+
     def add(self, name: str, rows: Float[Tensor, "N K D"]) -> None:
         """See `Pushforward.add`; the variances for all dampings take a single product."""
-        variances = [self._variances(name, *damping).to(rows.dtype) for damping in self.dampings]
+        self._add(self._covariances(rows, [v.to(rows.dtype) for v in self._of_dampings(name)]))
+
+    def add_products(self, name: str, products: OuterProducts) -> None:
+        """See `Pushforward.add_products`; never forms more of the rows than a part."""
+        if self.forms_rows:
+            super().add_products(name, products)
+            return
+        n_groups, n_outputs, n_inputs = len(products.g), products.g.shape[-1], products.a.shape[-1]
+        variances = [v.expand(n_groups * n_outputs * n_inputs) for v in self._of_dampings(name)]
+        variances = [v.reshape(n_groups, n_outputs, n_inputs) for v in variances]
+        if _pairs_are_cheaper(products, len(variances)):
+            self._add([self._of_pairs(products, v) for v in variances])
+            return
+        at_once = max(1, _elements_at_once(products.g.device) // products.entries_per_output)
+        for start in range(0, n_outputs, at_once):
+            part = products.of_outputs(start, start + at_once).movedim(0, 2).flatten(2)
+            of_part = [v[:, start : start + at_once].flatten().to(part.dtype) for v in variances]
+            self._add(self._covariances(part, of_part))
+
+    def add_lookups(self, name: str, lookups: Lookups) -> None:
+        """See `Pushforward.add_lookups`; forms none of the zeros."""
+        if self.forms_rows:
+            super().add_lookups(name, lookups)
+            return
+        n_weights = lookups.n_indices * lookups.g.shape[-1]
+        of_entries = [lookups.entries(v.expand(n_weights)) for v in self._of_dampings(name)]
+        rows = lookups.g.flatten(2)
+        self._add([self.gram(rows, v.to(rows.dtype).flatten(1)[:, None]) for v in of_entries])
+
+    def _of_dampings(self, name: str) -> list[Float[Tensor, " D"]]:
+        return [self._variances(name, *damping) for damping in self.dampings]
+
+    def _covariances(self, rows: Float[Tensor, "N K D"], variances: Sequence[Float[Tensor, " D"]]) -> list[Tensor]:
         if self.layout is Layout.DIAGONAL:
             squares = rows.square() @ torch.stack([v.expand(rows.shape[-1]) for v in variances], dim=1)
-            self._add(list(squares.unbind(-1)))
-        else:
-            self._add([self.gram(rows, v) for v in variances])
+            return list(squares.unbind(-1))
+        return [self.gram(rows, v) for v in variances]
 
-    def add_outer(self, name: str, g: Float[Tensor, "N K O"], a: Float[Tensor, "N I"]) -> None:
-        """See `Pushforward.add_outer`; with one position the inputs only weight the outputs, and no row is formed."""
-        if self.layout is Layout.JOINT:
-            super().add_outer(name, g, a)
-            return
-        squares = a.square()
+    def _of_pairs(self, products: OuterProducts, variances: Float[Tensor, "G O I"]) -> Tensor:
+        """The covariance as a sum over pairs of positions, Σ_rs Σ_o g_ro g_so Σ_i v_oi a_ri a_si, for as many examples as memory allows.
+
+        In float64, as such sums cancel where the rows, whose squares they stand for, are small beside their terms.
+        """
+        n_positions = products.a.shape[2]
+        r, s = torch.triu_indices(n_positions, n_positions, device=variances.device)
+        pair = torch.empty(n_positions, n_positions, dtype=torch.long, device=variances.device)
+        pair[r, s] = pair[s, r] = torch.arange(len(r), device=variances.device)
+        at_once = max(
+            1, _elements_at_once(variances.device) // max(1, len(r) * variances.shape[0] * variances.shape[2])
+        )
         parts = []
-        for damping in self.dampings:
-            variances = self._variances(name, *damping).to(g.dtype).reshape(g.shape[-1], a.shape[-1])
-            parts.append(self.gram(g, (squares @ variances.mT)[:, None]))
-        self._add(parts)
+        for g, a in zip(products.g.double().split(at_once, 1), products.a.double().split(at_once, 1), strict=True):
+            of_pairs = (a[:, :, r] * a[:, :, s]).flatten(1, 2) @ variances.double().mT  # [G, N·P, O]
+            between = of_pairs.unflatten(1, (-1, len(r)))[:, :, pair].movedim(-1, 2)  # [G, N, O, R, R]
+            by_output = g.movedim(-1, 2)  # [G, N, O, K, R]
+            weighted = by_output @ between
+            if self.layout is Layout.DIAGONAL:
+                parts.append((weighted * by_output).sum((0, 2, 4)))
+            else:
+                parts.append((weighted.movedim(3, 2).flatten(3) @ by_output.movedim(3, 2).flatten(3).mT).sum(0))
+        return torch.cat(parts).to(products.g.dtype)
 
     def _add(self, parts: list[Tensor]) -> None:
         self._sums = parts if self._sums is None else [s + part for s, part in zip(self._sums, parts, strict=True)]
@@ -105,6 +166,18 @@ class SeparablePushforward(Pushforward):
         assert self._sums is not None
         sums, self._sums = self._sums, None
         return sums
+
+
+def _pairs_are_cheaper(products: OuterProducts, n_dampings: int) -> bool:
+    """Whether the sum over pairs of positions is cheaper than one over weights; counts products for one weight of one example."""
+    n_rows, n_positions = products.g.shape[2], products.a.shape[2]
+    n_pairs = n_positions * (n_positions + 1) // 2
+    return 0 < n_pairs * n_dampings * _FLOAT64 <= n_rows * (n_positions + _PASSES + n_dampings)
+
+
+def _elements_at_once(device: torch.device) -> int:
+    """How much of the rows to form at once: on a CPU what its caches hold, elsewhere enough to be busy with."""
+    return 2**18 if device.type == "cpu" else 2**26
 
 
 class _WholePushforward(Pushforward):

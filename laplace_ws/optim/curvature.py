@@ -17,17 +17,21 @@ from laplace_ws.curvature.native import UseRecorder
 from laplace_ws.curvature.processes import Shard
 from laplace_ws.distributed import Processes, processes
 from laplace_ws.errors import UnsupportedParameterError
-from laplace_ws.kfac import Accumulator, KfacApprox
+from laplace_ws.kfac import Accumulator, KfacApprox, Use
 from laplace_ws.kfac.factors import total
 from laplace_ws.likelihoods import Likelihood
 from laplace_ws.matrices.division import divided
 from laplace_ws.optim.factor import check_finite
 from laplace_ws.optim.layers import Layer, find_layers
 from laplace_ws.optim.options import KfacOptions, LossReduction
+from laplace_ws.optim.stacks import MOST_ENTRIES
 from laplace_ws.optim.statistics import FactorSums, LayerAccumulator
 
 FACTORS = ("factor_A", "factor_B", "inv_A", "inv_B", "n_inputs")
 """What the state of a weight holds of its curvature, in a precision of its own."""
+
+
+_NORMALISATIONS = frozenset({"batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm"})
 
 
 @dataclass(eq=False)
@@ -40,6 +44,7 @@ class LayerFinder:
         max_factor_dim: rows of the largest block of a factor.
         strict: whether a weight without a block is an error.
         layers: those found so far, by weight.
+        watched: the parameters whose uses need to be recorded: all but the affine vectors of normalisations, once a pass has shown them.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -47,6 +52,12 @@ class LayerFinder:
     max_factor_dim: int | None
     strict: bool
     layers: dict[str, Layer]
+    watched: dict[str, nn.Parameter]
+
+    @property
+    def reduced(self) -> set[str]:
+        """The parameters of K-FAC-reduce."""
+        return {name for name, approx in self.approximations.items() if approx is KfacApprox.REDUCE}
 
     def __call__(self, recorder: UseRecorder, form: BatchForm) -> Accumulator | None:
         """See `capture.Begin`.
@@ -66,7 +77,20 @@ class LayerFinder:
         if self.strict:
             self._check_all_have_blocks({layer.weight for layer in found}, recorder.unsupported)
         self.layers |= {layer.weight: layer for layer in found}
-        return LayerAccumulator(found, self.parameters) if found else None
+        if not found:
+            return None
+        self._stop_watching(uses, recorder.unsupported)
+        return LayerAccumulator(found, self.parameters)
+
+    def _stop_watching(self, uses: Sequence[Use], unsupported: Mapping[str, str]) -> None:
+        """Leave out what only normalisations use, as what a recorder would note of them costs another normalisation each."""
+        calls: dict[str, set[str]] = {}
+        for use in uses:
+            for name in use.parameters:
+                calls.setdefault(name, set()).add(use.call)
+        for name, of_parameter in calls.items():
+            if self.parameters[name].ndim == 1 and of_parameter <= _NORMALISATIONS and name not in unsupported:
+                self.watched.pop(name, None)
 
     def _check_all_have_blocks(self, weights: set[str], unsupported: Mapping[str, str]) -> None:
         for name, p in self.parameters.items():
@@ -135,8 +159,8 @@ def averaged_factors(
     for name, sums in sums_of.items():
         n_inputs = torch.as_tensor(sums.n_inputs, dtype=torch.float64, device=sums.A.device) / n_examples
         now = {"factor_A": sums.mean_A, "factor_B": sums.B / n_examples, "n_inputs": n_inputs}
-        check_finite(repr(name), now["factor_A"], now["factor_B"])
         found[name] = _averaged(states.get(name, {}), now, options)
+    check_finite({name: _factors(state) for name, state in found.items()})
     return found
 
 
@@ -187,17 +211,35 @@ def divided_inverses(
     group = processes()
     costs = [sum(factor.numel() * factor.shape[-1] for factor in _factors(known[name])) for name in known]
     owners = divided(costs, group.size)
-    found: dict[str, dict[str, Tensor]] = {}
+    own = [name for name, owner in zip(known, owners, strict=True) if owner == group.rank]
+    found = _inverses({name: layers[name] for name in own}, known, damping)
     for name, owner in zip(known, owners, strict=True):
         A, B = _factors(known[name])
-        if owner == group.rank:
-            found[name] = layers[name].inverses(A, B, damping[name])
-        else:
+        if owner != group.rank:
             found[name] = {"inv_A": torch.empty_like(A), "inv_B": torch.empty_like(B)}
     if group.size > 1:
         for rank in range(group.size):
-            own = [found[name] for name, owner in zip(known, owners, strict=True) if owner == rank]
-            group.broadcast_([inverses[which] for inverses in own for which in ("inv_A", "inv_B")], rank)
+            of_rank = [found[name] for name, owner in zip(known, owners, strict=True) if owner == rank]
+            group.broadcast_([inverses[which] for inverses in of_rank for which in ("inv_A", "inv_B")], rank)
+    return found
+
+
+def _inverses(
+    layers: Mapping[str, Layer], known: Mapping[str, Mapping[str, Any]], damping: Mapping[str, float]
+) -> dict[str, dict[str, Tensor]]:
+    """The damped inverses of the factors of each weight, those of equal form at once."""
+    alike: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
+    for name, layer in layers.items():
+        for of, form in (("A", layer.A), ("B", layer.B)):
+            factor = known[name][f"factor_{of}"]
+            alone = (name, of) if factor.numel() > MOST_ENTRIES else None
+            alike.setdefault((form, factor.shape, factor.dtype, factor.device, alone), []).append((name, of))
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+    for (form, *_), places in alike.items():
+        factors = [known[name][f"factor_{of}"] for name, of in places]
+        dampings, names = [damping[name] for name, _ in places], [repr(name) for name, _ in places]
+        for (name, of), inverse in zip(places, form.damped_inverses(factors, dampings, names), strict=True):
+            found[name][f"inv_{of}"] = inverse
     return found
 
 

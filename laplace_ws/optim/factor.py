@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,17 @@ class FactorForm:
         last[..., place, place] = n_inputs
         return sums
 
+    def damped_inverses(self, factors: Sequence[Tensor], dampings: Sequence[float], of: Sequence[str]) -> list[Tensor]:
+        """`damped_inverse` of several factors of one type, at once where all are positive definite."""
+        if len(factors) > 1 and not self.is_diagonal:
+            X = at_least_float32(torch.stack(list(factors)))
+            damping = X.new_tensor(dampings).view(-1, *[1] * (X.ndim - (4 if self.n_blocks > 1 else 3)))
+            mean = self._mean(X, damping)
+            root, info = torch.linalg.cholesky_ex(self._damped(X, damping, mean))
+            if bool(torch.isfinite(mean).all() & (info == 0).all()):
+                return list(torch.cholesky_inverse(root).to(factors[0].dtype).unbind())
+        return [self.damped_inverse(X, damping, name) for X, damping, name in zip(factors, dampings, of, strict=True)]
+
     def damped_inverse(self, factor: Tensor, damping: float, of: str) -> Tensor:
         """(X + λ·(tr X/D)·I)⁻¹ in this form; that of a factor of zeros is the identity.
 
@@ -78,18 +90,14 @@ class FactorForm:
             FloatingPointError: the factor is not finite, or not positive definite even so.
         """
         X = at_least_float32(factor)
-        mean = self._diagonal(X).sum(-1) / self.size  # [*G]
+        mean = self._mean(X, X.new_tensor(damping))
         if not bool(torch.isfinite(mean).all()):
             raise FloatingPointError(_not_finite(of))
-        mean = torch.where(mean > 0, mean, 1 / damping if damping else 1.0)
         if self.is_diagonal:
             return (1 / (X + damping * mean)).to(factor.dtype)
-        shift = mean[..., None, None] if self.n_blocks > 1 else mean[..., None]  # against the diagonals of the blocks
         raised = damping
         for _ in range(_MOST_TRIES):
-            damped = X.clone()
-            damped.diagonal(dim1=-2, dim2=-1).add_(raised * shift)
-            root, info = torch.linalg.cholesky_ex(damped)
+            root, info = torch.linalg.cholesky_ex(self._damped(X, raised, mean))
             if not bool(info.any()):
                 if raised != damping:
                     warnings.warn(
@@ -105,10 +113,22 @@ class FactorForm:
             "inputs of very unequal size."
         )
 
+    def _mean(self, X: Tensor, damping: Tensor) -> Float[Tensor, "*G"]:
+        """tr X/D; of a factor of zeros what makes its damped inverse the identity."""
+        mean = self._diagonal(X).sum(-1) / self.size
+        return torch.where(mean == 0, torch.where(damping > 0, 1 / damping, 1.0), mean)
+
+    def _damped(self, X: Tensor, damping: float | Tensor, mean: Float[Tensor, "*G"]) -> Tensor:
+        """X + λ·mean·I, in blocks where X is."""
+        shift = (damping * mean)[..., None]
+        damped = X.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(shift[..., None] if self.n_blocks > 1 else shift)
+        return damped
+
     def times(self, matrix: Float[Tensor, "*G M D"], factor: Tensor) -> Float[Tensor, "*G M D"]:
         """The product of a matrix with a factor in this form."""
         if self.is_diagonal:
-            return matrix * factor
+            return matrix * factor[..., None, :]
         if self.n_blocks == 1:
             return matrix @ factor
         product = self._in_blocks(matrix) @ factor  # [*G, n_blocks, M, b]
@@ -136,10 +156,13 @@ class FactorForm:
         return diagonal.flatten(-2) if self.n_blocks > 1 else diagonal
 
 
-def check_finite(of: str, *tensors: Tensor) -> None:
-    """Raise `FloatingPointError` unless the Kronecker factors of a weight are finite."""
-    if not bool(torch.isfinite(torch.stack([t.sum() for t in tensors])).all()):
-        raise FloatingPointError(_not_finite(of))
+def check_finite(factors: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raise `FloatingPointError` unless the Kronecker factors of each weight are finite."""
+    sums = [torch.stack([t.sum().double() for t in of_weight]).sum() for of_weight in factors.values()]
+    if sums and not bool(torch.isfinite(torch.stack(sums)).all()):  # one synchronisation for all
+        for name, total in zip(factors, sums, strict=True):
+            if not bool(torch.isfinite(total)):
+                raise FloatingPointError(_not_finite(repr(name)))
 
 
 def _not_finite(of: str) -> str:

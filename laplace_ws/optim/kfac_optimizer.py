@@ -24,6 +24,7 @@ from laplace_ws.optim.first_order import Grafting
 from laplace_ws.optim.layers import Layer
 from laplace_ws.optim.options import KfacOptions, LossReduction, Timer, checked_group
 from laplace_ws.optim.scaling import has_overflowed, loss_scale, unscale
+from laplace_ws.optim.stacks import Stacks
 from laplace_ws.optim.statistics import kron_blocks
 from laplace_ws.optim.steps import apply_steps, directions
 
@@ -134,7 +135,7 @@ class KFAC(torch.optim.Optimizer):
             strict=strict,
         )
         self.n_steps: int = 0
-        self._finder = LayerFinder({}, {}, max_factor_dim, strict, {})
+        self._finder = LayerFinder({}, {}, max_factor_dim, strict, {}, {})
         trainable = [p for p in model.parameters() if p.requires_grad]
         defaults: dict[str, Any] = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "damping": damping, "kfac_approx": kfac_approx,
@@ -148,7 +149,9 @@ class KFAC(torch.optim.Optimizer):
             columns = LikelihoodColumns(self.options.likelihood, self.options.curvature, mc_samples, self.generator)
         self._factor_timer = Timer(factor_update_steps, start_steps)
         self._inverse_timer = Timer(inv_update_steps, start_steps)
-        self._capture = TrainingCapture(model, self._finder.parameters, self._finder, columns)
+        self._stacks = Stacks(self._finder.layers, self._finder.parameters, self.state)
+        finder = self._finder  # of which alone the capture knows, so that the optimizer can be deleted
+        self._capture = TrainingCapture(model, self._finder.watched, self._finder, columns, lambda: finder.reduced)
         self._capture.is_on = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -160,7 +163,7 @@ class KFAC(torch.optim.Optimizer):
         for p in self.param_groups[-1]["params"]:
             name = names.get(id(p))
             if name is not None and p.requires_grad:
-                self._finder.parameters[name] = p
+                self._finder.parameters[name] = self._finder.watched[name] = p
                 self._finder.approximations[name] = by_name[name].decided(False)
 
     @property
@@ -201,9 +204,8 @@ class KFAC(torch.optim.Optimizer):
                 raise ValueError("a gradient is sparse, and KFAC takes dense ones; make embeddings with sparse=False.")
         self._update_curvature(of_loss)
         unscale(self, parameters)
-        finder, options = self._finder, self.options
-        steps = directions(self.param_groups, self.state, finder.layers, finder.parameters, options.grafting)
-        apply_steps(self.param_groups, steps, options.kl_clip)
+        steps = directions(self.param_groups, self.state, self._stacks, self.options.grafting)
+        apply_steps(self.param_groups, steps, self.options.kl_clip)
         self.n_steps += 1
         self._capture.is_on = self._factor_timer.is_due(self.n_steps)
         return loss
@@ -229,6 +231,7 @@ class KFAC(torch.optim.Optimizer):
             for name, inverses in divided_inverses(self._finder.layers, known, damping).items():
                 found.setdefault(name, {}).update(inverses)
             self._inverse_timer.done(self.n_steps)
+            self._stacks.forget()
         for name, state in found.items():
             self.state[self._finder.parameters[name]].update(state)
         if batches:
@@ -299,6 +302,7 @@ class KFAC(torch.optim.Optimizer):
             "next_inverses": self._inverse_timer.next,
             "layers": [layer.state() for layer in self._finder.layers.values()],
             "form": None if form is None else asdict(form),
+            "time_first": sorted(self._capture.rows.time_first),
             "generator": self.generator.get_state(),
         }
 
@@ -324,9 +328,11 @@ class KFAC(torch.optim.Optimizer):
         self._factor_timer.next, self._inverse_timer.next = own["next_factors"], own["next_inverses"]
         self._finder.layers.clear()
         self._finder.layers |= {state["weight"]: Layer.from_state(state) for state in own["layers"]}
+        self._stacks = Stacks(self._finder.layers, self._finder.parameters, self.state)
         self._capture.drop()
         self._capture.form = None if own["form"] is None else BatchForm(**own["form"])
         self._capture.is_on = self._factor_timer.is_due(self.n_steps)
+        self._capture.rows.time_first.update(own.get("time_first", ()))
         self.generator.set_state(own["generator"].cpu())
 
     def __reduce__(self) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from laplace_ws.errors import UnsupportedParameterError
 from laplace_ws.kfac import EmbeddingUse, KfacApprox, MatrixUse, Use
-from laplace_ws.kfac.kron_accumulator import LARGEST_DENSE_VOCABULARY
+from laplace_ws.kfac.roles import LARGEST_DENSE_VOCABULARY
 from laplace_ws.matrices.axes import WeightAxes
 from laplace_ws.optim.factor import FactorForm
 
@@ -39,19 +39,24 @@ class Layer:
     A: FactorForm
     B: FactorForm
 
-    def as_matrix(self, weight: Tensor, bias: Tensor | None) -> Float[Tensor, "*G O J"]:
-        """[W | b], or what belongs to them entry by entry, with J = I + 1 columns where there is a bias, else I."""
-        matrix = self._axes(weight.shape).matrices(weight.flatten())
-        if bias is None:
-            return matrix
-        return torch.cat([matrix, bias.reshape(*matrix.shape[:-1], 1)], -1)
+    def as_matrices(self, weights: Float[Tensor, "K ..."], biases: Tensor | None) -> Float[Tensor, "K *G O J"]:
+        """[W | b], or what belongs to them entry by entry, of K layers, with J = I + 1 columns where there are biases, else I."""
+        matrices = self._axes(weights.shape[1:]).matrices(weights.flatten(1))
+        if biases is None:
+            return matrices
+        return torch.cat([matrices, biases.reshape(*matrices.shape[:-1], 1)], -1)
 
-    def from_matrix(self, matrix: Float[Tensor, "*G O J"], shape: torch.Size) -> tuple[Tensor, Tensor | None]:
-        """What `as_matrix` put together: the part of the weight, in its shape, and that of the bias, flat."""
-        bias = None
+    def from_matrices(
+        self, matrices: Float[Tensor, "K *G O J"], shape: torch.Size
+    ) -> tuple[Float[Tensor, "K ..."], Float[Tensor, "K D"] | None]:
+        """What `as_matrices` put together: the parts of the weights, in their shape, and those of the biases, flat."""
+        biases = None
         if self.bias is not None:
-            matrix, bias = matrix[..., :-1], matrix[..., -1].flatten()
-        return self._axes(shape).vectors(matrix).reshape(shape), bias
+            matrices, biases = matrices[..., :-1], matrices[..., -1].flatten(1)
+        axes = self._axes(shape)
+        if axes.is_row_major and matrices.shape[1:] == shape:  # a view will do
+            return matrices, biases
+        return axes.vectors(matrices).reshape(-1, *shape), biases
 
     def _axes(self, shape: torch.Size) -> WeightAxes:
         return WeightAxes(shape, self.output_axes, self.groups)
@@ -59,14 +64,6 @@ class Layer:
     def precondition(self, matrix: Float[Tensor, "*G O J"], inv_A: Tensor, inv_B: Tensor) -> Float[Tensor, "*G O J"]:
         """B⁻¹ M A⁻¹."""
         return self.A.times(self.B.times(matrix.mT, inv_B).mT, inv_A)
-
-    def inverses(self, A: Tensor, B: Tensor, damping: float) -> dict[str, Tensor]:
-        """The damped inverses of its factors, as the state of the weight names them; see `FactorForm.damped_inverse`."""
-        of = repr(self.weight)
-        return {
-            "inv_A": self.A.damped_inverse(A, damping, of),
-            "inv_B": self.B.damped_inverse(B, damping, of),
-        }
 
     def state(self) -> dict[str, Any]:
         """The layer as plain values."""

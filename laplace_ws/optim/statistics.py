@@ -104,7 +104,7 @@ class LayerAccumulator(Accumulator):
 
 def _inputs(layer: Layer, uses: Sequence[MatrixUse]) -> tuple[Tensor, float | Tensor]:
     """Σ a aᵀ over all positions, and their number."""
-    n_inputs = total(_n_inputs(use) for use in uses)
+    n_inputs = total(use.n_inputs for use in uses)
     if layer.A.n_blocks > 1:
         rows = [use.inputs().flatten(-3, -2) for use in uses]
         A = total(layer.A.gram(_with_zeros(layer, r)) for r in rows)
@@ -112,7 +112,7 @@ def _inputs(layer: Layer, uses: Sequence[MatrixUse]) -> tuple[Tensor, float | Te
         A = total(_input_gram(use) for use in uses)
         A = A if layer.bias is None else torch.nn.functional.pad(A, (0, 1, 0, 1))
     if layer.bias is not None:
-        A = layer.A.with_ones(A, total(use.input_sum().sum(-2) for use in uses), n_inputs)
+        A = layer.A.with_ones(A, total(use.input_total() for use in uses), n_inputs)
     return A, n_inputs
 
 
@@ -138,15 +138,6 @@ def _input_gram(use: MatrixUse) -> Tensor:
     gram = PatchGram(plan)
     gram.add(at_least_float32(use.x))
     return gram.result()
-
-
-def _n_inputs(use: MatrixUse) -> float | Tensor:
-    """Positions of all examples together, `[G]` where the groups have different numbers."""
-    n = use.n_positions
-    if not isinstance(n, Tensor):
-        return n * use.n_examples
-    n = n.sum(-1)
-    return n.item() if n.ndim == 0 else n
 
 
 def kron_blocks(

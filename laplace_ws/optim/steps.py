@@ -7,30 +7,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from laplace_ws.optim.first_order import Grafting, adam_steps, update_moments
-from laplace_ws.optim.layers import Layer
+from laplace_ws.optim.stacks import Stacks
 
 Groups = Sequence[Mapping[str, Any]]
 """Parameter groups of an optimiser, with their options."""
 
 
 def directions(
-    groups: Groups,
-    state: Mapping[Tensor, dict[str, Any]],
-    layers: Mapping[str, Layer],
-    parameters: Mapping[str, Tensor],
-    grafting: Grafting,
+    groups: Groups, state: Mapping[Tensor, dict[str, Any]], stacks: Stacks, grafting: Grafting
 ) -> dict[Tensor, Tensor]:
     """Take the gradients into their averages; returns the step of each parameter that has one, for a learning rate of 1, up to its sign.
 
     Args:
         groups: of the optimiser.
         state: of the optimiser.
-        layers: by weight.
-        parameters: of the layers, by name.
+        stacks: of the layers that are preconditioned.
         grafting: whose lengths they have.
     """
     is_adam = grafting is not Grafting.SGD
@@ -45,49 +39,9 @@ def directions(
         first_order = adam_steps(of_group, states, group["betas"][1], group["eps"]) if is_adam else of_group
         moments |= zip(with_gradient, of_group, strict=True)
         steps |= zip(with_gradient, first_order, strict=True)
-    for name, layer in layers.items():
-        weight = parameters[name]
-        if weight not in moments or "inv_A" not in state[weight]:
-            continue
-        bias = None if layer.bias is None else parameters[layer.bias]
-        pair = (moments[weight], _part(moments, bias)), (steps[weight], _part(steps, bias))
-        direction = preconditioned(layer, *pair, state[weight]["inv_A"], state[weight]["inv_B"], grafting)
-        of_weight, of_bias = layer.from_matrix(direction, weight.shape)
-        steps[weight] = of_weight.to(weight.dtype)
-        if bias is not None and of_bias is not None and bias in steps:
-            steps[bias] = of_bias.view_as(bias).to(bias.dtype)
+    for stack in stacks.of(moments.keys()):
+        steps |= stack.steps(moments, steps, grafting)
     return steps
-
-
-def _part(of: Mapping[Tensor, Tensor], bias: Tensor | None) -> Tensor | None:
-    """That of a bias, zero where it has no gradient."""
-    return None if bias is None else of.get(bias, torch.zeros_like(bias))
-
-
-def preconditioned(
-    layer: Layer,
-    moment: tuple[Tensor, Tensor | None],
-    first_order: tuple[Tensor, Tensor | None],
-    inv_A: Tensor,
-    inv_B: Tensor,
-    grafting: Grafting,
-) -> Float[Tensor, "*G O J"]:
-    """B⁻¹ M A⁻¹ of a layer, with the length of its first-order step, if that is grafted.
-
-    Args:
-        layer: the layer.
-        moment: of weight and bias, that make up M.
-        first_order: of weight and bias, the first-order steps.
-        inv_A: A⁻¹.
-        inv_B: B⁻¹.
-        grafting: whether lengths are grafted.
-    """
-    dtype = torch.promote_types(inv_B.dtype, torch.float32)
-    direction = layer.precondition(layer.as_matrix(*moment).to(dtype), inv_A.to(dtype), inv_B.to(dtype))
-    if grafting is Grafting.NONE:
-        return direction
-    length = layer.as_matrix(*first_order).to(dtype).norm()
-    return direction * (length / direction.norm()).nan_to_num(0.0, 0.0, 0.0)  # a direction of length 0 stays one
 
 
 def apply_steps(groups: Groups, steps: Mapping[Tensor, Tensor], kl_clip: float | None) -> None:

@@ -18,6 +18,7 @@ from laplace_ws.posterior.fingerprint import Fingerprint
 from laplace_ws.posterior.fit import Fit, all_options
 from laplace_ws.posterior.function import FunctionFingerprint
 from laplace_ws.posterior.network import Network
+from laplace_ws.posterior.packing import packed, unpacked
 from laplace_ws.posterior.prior import Prior
 from laplace_ws.posterior.structure import Problem, Structure
 from laplace_ws.posterior.subset import WeightSubset
@@ -51,11 +52,22 @@ def posterior_state(
     memory_budget: int,
     covariance_scale: float,
     class_names: Sequence[str] | None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Everything that makes up a fitted posterior, except its model and its generator: format, options, parameters of the model with their
     shapes, class names, fingerprints of what is not covered and of what the model computes, mean, curvature, sums over the data and
     hyperparameters.
+
+    Args:
+        fit: curvature at the mode.
+        prior: hyperparameters.
+        network: the model and its covered weights.
+        memory_budget: of predictions.
+        covariance_scale: of the posterior.
+        class_names: of the classes or outputs.
+        dtype: in which large tensors of the curvature are packed, see `packing.packed`; None for the curvature as it is.
     """
+    H = fit.H.state_dict()
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -75,7 +87,7 @@ def posterior_state(
         "surroundings": {"names": fit.fingerprint.names, "fingerprint": fit.fingerprint.sums},
         "function": None if fit.function is None else fit.function.state(),
         "mean": fit.mean,
-        "H": fit.H.state_dict(),
+        "H": H if dtype is None else packed(H, dtype),
         "nll_sum": fit.totals.nll_sum,
         "n_data": fit.totals.n_examples,
         "n_targets": fit.totals.n_targets,
@@ -148,7 +160,7 @@ def restored(state: Mapping[str, Any], structure: Structure, problem: Problem, p
         mean = saved.floats(saved.entry(state, "mean", Tensor), "mean", (network.n_params,))
         with values_explained():
             H = structure.matrix.from_state_dict(
-                network.shapes, saved.on_device(saved.entry(state, "H", Mapping), device)
+                network.shapes, saved.on_device(unpacked(saved.entry(state, "H", Mapping)), device)
             )
             prior = prior.changed(
                 precision=saved.entry(state, "prior_precision", Tensor, int, float),

@@ -16,12 +16,15 @@ from laplace_ws.curvature.autograd import AutogradBackend
 from laplace_ws.curvature.backend import Linearisation, differentiable_twice, evaluation_mode
 from laplace_ws.curvature.checks import LinearisationCheck
 from laplace_ws.curvature.finite import check_finite
+from laplace_ws.curvature.graph_inputs import parts_told_apart
 from laplace_ws.curvature.inputs import ModelInputs, own_copy
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
-from laplace_ws.kfac import EmbeddingUse, MatrixUse, Use, rotated_gradients
+from laplace_ws.kfac import Use, lookups, outer_products, rotated_gradients
 from laplace_ws.kfac.factors import total
-from laplace_ws.matrices import CurvatureMatrix, Layout, LowRank, Pushforward
+from laplace_ws.matrices import CurvatureMatrix, Dense, Layout, LowRank, Pushforward
+from laplace_ws.posterior.last_layer_moments import bytes_per_example, last_layer_moments, may_be_last_layer
+from laplace_ws.posterior.memory_needs import check_covariances, check_jacobians, check_rows_of_full
 from laplace_ws.posterior.network import Network
 
 DIAGONAL_COLUMNS = 16
@@ -57,10 +60,13 @@ class LinearisedModel:
         """Outputs f and, for each damping of the pushforward, the covariance J (s·H + Δ)⁻¹ Jᵀ in its layout; both of at least float32.
 
         Outputs `[N, T, C]` have, for each example, one covariance per term, `[N, T, C, C]`; variances alone have the shape of f. Time is
-        linear in examples and outputs: a backward pass for each output. `Layout.JOINT`, whose result is quadratic, takes all examples
-        at once.
+        linear in examples and outputs: a backward pass for each output, but none where the weights are those of the last layer.
+        `Layout.JOINT`, whose result is quadratic, takes all examples at once.
+
+        Raises:
+            NotEnoughMemoryError: the covariances, or what they take, need more memory than is free.
         """
-        layout = pushforward.layout
+        self._check_memory(x, H, pushforward)
         outputs, covariances = [], []
         parameters = self.network.parameters()
         with evaluation_mode(self.network.model, parameters):
@@ -74,28 +80,35 @@ class LinearisedModel:
                 ):
                     raise
                 return replace(self, network=self.network.by_autograd).moments(x, H, pushforward)
-            n_at_once = len(x) if layout is Layout.JOINT else self._examples_at_once(layout)
-            for start in range(0, len(x), n_at_once):
-                f, by_damping = self._part(x[start : start + n_at_once], H, pushforward)
+            for f, by_damping in self._parts(x, H, pushforward):
                 outputs.append(f)
                 covariances.append(by_damping)
         f, joined = torch.cat(outputs), [torch.cat(parts) for parts in zip(*covariances, strict=True)]
         dtype = torch.promote_types(torch.promote_types(f.dtype, torch.float32), joined[0].dtype)
         return f.to(dtype), [covariance.to(dtype) for covariance in joined]
 
-    def _examples_at_once(self, layout: Layout) -> int:
-        """How many examples fit into the memory budget, at least one."""
+    def _examples_at_once(self, pushforward: Pushforward, *, is_full: bool) -> int:
+        """How many examples fit into the memory budget, at least one; `is_full` where the matrix is over all weights."""
         n_columns = self.output_shape[-1] if self.output_shape else 1
-        if layout is Layout.DIAGONAL:
+        if pushforward.layout is Layout.DIAGONAL:
             n_columns = min(DIAGONAL_COLUMNS, math.prod(self.output_shape))
-        largest = max(shape.numel() for shape in self.network.subset.parameter_shapes.values())
-        size = max(4, *(p.element_size() for p in self.network.parameters().values()))
-        of_rows = size * _ROW_COPIES * n_columns * largest
+        subset = self.network.subset
+        small = frozenset() if pushforward.forms_rows else self._check.small_rows - subset.selection.keys()
+        sizes = [shape.numel() for name, shape in subset.parameter_shapes.items() if name not in small]
+        of_rows = self._element_size * _ROW_COPIES * n_columns * max(sizes, default=0)
+        if is_full:  # the rows of all weights are kept, and then solved for in float64
+            of_rows = (self._element_size + 16) * n_columns * self.network.n_params
         of_activations = (n_columns + _ACTIVATION_COPIES) * self._check.column_bytes_per_example
         return max(1, int(self.memory_budget // (of_rows + of_activations)))
 
     def jacobians(self, x: ModelInputs) -> tuple[Float[Tensor, "N D P"], Float[Tensor, "N ..."]]:
-        """∂f/∂θ over the covered weights, the outputs of an example flattened to D, and f; both of at least float32."""
+        """∂f/∂θ over the covered weights, the outputs of an example flattened to D, and f; both of at least float32.
+
+        Raises:
+            NotEnoughMemoryError: they take more memory than is free.
+        """
+        n_outputs = math.prod(self.output_shape_at(x))
+        check_jacobians(len(x), n_outputs, self.network.n_params, self._element_size, self.network.device)
         parameters = self.network.parameters()
         with evaluation_mode(self.network.model, parameters):
             self._check.start(x, parameters)
@@ -113,6 +126,60 @@ class LinearisedModel:
         J = torch.cat(parts, dim=-1)
         dtype = torch.promote_types(torch.promote_types(f.dtype, torch.float32), J.dtype)
         return J.to(dtype), f.to(dtype)
+
+    def output_shape_at(self, x: ModelInputs) -> tuple[int, ...]:
+        """Shape of the outputs of an example, which those of the fit need not have where there are positions; runs the model on one."""
+        if len(self.output_shape) < 2:
+            return self.output_shape
+        return tuple(self.network.own_outputs(x[:1]).shape[1:])
+
+    @property
+    def _element_size(self) -> int:
+        """Bytes of a number in a result."""
+        return max(4, *(p.element_size() for p in self.network.parameters().values()))
+
+    def _check_memory(self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward) -> None:
+        """Raise `NotEnoughMemoryError` for what does not fit."""
+        layout, device = pushforward.layout, self.network.device
+        if layout is Layout.DIAGONAL and not isinstance(H, Dense):
+            return
+        shape = self.output_shape_at(x)
+        check_covariances(layout, len(x), shape, self._element_size, device, len(pushforward.dampings))
+        if isinstance(H, Dense):
+            n_at_once = len(x) if layout is Layout.JOINT else 1
+            n_columns = min(DIAGONAL_COLUMNS, math.prod(shape)) if layout is Layout.DIAGONAL else math.prod(shape[-1:])
+            n_columns = math.prod(shape) if layout is Layout.JOINT else n_columns
+            check_rows_of_full(n_at_once, n_columns, self.network.n_params, device)
+
+    def _parts(
+        self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """The moments of as many examples at a time as fit into the memory budget; by closed form where there is one."""
+        layout, subset, n_done = pushforward.layout, self.network.subset, 0
+        if not self.differentiable and may_be_last_layer(subset, self.output_shape, H):
+
+            def closed_form(linearisation: Linearisation) -> tuple[Tensor, list[Tensor]] | None:
+                return last_layer_moments(linearisation, list(subset.parameter_shapes), H, pushforward)
+
+            of_activations = _ACTIVATION_COPIES * self._check.column_bytes_per_example
+            n_at_once = int(self.memory_budget // (bytes_per_example(self.output_shape, layout) + of_activations))
+            for part in self._slices(x, 0, max(1, n_at_once), layout):
+                found = self._with_linearisation(x[part], closed_form)
+                if found is None:
+                    break
+                yield found
+                n_done = part.stop
+        n_at_once = self._examples_at_once(pushforward, is_full=isinstance(H, Dense))
+        for part in self._slices(x, n_done, n_at_once, layout):
+            yield self._part(x[part], H, pushforward)
+
+    @staticmethod
+    def _slices(x: ModelInputs, start: int, n_at_once: int, layout: Layout) -> Iterator[slice]:
+        """Parts of a batch from an example on."""
+        n = len(x)
+        if layout is Layout.JOINT:
+            return iter([slice(0, n)] if start < n else [])
+        return parts_told_apart(x, (slice(first, min(first + n_at_once, n)) for first in range(start, n, n_at_once)))
 
     def _part(self, x: ModelInputs, H: CurvatureMatrix, pushforward: Pushforward) -> tuple[Tensor, list[Tensor]]:
         """The moments of some examples."""
@@ -174,15 +241,14 @@ class LinearisedModel:
 
     def _add(self, name: str, uses: Sequence[tuple[Use, Tensor]], H: CurvatureMatrix, pushforward: Pushforward) -> None:
         """Add the part of one parameter, given its uses and the columns at their outputs."""
-        basis, selection = H.basis(name), self.network.subset.selection
-        use, g = uses[0]
-        if len(uses) == 1 and name not in selection and _is_outer(name, use, is_turned=basis is not None):
-            assert isinstance(use, MatrixUse)
-            outputs, inputs = use.output_gradients(g)[:, :, 0].transpose(0, 1), use.inputs()[:, 0]
-            if basis is not None:
-                outputs, inputs = basis.rotate_outputs(outputs), basis.rotate_inputs(inputs)
-            pushforward.add_outer(name, outputs, inputs)
-            return
+        basis = H.basis(name)
+        if name not in self.network.subset.selection:
+            if (products := outer_products(name, uses, basis)) is not None:
+                pushforward.add_products(name, products)
+                return
+            if (found := lookups(name, uses, basis)) is not None:
+                pushforward.add_lookups(name, found)
+                return
         if basis is not None:
             rows = total(rotated_gradients(basis, name, use, g) for use, g in uses)
         else:
@@ -203,20 +269,6 @@ def check_output_axes(model: nn.Module, f: Tensor, output_shape: tuple[int, ...]
             f"{type(model).__name__} gives outputs {tuple(f.shape)} for these inputs, but [{in_fit}] in the fit; give inputs as in its "
             "batches, and a single example as x[None]."
         )
-
-
-def _is_outer(name: str, use: Use, *, is_turned: bool) -> bool:
-    """Whether the gradients of a parameter are outer products of one output gradient and one input for each example."""
-    return (
-        isinstance(use, MatrixUse)
-        and not isinstance(use, EmbeddingUse)
-        and name == use.weight
-        and name != use.bias
-        and use.groups == 1
-        and isinstance(use.n_positions, int)
-        and use.n_positions == 1
-        and (is_turned or use.axes.is_row_major)
-    )
 
 
 def _columns(f: Float[Tensor, "N ..."], layout: Layout) -> Iterator[Float[Tensor, "K N ..."]]:

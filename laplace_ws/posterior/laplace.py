@@ -18,6 +18,7 @@ from laplace_ws.curvature.batches import Batches, Data
 from laplace_ws.curvature.curvature_sum import default_generator
 from laplace_ws.curvature.inputs import BatchKeys
 from laplace_ws.curvature.models import check_visible
+from laplace_ws.distributed import processes
 from laplace_ws.errors import NotFittedError
 from laplace_ws.files import save_tensors
 from laplace_ws.likelihoods import Likelihood, make_likelihood
@@ -37,6 +38,7 @@ from laplace_ws.posterior.evidence import log_marginal_likelihood, optimal_prior
 from laplace_ws.posterior.fit import Fit, all_options, check_network, fit_posterior
 from laplace_ws.posterior.groups import PriorStructure
 from laplace_ws.posterior.network import Network
+from laplace_ws.posterior.packing import stored_dtype
 from laplace_ws.posterior.precision import PosteriorPrecision
 from laplace_ws.posterior.predict import PredictionOptions, Predictor, PredType
 from laplace_ws.posterior.predictive import Predictive
@@ -84,8 +86,9 @@ class Laplace(Predictive, WeightDensity):
         memory_budget: bytes that the Jacobians of a prediction may take at a time, which decides how many examples are processed at once.
         class_names: names of the classes or outputs, kept in files.
         **structure_options: of the structure: `kfac_approx` ("auto", "expand", "reduce" or a mapping from patterns of parameter names to
-            these; "auto" is expand, but reduce for parameters in the reduce setting, see `KfacApprox`) and `factor_precision` ("float32",
-            "tf32" or "bf16") of "kron" and "ekfac"; `rank` of "lowrank".
+            these; "auto" is expand, but reduce for parameters in the reduce setting, see `KfacApprox`), `factor_precision` ("float32",
+            "tf32" or "bf16") and `max_factor_dim` (of a factor with more rows only the diagonal is kept; default: no limit) of "kron" and
+            "ekfac"; `rank` of "lowrank".
 
     Attributes:
         network: the model, the covered weights, and the backend.
@@ -411,6 +414,25 @@ class Laplace(Predictive, WeightDensity):
         )
         return self
 
+    def decompose(self, *, progress_bar: bool = False) -> Laplace:
+        """Compute the eigenvectors of Kronecker factors now, and their eigenvalues with them; nothing for other structures.
+
+        Without this the evidence computes the eigenvalues when it is first asked for, and the first prediction the eigenvectors, which
+        takes the eigenvalues once more. Worth a call after the fit of a wide network that is both tuned and used for predictions; of
+        several processes, which divide the factors among them, each calls it.
+
+        Args:
+            progress_bar: show one, if stderr is a terminal.
+
+        Returns:
+            The posterior itself.
+
+        Raises:
+            NotFittedError: there is no fit.
+        """
+        self.structure.decompose(self.fitted.H, processes(), progress_bar=flag("progress_bar", progress_bar))
+        return self
+
     def check(self, x: Any) -> None:
         """Run the model on one batch and raise what a fit would raise, before any work is done.
 
@@ -581,8 +603,12 @@ class Laplace(Predictive, WeightDensity):
 
     # ---------------------------------------------------------------- files
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that restore the posterior for a model with the same parameters; see `files.posterior_state`."""
+    def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """Tensors and plain values that restore the posterior for a model with the same parameters; see `files.posterior_state`.
+
+        Args:
+            dtype: of the curvature, see `save`.
+        """
         return files.posterior_state(
             self.fitted,
             self.prior,
@@ -590,6 +616,7 @@ class Laplace(Predictive, WeightDensity):
             memory_budget=self.memory_budget,
             covariance_scale=self.covariance_scale,
             class_names=self.class_names,
+            dtype=stored_dtype(dtype),
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -605,9 +632,16 @@ class Laplace(Predictive, WeightDensity):
         if self.class_names is None:
             self.class_names = found.class_names
 
-    def save(self, path: str | Path) -> None:
-        """Write `state_dict()` to a file, which `load_posterior` and `torch.load(path, weights_only=True)` read."""
-        save_tensors(path_of("path", path), self.state_dict())
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write `state_dict()` to a file, which `load_posterior` and `torch.load(path, weights_only=True)` read.
+
+        Args:
+            path: of the file.
+            dtype: how large tensors of the curvature are stored: `torch.float16` or `torch.bfloat16` for a quarter of the size,
+                `torch.float32` for half of it, as of symmetric factors one triangle is kept; None for the tensors as they are. Everything
+                else, and what is loaded, keeps its precision.
+        """
+        save_tensors(path_of("path", path), self.state_dict(dtype))
 
     def __repr__(self) -> str:
         fitted = "not fitted" if self._fit is None else f"fitted to {self.n_data} examples"

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace_ws.curvature.autograd import AutogradBackend
-from laplace_ws.curvature.backend import Backend, evaluation_mode
+from laplace_ws.curvature.backend import Backend, differentiable_twice, evaluation_mode
 from laplace_ws.curvature.checks import LinearisationCheck
 from laplace_ws.curvature.finite import check_finite
 from laplace_ws.curvature.forward import N_PROBED, probe
@@ -25,6 +25,7 @@ from laplace_ws.curvature.inputs import (
     own_copy,
     without_targets,
 )
+from laplace_ws.curvature.jacobian import can_push_forward
 from laplace_ws.curvature.native import NativeBackend
 from laplace_ws.curvature.watch import final_operation
 from laplace_ws.kfac.uses import at_least_float32
@@ -55,6 +56,7 @@ class Network:
     check: LinearisationCheck = field(init=False)
     verified: tuple[Any, Any, Any] | None = field(init=False, default=None)
     _is_replaceable: bool = field(init=False, default=False)
+    _can_push_forward: bool | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.check = LinearisationCheck(self.backend, self.model)
@@ -80,6 +82,11 @@ class Network:
     def n_params(self) -> int:
         """P, the number of covered weights."""
         return sum(shape.numel() for shape in self.shapes.values())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the covered weights."""
+        return next(iter(self.parameters().values())).device
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are covered in part or in whole."""
@@ -153,8 +160,17 @@ class Network:
         check_finite(self.model, f)
         return f
 
+    def can_push_forward(self, x: ModelInputs) -> bool:
+        """Whether products with the Jacobian agree with backward passes, see `jacobian.can_push_forward`; looked at once."""
+        if self._can_push_forward is None:
+            parameters = self.parameters()
+            with evaluation_mode(self.model, parameters), differentiable_twice(self.model):
+                self._can_push_forward = can_push_forward(self.model, probe(x), list(parameters.values()))
+        return self._can_push_forward
+
     def forget(self) -> None:
-        """Look anew at the weights: whether they are those of a fit, and whether the model runs on others than its own."""
+        """Look anew at the weights: whether they are those of a fit, and how the model can be run."""
         self.verified = None
         self._is_replaceable = False
+        self._can_push_forward = None
         vars(self).pop("differentiable_check", None)  # where `cached_property` keeps it

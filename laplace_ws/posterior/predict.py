@@ -10,15 +10,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace_ws.curvature.backend import evaluation_mode
 from laplace_ws.curvature.inputs import ModelInputs
-from laplace_ws.errors import InvalidBatchError
+from laplace_ws.errors import InvalidBatchError, UnsupportedParameterError
 from laplace_ws.likelihoods import Likelihood, RegressionLikelihood
 from laplace_ws.likelihoods.links import LinkApprox, draw_outputs, probabilities
 from laplace_ws.matrices import Damping, Layout
 from laplace_ws.posterior.fit import Fit, check_network
 from laplace_ws.posterior.functional import LinearisedModel, check_output_axes
+from laplace_ws.posterior.linear_samples import LinearSamples
+from laplace_ws.posterior.memory_needs import check_covariances, check_output_samples, check_weight_samples
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.prior import Prior
+from laplace_ws.posterior.routes import Route
 from laplace_ws.registry import Choice
 from laplace_ws.values import flag, generator_or_none, whole_number
 
@@ -128,6 +132,12 @@ class Predictor:
                 f"link_approx={link.value!r} needs the covariance of the outputs; leave out diagonal_output."
             )
         diagonal_output = options.diagonal_output or not needs_covariance
+        if link is LinkApprox.MC:
+            layout = self.layout(joint=False, diagonal_output=diagonal_output)
+            samples = self.samples_through_weights(x, options, layout)
+            if samples is not None:
+                return self._finite(likelihood.predictive_mean(self._finite(samples)).mean(0))
+            self._check_roots(x, options, layout)
         moments = self.moments if link is LinkApprox.MC else self._moments  # there are no draws of what is not finite
         f, spread = moments(x, joint=options.joint, diagonal_output=diagonal_output, backprop=options.backprop)
         if isinstance(likelihood, RegressionLikelihood):
@@ -189,19 +199,29 @@ class Predictor:
     def sample(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
         """Weights drawn from the posterior."""
         n_samples = whole_number("n_samples", n_samples, least=1)
+        check_weight_samples(n_samples, len(self.fit.mean), max(4, self.fit.mean.element_size()), self.fit.mean.device)
         return self._finite(self._draw(n_samples, generator_or_none("generator", generator)))
 
     def _draw(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
+        return self.fit.mean + self._draw_deviations(n_samples, generator)
+
+    def _draw_deviations(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
+        """Weights drawn from the posterior, less its mean."""
         mean = self.fit.mean
         # in half precision a deviation would drown in the rounding
         dtype = torch.promote_types(mean.dtype, torch.float32)
         noise = torch.randn(n_samples, len(mean), dtype=dtype, device=mean.device, generator=generator)
-        return mean + self.fit.H.inv_sqrt(noise, *self.damping)
+        return self.fit.H.inv_sqrt(noise, *self.damping)
 
     def functional_samples(self, x: Any, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
         """Outputs drawn from the posterior."""
         if options.by_network:
             return self._finite_network_outputs(x, options)
+        layout = self.layout(joint=options.joint, diagonal_output=options.diagonal_output)
+        samples = self.samples_through_weights(x, options, layout)
+        if samples is not None:
+            return self._finite(samples)
+        self._check_roots(x, options, layout)
         f, spread = self.moments(
             x, joint=options.joint, diagonal_output=options.diagonal_output, backprop=options.backprop
         )
@@ -224,9 +244,12 @@ class Predictor:
 
     def inputs(self, x: Any) -> ModelInputs:
         """Inputs to predict at, once every reason not to predict has been checked and raised."""
-        inputs = self.network.inputs(x, is_row=self.fit.n_arguments > 1)
+        inputs = self._inputs_as_given(x)
         check_network(self.network, self.fit)
         return inputs
+
+    def _inputs_as_given(self, x: Any) -> ModelInputs:
+        return self.network.inputs(x, is_row=self.fit.n_arguments > 1)
 
     def moments(
         self, x: Any, *, joint: bool = False, diagonal_output: bool = False, backprop: bool = False
@@ -246,13 +269,62 @@ class Predictor:
     ) -> tuple[Tensor, list[Tensor]]:
         """Outputs, and their covariance under each of several posterior precisions."""
         inputs = self.inputs(x)
-        linearised = LinearisedModel(self.network, self.fit.output_shape, self.memory_budget, backprop)
-        return linearised.moments(inputs, self.fit.H, self.fit.H.pushforward(dampings, layout))
+        return self._linearised(backprop).moments(inputs, self.fit.H, self.fit.H.pushforward(dampings, layout))
+
+    def samples_through_weights(
+        self, x: Any, options: PredictionOptions, layout: Layout
+    ) -> Float[Tensor, "S N ..."] | None:
+        """Outputs of the linearised network at weights drawn from the posterior, finite or not, joint over examples and outputs.
+
+        None where the way through the covariance of the outputs is cheaper (`routes.Route`), or the only one: where the graph is to be
+        kept, the gradients of the model cannot be differentiated, or variances alone count, of which the draws are independent.
+
+        Raises:
+            NotEnoughMemoryError: the samples do not fit, whichever way they are made.
+        """
+        self._check_output_samples(x, options)
+        if options.backprop or options.diagonal_output or layout is Layout.DIAGONAL:
+            return None
+        inputs, network = self.inputs(x), self.network
+        parameters = network.parameters()
+        try:
+            with evaluation_mode(network.model, parameters):
+                network.check.start(inputs, parameters)
+        except UnsupportedParameterError:
+            return None  # the other way finds another backend, or says what is wrong
+        route = Route(
+            self.fit.H,
+            network.subset.parameter_shapes,
+            network.check.positions,
+            len(inputs),
+            self.fit.output_shape,
+            options.n_samples,
+            layout,
+        )
+        if not route.is_through_weights or not network.can_push_forward(inputs):
+            return None
+        linear = LinearSamples(network, self.fit.output_shape, self.memory_budget)
+        return linear.outputs(inputs, self._deviations(options.n_samples, options.generator))
 
     def jacobians(self, x: Any, *, backprop: bool) -> tuple[Float[Tensor, "N D P"], Float[Tensor, "N ..."]]:
         """∂f/∂θ of each example over the covered weights, and f."""
         inputs = self.inputs(x)
-        return LinearisedModel(self.network, self.fit.output_shape, self.memory_budget, backprop).jacobians(inputs)
+        return self._linearised(backprop).jacobians(inputs)
+
+    def _linearised(self, backprop: bool = False) -> LinearisedModel:
+        return LinearisedModel(self.network, self.fit.output_shape, self.memory_budget, backprop)
+
+    def _check_output_samples(self, x: Any, options: PredictionOptions) -> None:
+        """Raise `NotEnoughMemoryError` for draws of the outputs that do not fit."""
+        inputs, mean = self._inputs_as_given(x), self.fit.mean
+        shape, size = self._linearised().output_shape_at(inputs), max(4, mean.element_size())
+        check_output_samples(options.n_samples, len(inputs), shape, size, mean.device)
+
+    def _check_roots(self, x: Any, options: PredictionOptions, layout: Layout) -> None:
+        """Raise `NotEnoughMemoryError` where the covariances of the outputs, and their roots in float64, do not fit."""
+        inputs, mean = self._inputs_as_given(x), self.fit.mean
+        shape = self._linearised().output_shape_at(inputs)
+        check_covariances(layout, len(inputs), shape, max(4, mean.element_size()) + 8, mean.device)
 
     def layout(self, *, joint: bool, diagonal_output: bool) -> Layout:
         """Which covariances of the outputs there are."""
@@ -267,6 +339,7 @@ class Predictor:
     def network_outputs(self, x: Any, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
         """Outputs of the network at weights drawn from the posterior, finite or not."""
         inputs = self.inputs(x)
+        self._check_output_samples(x, options)
         weights = self._drawn_weights(options.n_samples, options.generator)
         outputs = self.network.outputs(inputs, weights, backprop=options.backprop)
         check_output_axes(self.network.model, outputs[0], self.fit.output_shape)
@@ -303,10 +376,15 @@ class Predictor:
         return prediction
 
     def _drawn_weights(self, n_samples: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, " P"]]:
-        """Samples one by one, drawn in batches as large as memory allows."""
+        """Samples one by one."""
+        for deviations in self._deviations(n_samples, generator):
+            yield from self.fit.mean + deviations
+
+    def _deviations(self, n_samples: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, "B P"]]:
+        """Deviations of samples from the mean, drawn in batches as large as memory allows."""
         at_once = max(1, self.memory_budget // (self.network.n_params * 8))
         for start in range(0, n_samples, at_once):
-            yield from self._draw(min(at_once, n_samples - start), generator)
+            yield self._draw_deviations(min(at_once, n_samples - start), generator)
 
     def mean_over_samples(self, outputs: Float[Tensor, "S N ..."], options: PredictionOptions) -> Prediction:
         """The predictive of networks with sampled weights, given their outputs."""

@@ -39,7 +39,9 @@ class Predictive(ABC):
         Args:
             x: inputs, as in the batches of the fit: a tensor, a mapping, or a row (x1, x2, …) for `model(x1, x2, …)`.
             pred_type: "glm" or "nn", see `PredType`.
-            link_approx: for "glm" and classes: "probit", "mc", "bridge" or "bridge_norm", see `LinkApprox`.
+            link_approx: for "glm" and classes: "probit", "mc", "bridge" or "bridge_norm", see `LinkApprox`. "mc" samples the
+                outputs from their covariance, or the weights, whichever takes fewer operations (`posterior.routes`): its cost does not grow
+                with the classes where these are many, as that of the others does.
             n_samples: samples, for "nn" and "mc".
             joint: for regression by "glm": the covariance over all inputs and outputs.
             diagonal_output: only variances, without the covariances between outputs; for "mc" and regression.
@@ -54,6 +56,7 @@ class Predictive(ABC):
 
         Raises:
             NotFittedError: there is no fit.
+            NotEnoughMemoryError: it takes more memory than is free; says how much, and what takes less.
             InvalidBatchError: the inputs do not fit the model, or the predictions are not finite.
         """
         options = PredictionOptions(
@@ -120,6 +123,9 @@ class Predictive(ABC):
         Args:
             n_samples: S.
             generator: source of randomness; default: torch's own.
+
+        Raises:
+            NotEnoughMemoryError: they take more memory than is free.
         """
         return self.predictor.sample(n_samples, generator)
 
@@ -131,6 +137,9 @@ class Predictive(ABC):
         Returns:
             f `[N, C]` and `[N, C, C]`; for outputs `[N, T, C]`, `[N, T, C, C]`; with `diagonal_output`, and for outputs of more dimensions,
             variances in the shape of f; with `joint`, `[N·C]` and `[N·C, N·C]`.
+
+        Raises:
+            NotEnoughMemoryError: the covariances take more memory than is free.
         """
         f, spread = self.predictor.moments(x, joint=joint, diagonal_output=diagonal_output, backprop=backprop)
         return (f.flatten(), spread) if joint else (f, spread)
@@ -148,7 +157,9 @@ class Predictive(ABC):
     ) -> Float[Tensor, "S N ..."]:
         """Outputs drawn from the posterior; for the arguments see `__call__`.
 
-        Those of one sample belong together across inputs with "nn" and with `joint`, so that each sample is a function.
+        Those of one sample belong together across inputs with "nn" and with `joint`, so that each sample is a function; without, they may
+        or may not. By "glm" they come from the covariance of the outputs, or from samples of the weights, whichever takes fewer operations
+        (`posterior.routes`).
         """
         options = PredictionOptions(
             PredType(pred_type),

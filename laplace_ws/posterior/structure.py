@@ -141,6 +141,9 @@ class Structure(ABC):
     def prepare(self, H: CurvatureMatrix, processes: Processes) -> None:  # noqa: B027 - most structures need nothing
         """Compute, together with the other processes of a fit, what the evidence will need."""
 
+    def decompose(self, H: CurvatureMatrix, processes: Processes, *, progress_bar: bool = False) -> None:  # noqa: B027
+        """Compute what predictions will need."""
+
     @abstractmethod
     def check(self, problem: Problem, x: ModelInputs) -> None:
         """Run the model on a few examples and raise what `curvature` would raise, before any work is done."""

@@ -25,7 +25,7 @@ from laplace_ws.kfac import (
     approximation_by_parameter,
 )
 from laplace_ws.matrices import CurvatureMatrix, Dense, Diag, Ekfac, Kron, LowRank
-from laplace_ws.matrices.division import decompose
+from laplace_ws.matrices.division import decompose, decompose_now
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.precision import PosteriorPrecision
 from laplace_ws.posterior.structure import DataCurvature, Problem, Structure, register_structure
@@ -39,10 +39,16 @@ class FactorOptions:
     Attributes:
         kfac_approx: "auto", "expand", "reduce", or a mapping from patterns of parameter names to these.
         factor_precision: of the products that make up the factors: "float32", "tf32" or "bf16", see `FactorPrecision`.
+        max_factor_dim: rows of the widest factor that is kept whole; of wider ones only the diagonal is computed. None for no limit.
     """
 
     kfac_approx: KfacApproxSpec = "auto"
     factor_precision: str | FactorPrecision = FactorPrecision.FLOAT32
+    max_factor_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_factor_dim is not None:
+            whole_number("max_factor_dim", self.max_factor_dim, least=1)
 
     def bound(self, parameter_names: Sequence[str]) -> Any:
         """See `Structure.bound`: an approximation for each parameter."""
@@ -52,7 +58,11 @@ class FactorOptions:
     def options(self) -> dict[str, Any]:
         """See `Structure.options`."""
         approximations = {name: KfacApprox(approx).value for name, approx in self._by_parameter.items()}
-        return {"kfac_approx": approximations, "factor_precision": FactorPrecision(self.factor_precision).value}
+        return {
+            "kfac_approx": approximations,
+            "factor_precision": FactorPrecision(self.factor_precision).value,
+            "max_factor_dim": self.max_factor_dim,
+        }
 
     def resolved(self, network: Network) -> dict[str, Any]:
         """See `Structure.resolved`: "auto" as expand or reduce."""
@@ -62,7 +72,7 @@ class FactorOptions:
 
     def accumulator(self, parameters: Mapping[str, nn.Parameter]) -> KronAccumulator:
         """The sums of the factors of a bound structure."""
-        return KronAccumulator(parameters, self._by_parameter, self.factor_precision)
+        return KronAccumulator(parameters, self._by_parameter, self.factor_precision, self.max_factor_dim)
 
     def check(self, problem: Problem, x: ModelInputs) -> None:
         """See `Structure.check`."""
@@ -91,6 +101,11 @@ class KronStructure(FactorOptions, Structure):
         """See `Structure.prepare`: the eigenvalues, each block's by one process."""
         assert isinstance(H, Kron)
         decompose(H, processes, vectors=False)
+
+    def decompose(self, H: CurvatureMatrix, processes: Processes, *, progress_bar: bool = False) -> None:
+        """See `Structure.decompose`: the eigenvectors, and the eigenvalues with them."""
+        assert isinstance(H, Kron)
+        decompose_now(H, processes, progress_bar=progress_bar)
 
 
 @register_structure

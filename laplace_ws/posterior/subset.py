@@ -79,6 +79,16 @@ class WeightSubset:
                         tensors[name] = tensors[name].index_copy(0, row, p.detach()[row])
         return tensors
 
+    def direction(self, flat: Float[Tensor, " P"]) -> list[Tensor]:
+        """A direction in the space of the parameters: each with what a flat vector has for it, and zeros where it is not covered."""
+        parts = flat.split([shape.numel() for shape in self.shapes.values()])
+        tensors = []
+        for (name, shape), part in zip(self.parameter_shapes.items(), parts, strict=True):
+            if name in self.selection:
+                part = part.new_zeros(shape.numel()).index_copy_(0, self.selection[name], part)
+            tensors.append(part.view(shape))
+        return tensors
+
 
 def make_subset(
     model: nn.Module,

@@ -37,6 +37,7 @@ def yardstick(run: RunConfig, n_train: int, n_test: int) -> dict[str, Any]:
         "likelihood": run.likelihood,
         "marglik.temperature_init": marglik.temperature_init,
         "marglik.hessian_structure": marglik.hessian_structure,
+        "marglik.max_factor_dim": marglik.max_factor_dim,
         "the last fit's kfac_approx": marglik.final_kfac_approx,
         "the last fit's curvature": curvature,
         "marglik.mc_samples": marglik.mc_samples if curvature in _SAMPLED else None,

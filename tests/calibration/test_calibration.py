@@ -136,6 +136,13 @@ def test_a_run_that_was_tested_on_held_out_images_is_scored_on_the_test_set(tmp_
     assert len(trained.y_validation) == 3940
 
 
+def test_wide_factors_are_diagonal_where_this_is_asked_for(config):
+    config = replace(config, methods=replace(config.methods, max_factor_dim=7))
+    trained = load_trained(config)
+    assert make_posterior(config, trained, "ekfac").options["max_factor_dim"] == 7
+    assert "max_factor_dim" not in make_posterior(config, trained, "last_layer_diag").options
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -6,7 +6,7 @@ from torch import nn
 
 from laplace_ws import InvalidBatchError, Laplace, UnsupportedParameterError, kron_factors
 from laplace_ws.curvature import Curvature, CurvatureSum, make_backend
-from laplace_ws.kfac import DenseAccumulator, DiagAccumulator, factors, kron_accumulator
+from laplace_ws.kfac import DenseAccumulator, DiagAccumulator, factors, roles
 from laplace_ws.likelihoods import Gaussian
 
 
@@ -95,8 +95,8 @@ def test_large_vectors_and_vocabularies(monkeypatch):
     data = [(torch.randint(0, 9, (6, 2)), torch.randint(0, 3, (6,)))]
     below = kron_factors(model, "classification", data)
     expand = kron_factors(model, "classification", data, kfac_approx="expand")
-    monkeypatch.setattr(kron_accumulator, "LARGEST_DENSE_VECTOR", 4)
-    monkeypatch.setattr(kron_accumulator, "LARGEST_DENSE_VOCABULARY", 8)
+    monkeypatch.setattr(roles, "LARGEST_DENSE_VECTOR", 4)
+    monkeypatch.setattr(roles, "LARGEST_DENSE_VOCABULARY", 8)
     above = kron_factors(model, "classification", data)
     for name in ("1.weight", "1.bias"):
         torch.testing.assert_close(above[name].to_dense(), below[name].to_dense().diagonal().diag())

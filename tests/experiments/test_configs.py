@@ -9,8 +9,11 @@ from typing import Any
 
 import budget_tradeoff
 import calibrate
+import check_networks
 import compare_backends
 import factor_precision
+import file_precision
+import many_classes
 import prediction_cost
 import pytest
 import sampling_variance
@@ -20,6 +23,7 @@ import trust
 import tuning_cost
 import uci_regression
 import update_cost
+import wide_layers
 from bench_curvature.config import BenchConfig
 from bench_curvature.config import check_config as check_bench
 from train_kfac.config import TrainKfacConfig
@@ -66,13 +70,20 @@ KINDS: dict[str, tuple[type, Callable[[Any], Iterable[RunConfig]]]] = {
     "budget_tradeoff": (budget_tradeoff.TradeoffConfig, runs_of_tradeoff),
     "calibrate": (calibrate.StudyConfig, runs_of_calibration),
     "calibrate_tuned": (calibrate.StudyConfig, runs_of_calibration),
+    "check_networks": (check_networks.NetworksConfig, lambda study: check_networks.check_config(study) or []),
     "compare_backends": (compare_backends.CompareConfig, no_runs),
     "factor_precision": (factor_precision.PrecisionConfig, no_runs),
+    "file_precision": (file_precision.FilesConfig, no_runs),
     "kfac_gnn": (TrainKfacConfig, no_runs),
+    "kfac_gnn_full": (TrainKfacConfig, no_runs),
+    "kfac_ingredients": (TrainKfacConfig, no_runs),
     "kfac_vit": (TrainKfacConfig, no_runs),
     "kfac_vit_cuda": (TrainKfacConfig, no_runs),
+    "kfac_vit_full": (TrainKfacConfig, no_runs),
+    "kfac_wrn_cuda": (TrainKfacConfig, no_runs),
     "paper_wrn_16_4": (RunConfig, lambda run: [run]),
     "paper_wrn_28_10": (RunConfig, lambda run: [run]),
+    "many_classes": (many_classes.ClassesConfig, no_runs),
     "prediction_cost": (prediction_cost.CostConfig, no_runs),
     "prior_sweep": (RunConfig, lambda run: [run]),
     "sampling_variance": (sampling_variance.VarianceConfig, no_runs),
@@ -84,6 +95,7 @@ KINDS: dict[str, tuple[type, Callable[[Any], Iterable[RunConfig]]]] = {
     "uci_regression": (uci_regression.UciConfig, no_runs),
     "update_cost": (update_cost.UpdateCostConfig, lambda study: update_cost.check_config(study) or []),
     "update_cost_cuda": (update_cost.UpdateCostConfig, lambda study: update_cost.check_config(study) or []),
+    "wide_layers": (wide_layers.WideConfig, no_runs),
     "wrn_tuning": (StudyConfig, runs_of_tuning),
 }
 """By name of the file, what it is read into, and the trainings that it asks for."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from train_kfac import command, optimizers
 from train_kfac.config import Contestant, DataConfig, TrainKfacConfig
-from train_kfac.molecules import N_ATOM_FEATURES, N_BOND_FEATURES, Molecules, _from_tables
+from train_kfac.molecules import N_ATOM_FEATURES, N_BOND_FEATURES, Molecules, Substance, molecules_of, structures_of
 from train_kfac.nets import GraphNetwork, VisionTransformer
 from train_kfac.summary import Row, reached
 from train_kfac.training import Job, _batches, _rate
@@ -106,8 +106,18 @@ def test_images_are_read_from_folders(tmp_path, monkeypatch):
     assert {part: len(chosen) for part, chosen in task.parts.items()} == {"train": 8, "validation": 4, "test": 6}
     x, y = task.batch(task.parts["test"], "cpu")
     assert (x.shape, y.tolist()) == ((6, 3, 16, 16), [0, 0, 0, 1, 1, 1])
-    model = task.network({"patch": 8, "width": 8, "depth": 1, "n_heads": 2})
-    assert 0 <= task.score(model, "test", "cpu") <= 100
+    vit = {"patch": 8, "width": 8, "depth": 1, "n_heads": 2}
+    for options in (vit, {"network": "wide-resnet", "depth": 10, "width": 1, "norm": "batch"}):
+        model = task.network(options)
+        assert 0 <= task.score(model.eval(), "test", "cpu") <= 100
+        for name in ("nadamw", "muon", "kfac"):
+            before = [p.clone() for p in model.parameters()]
+            for optimizer in optimizers.make_optimizers(name, model.train(), {"lr": 0.01, "weight_decay": 0.1}):
+                optimizer.zero_grad()
+                task.loss(model(x), y).backward()
+                optimizer.step()
+            changed = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+            assert sum(changed) >= 0.9 * len(changed)
 
 
 def test_molecules_of_a_batch_are_those_that_were_chosen():
@@ -123,13 +133,34 @@ def test_molecules_of_a_batch_are_those_that_were_chosen():
 
 def test_molecules_are_made_of_smiles_each_structure_once():
     pytest.importorskip("rdkit")
-    found = _from_tables([("CCO", 159.0), ("OCC", 161.0), ("C", 90.7), ("no molecule", 1.0), ("c1ccccc1Br", 242.0)])
+    rows = [("CCO", 159.0), ("OCC", 161.0), ("C", 90.7), ("no molecule", 1.0), ("c1ccccc1Br", 242.0)]
+    found = molecules_of(structures_of(rows))
     assert (found.n_atoms.tolist(), found.n_bonds.tolist()) == ([3, 7], [4, 14])  # methane has no bond
     assert found.melting_point.tolist() == [160.0, 242.0]
     assert (found.atoms.shape[1], found.bonds.shape[1]) == (N_ATOM_FEATURES, N_BOND_FEATURES)
     assert found.ends[:, :4].T.tolist() == [[0, 1], [1, 0], [1, 2], [2, 1]]
     assert found.atoms[:3, :3].tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 1]]  # carbon, carbon, oxygen
     assert found.bonds[4:, 3].sum() == 12  # the aromatic ones of bromobenzene, in both directions
+
+
+def test_the_datasheet_counts_what_each_filter_leaves(monkeypatch, capsys):
+    pytest.importorskip("rdkit")
+    import describe_molecules
+
+    rings = [Substance("C1" + "C" * n + "1", 300.0 + n) for n in range(2, 42)]
+    isomers = [Substance("C/C=C/C", 167.0), Substance("C/C=C\\C", 134.0), Substance("CO.O", 200.0)]
+    monkeypatch.setattr(describe_molecules, "melting_point_rows", lambda: [*isomers, Substance(None, 1.0), *rings])
+    monkeypatch.setattr(describe_molecules, "version", lambda package: "1")
+    monkeypatch.setattr(describe_molecules, "DataConfig", lambda task: DataConfig(task, n_validation=5))
+    describe_molecules.main()
+    out = capsys.readouterr().out
+    assert "| rows of the table | 44 |" in out
+    assert "| with a structure (SMILES) in the same package | 43 |" in out
+    assert "| different structures (canonical SMILES): what is used | 43 |" in out
+    assert "| different graphs, which do not tell stereoisomers apart | 42 |" in out
+    assert "| … median, largest difference of these | 33.0 K, 33.0 K |" in out
+    assert "| structures of several parts (salts, solvates) | 1 |" in out
+    assert "| training, validation, test | 33, 5, 5 |" in out
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
@@ -191,12 +222,32 @@ def test_unequal_numbers_of_trials_are_refused():
         TrainKfacConfig(data, {"b": Contestant("kfac", "kfac", [{}])}, 10)
 
 
+def test_muon_is_that_of_torch_up_to_the_rounding_of_bfloat16():
+    pytest.importorskip("pytorch_optimizer")
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+    other, start = copy.deepcopy(model), copy.deepcopy(model)
+    matrices, biases = ([p for p in other.parameters() if (p.ndim == 2) == is_matrix] for is_matrix in (True, False))
+    options = {"lr": 0.01, "weight_decay": 0.05}
+    mine = optimizers.make_optimizers("muon", model, options)
+    theirs = [
+        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options),
+        torch.optim.AdamW(biases, **options),
+    ]
+    x = torch.randn(20, 6)
+    for _ in range(4):
+        for net, steps in ((model, mine), (other, theirs)):
+            net.zero_grad()
+            net(x).square().sum().backward()
+            for optimizer in steps:
+                optimizer.step()
+    for p, q, before in zip(model.parameters(), other.parameters(), start.parameters(), strict=True):
+        assert (p - q).norm() < 0.05 * (q - before).norm()
+
+
 def test_what_is_missing_is_said(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    with pytest.raises(SystemExit, match=r"has no torch.optim.Muon; install torch 2.9 or newer"):
-        optimizers.make_optimizers("muon", nn.Linear(2, 2), {"lr": 0.1, "weight_decay": 0.0})
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    with pytest.raises(SystemExit, match=r"pip install '.\[experiments\]'"):
-        optimizers.make_optimizers("soap", nn.Linear(2, 2), {"lr": 0.1})
+    for name, wanted in (("muon", "Muon"), ("soap", "SOAP")):
+        with pytest.raises(SystemExit, match=rf"{wanted} is in .* pip install '.\[experiments\]', or leave {name} out"):
+            optimizers.make_optimizers(name, nn.Linear(2, 2), {"lr": 0.1, "weight_decay": 0.0})
     with pytest.raises(SystemExit, match="unknown optimizer 'adam'"):
         optimizers.make_optimizers("adam", nn.Linear(2, 2), {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import laplace_ws as lw
-from laplace_ws import curvature, data, marglik, metrics, models, optim
+from laplace_ws import curvature, data, marglik, memory, metrics, models, optim
 from laplace_ws.posterior import subnetwork
 
 N = 12
@@ -40,6 +41,13 @@ def compiled_in_place() -> nn.Module:
 
 def posterior(likelihood="classification", **options) -> lw.Laplace:
     return lw.Laplace(mlp(), likelihood, **options)
+
+
+def with_free(n_mebibytes: int, call: Callable[[], Any]) -> Any:
+    """What a call gives where this is the memory that is free."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "free_memory", lambda device: n_mebibytes * 2**20)
+        return call()
 
 
 def fit(batches, likelihood="classification", model=None, n_data=None, **options) -> lw.Laplace:
@@ -88,6 +96,18 @@ class OnNodes(nn.Module):
 
     def forward(self, nodes):
         return self.layer(nodes)[:2]
+
+
+class TimeMajor(nn.Module):
+    """A layer on rows that are ordered by time and then by example."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, sequences):
+        rows = sequences.transpose(0, 1).reshape(-1, 3)
+        return self.layer(rows).unflatten(0, (-1, len(sequences))).mean(0)
 
 
 def estimators():

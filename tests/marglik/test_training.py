@@ -356,6 +356,19 @@ def test_the_posterior_that_is_returned_has_an_approximation_and_priors_of_its_o
     assert mapped.la.H["0.weight"].approx == "reduce"
 
 
+@pytest.mark.filterwarnings("ignore:max_factor_dim")
+def test_wide_factors_are_diagonal_in_the_tuning_and_in_what_is_returned(monkeypatch):
+    seen = []
+    fit = KronLaplace.fit
+    monkeypatch.setattr(KronLaplace, "fit", lambda la, *args, **kw: (fit(la, *args, **kw), seen.append(la.H))[0])
+    result = marglik_training(mlp(), blobs(), **QUICK, optimizer_kwargs=SGD, max_factor_dim=4)
+    assert len(seen) > 1
+    assert all(H.diagonal_factors == {"0.weight": ("B",), "0.bias": ("B",), "2.weight": ("A",)} for H in seen)
+    assert result.la.options["max_factor_dim"] == 4
+    with pytest.raises(ValueError, match="max_factor_dim is for hessian_structure='kron' and 'ekfac', not 'diag'"):
+        marglik_training(mlp(), blobs(), **QUICK, hessian_structure="diag", max_factor_dim=4)
+
+
 def test_priors_stay_where_nothing_is_shared_or_nothing_is_tuned():
     result = marglik_training(mlp(), blobs(), **QUICK, optimizer_kwargs=SGD)
     tuned = torch.tensor(list(result.prior_precision.values()), dtype=torch.float64)

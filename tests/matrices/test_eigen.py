@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laplace_ws.matrices import Dense, Kron, KronBlock
-from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh, rounding
+from laplace_ws.matrices.eigen import decomposition_dtype, eigenvalues, eigh, rounding, thin_eigh
 
 F32, F64 = torch.float32, torch.float64
 
@@ -152,6 +152,7 @@ def test_where_torchs_eigensolver_fails_scipy_keeps_the_precision(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", fail)
     monkeypatch.setattr(torch.linalg, "eigvalsh", fail)
     values, vectors = eigh(matrix, F32, "it")
+    vectors = vectors.double()
     torch.testing.assert_close((vectors * values[:, None]) @ vectors.mT, matrix.double(), rtol=0, atol=1e-5)
     torch.testing.assert_close(eigenvalues(matrix, F32, "it"), values)
 
@@ -162,3 +163,38 @@ def test_a_definite_dense_matrix_is_taken_as_it_is(monkeypatch):
     scale, delta = torch.tensor(1.3, dtype=F64), torch.tensor([0.3, 0.7], dtype=F64)
     precision = 1.3 * H.matrix.double() + torch.diag(delta.repeat_interleave(torch.tensor([6, 2])))
     torch.testing.assert_close(H.log_det(scale, delta), torch.logdet(precision), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_a_factor_of_few_inputs_is_decomposed_by_its_range(dtype, monkeypatch):
+    """A mean over 20 inputs of 300 features: eigenvalues and eigenvectors of the whole way, without a matrix of 300 rows in it."""
+    x = torch.randn(20, 300, dtype=F64) * torch.logspace(0, -3, 20, dtype=F64)[:, None]
+    factor = (x.mT @ x / 20).to(dtype)
+    truth = torch.linalg.eigvalsh(factor.double())
+    seen, real = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: seen.append(len(matrix)) or real(matrix))
+    monkeypatch.setattr(torch.linalg, "eigvalsh", never)
+    block = KronBlock(torch.Size([1, 300]), torch.ones(1, 1, dtype=dtype), factor, n_inputs=20)
+    values, vectors = block.eigen[1]
+    assert max(seen) < 50
+    assert values.dtype == F64
+    assert vectors.dtype == dtype
+    margin = rounding(300, dtype) * truth[-1]
+    assert ((values - truth).abs() <= margin).all()
+    assert (values[:-30] == 0).all()
+    vectors = vectors.double()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(300, dtype=F64), rtol=0, atol=300 * eps)
+    torch.testing.assert_close(
+        (vectors * values) @ vectors.mT, factor.double(), rtol=0, atol=300 * eps * truth[-1].item()
+    )
+
+
+def test_a_guess_of_the_rank_that_is_too_low_is_noticed():
+    """As for factors that are averaged with weights, whose number of inputs says less than their rank."""
+    x = torch.randn(60, 300, dtype=F64) * torch.logspace(0, -5, 60, dtype=F64)[:, None]
+    factor = x.mT @ x
+    assert thin_eigh(factor, 60, "it", vectors=False) is not None
+    assert thin_eigh(factor, 30, "it", vectors=False) is None
+    block = KronBlock(torch.Size([1, 300]), torch.ones(1, 1, dtype=F64), factor, n_inputs=30)
+    torch.testing.assert_close(block.factor_eigenvalues[1], torch.linalg.eigvalsh(factor).clamp_min(0))

@@ -7,6 +7,7 @@ from torch import nn
 
 from laplace_ws import UnsupportedParameterError, kron_factors, make_likelihood, row_examples
 from laplace_ws.data import GraphBatch
+from laplace_ws.errors import CurvatureWarning
 from laplace_ws.optim import KFAC
 
 BY_NAME = {case.name: case for case in CASES}
@@ -251,3 +252,96 @@ def test_rows_of_tokens_count_once_each():
     x = torch.randn(N, 6, 3).double()
     kron, _ = of_one_pass(model, lambda f: f.square().sum(), x)
     assert kron["0.weight"].n_inputs == pytest.approx(N * 6)
+
+
+# ------------------------------------------------------------------ which example a row belongs to
+
+
+class TimeFirst(nn.Module):
+    """Layers on the time as the first axis."""
+
+    def __init__(self, flattens=False):
+        super().__init__()
+        self.inner, self.outer, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.flattens = flattens
+
+    def forward(self, x, *, scale=1.0):
+        h = x.transpose(0, 1)  # [T, N, 3]
+        h = h.reshape(-1, 3) if self.flattens else h
+        h = self.outer(torch.tanh(self.inner(h))) * scale
+        return self.head(torch.tanh(h.unflatten(0, (x.shape[1], -1)) if self.flattens else h).mean(0))
+
+
+@pytest.mark.parametrize("n_steps", [4, 8, 6, 5])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_reduce_finds_the_examples_where_the_time_comes_first(n_steps, by_name):
+    model, x, y = double(TimeFirst()), torch.randn(4, n_steps, 3).double(), torch.randn(4, 2).double()
+    likelihood, state = make_likelihood("regression"), torch.get_rng_state()
+    optimizer = KFAC(model, lr=0.0, loss_reduction="sum", kfac_approx="reduce")
+    likelihood.nll_sum(model(x=x, scale=1.0) if by_name else model(x), y).backward()
+    optimizer.step()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    truth = kron_factors(model, likelihood, [(x, y)], curvature="ef", kfac_approx="reduce")
+    assert_equal_blocks(optimizer.kron(4), truth)
+
+
+def test_reduce_refuses_rows_in_another_order():
+    model, x = double(TimeFirst(flattens=True)), torch.randn(4, 8, 3).double()
+    optimizer = KFAC(model, lr=0.1, kfac_approx="reduce")
+    with pytest.raises(
+        UnsupportedParameterError, match=r"K-FAC-reduce of 'inner.weight' needs its rows grouped by example"
+    ):
+        model(x)
+    assert torch.overrides._get_current_function_mode_stack() == []
+    assert not optimizer.state
+    KFAC(model, lr=0.1, kfac_approx={"head.*": "reduce"})
+    model(x).sum().backward()  # the optimizer that refused is gone
+
+
+def test_rows_are_looked_at_again_when_a_network_uses_its_weights_otherwise():
+    class Turning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head, self.turns = nn.Linear(3, 4), nn.Linear(4, 2), False
+
+        def forward(self, x):
+            if self.turns:
+                return self.head(torch.tanh(self.inner(x.transpose(0, 1))).mean(0)) + self.head(
+                    x.mean(1) @ x.new_ones(3, 4)
+                )
+            return self.head(torch.tanh(self.inner(x)).mean(1))
+
+    model, x = double(Turning()), torch.randn(4, 8, 3).double()
+    optimizer = KFAC(model, lr=0.0, loss_reduction="sum", kfac_approx="reduce", factor_decay=0.0)
+    for model.turns in (False, True, True):
+        optimizer.zero_grad()
+        model(x).square().sum().div(2).backward()
+        optimizer.step()
+    y = torch.zeros(4, 2).double()
+    truth = kron_factors(model, "regression", [(x, y)], curvature="ef", kfac_approx="reduce")
+    assert_equal_blocks(optimizer.kron(4), truth)
+    assert optimizer.state_dict()["kfac"]["time_first"] == ["inner.bias", "inner.weight"]
+
+
+def test_what_cannot_be_checked_is_said():
+    class Losses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.layer(x).mean(1).square().mean()
+
+    model = double(Losses())
+    optimizer = KFAC(model, kfac_approx="reduce")
+    with pytest.warns(
+        CurvatureWarning, match="the network returns no outputs .* so that it is not known whether rows are"
+    ):
+        model(torch.randn(4, 6, 3).double()).backward()
+    optimizer.step()
+    model.forward = lambda x: model.layer(x[[4, 3, 2, 1, 0]]).mean(1)
+    other = KFAC(model, kfac_approx="reduce")
+    with pytest.warns(CurvatureWarning, match=r"cannot be run on a few examples of a batch \(IndexError\)"):
+        model(torch.randn(5, 6, 3).double())
+    del other

@@ -8,7 +8,8 @@ from torch import nn
 
 from laplace_ws import Laplace
 from laplace_ws.curvature import exact
-from laplace_ws.kfac import MatrixUse, ekfac
+from laplace_ws.kfac import ekfac
+from laplace_ws.matrices import pushforward
 from laplace_ws.posterior import functional
 
 
@@ -87,15 +88,46 @@ def test_backends_predict_alike(structure, backend):
     torch.testing.assert_close(other.functional_moments(x), la.functional_moments(x), rtol=1e-9, atol=1e-12)
 
 
-def test_rows_of_one_position_are_never_formed_and_equal_those_that_are(monkeypatch):
-    """With one position the inputs only weigh the outputs; Jacobians formed in full give the same."""
-    for structure in ("kron", "ekfac", "diag"):
-        la, x, _ = fitted(structure)
-        fast = la.functional_moments(x)[1]
-        with monkeypatch.context() as patch:
-            patch.setattr(functional, "_is_outer", lambda *args, **options: False)
-            slow = la.functional_moments(x)[1]
-        torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-14)
+@pytest.mark.parametrize("diagonal_output", [False, True])
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "grouped-conv", "transformer-tokens", "message-passing", "experts"])
+def test_rows_that_are_never_formed_give_what_whole_rows_give(name, structure, diagonal_output, monkeypatch):
+    """Sums over pairs of positions, parts of the outputs, and the vectors of a table that are looked up, against rows in full."""
+    la, x, _ = fitted(structure, name)
+    moments = []
+    for by_pairs in (True, False):
+        monkeypatch.setattr(pushforward, "_pairs_are_cheaper", lambda *args, of=by_pairs: of)
+        monkeypatch.setattr(pushforward, "_elements_at_once", lambda device: 30)
+        moments.append(la.functional_moments(x, diagonal_output=diagonal_output)[1])
+    for form in ("outer_products", "lookups"):
+        monkeypatch.setattr(functional, form, lambda *args: None)
+    whole = la.functional_moments(x, diagonal_output=diagonal_output)[1]
+    for variances in moments:
+        torch.testing.assert_close(variances, whole, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("diagonal_output", [False, True])
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag"])
+def test_vectors_of_a_table_that_are_looked_up_several_times(structure, diagonal_output, monkeypatch):
+    """An index that occurs twice in an example, one that is padding, and one table that is read by two calls."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = nn.Embedding(6, 3, padding_idx=1), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.out((self.table(x).cumsum(1).tanh() + self.table(x.flip(1)[:, :1])).mean(1))
+
+    torch.manual_seed(0)
+    model, x = Net().double(), torch.tensor([[2, 3, 2, 2], [1, 4, 1, 0], [5, 0, 1, 5]])
+    model.table.weight.data.normal_()
+    la = Laplace(model, "regression", hessian_structure=structure)
+    la.fit([(x, torch.randn(3, 2, dtype=torch.float64))])
+    fast = la.functional_moments(x, diagonal_output=diagonal_output)[1]
+    monkeypatch.setattr(functional, "lookups", lambda *args: None)
+    whole = la.functional_moments(x, diagonal_output=diagonal_output)[1]
+    torch.testing.assert_close(fast, whole, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("structure", ["kron", "ekfac"])
@@ -104,11 +136,7 @@ def test_turning_factors_or_gradients_is_the_same(name, structure, monkeypatch):
     la, x, _ = fitted(structure, name)
     moments = []
     for is_forced in (True, False):
-
-        def turn_factors(basis, name, use, n_columns, is_forced=is_forced):
-            return is_forced and isinstance(use, MatrixUse) and name == use.weight
-
-        monkeypatch.setattr(ekfac, "_turn_factors", turn_factors)
+        monkeypatch.setattr(ekfac, "_turn_factors", lambda *args, is_forced=is_forced: is_forced)
         moments.append(la.functional_moments(x)[1])
     torch.testing.assert_close(*moments, rtol=1e-11, atol=1e-13)
 

@@ -110,6 +110,7 @@ def check(first: RunConfig, second: RunConfig, *n: int) -> None:
         (RunConfig(data=DataConfig(held_out=True)), "data.held_out"),
         (RunConfig(marglik=MarglikConfig(temperature_init=2.0)), "marglik.temperature_init"),
         (RunConfig(marglik=MarglikConfig(hessian_structure="diag")), "marglik.hessian_structure"),
+        (RunConfig(marglik=MarglikConfig(max_factor_dim=64)), "marglik.max_factor_dim"),
         (RunConfig(marglik=MarglikConfig(final_kfac_approx="expand")), "the last fit's kfac_approx"),
         (RunConfig(marglik=MarglikConfig(final_curvature="ggn")), "the last fit's curvature"),
         (RunConfig(marglik=MarglikConfig(mc_samples=2)), "marglik.mc_samples"),

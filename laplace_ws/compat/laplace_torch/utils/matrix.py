@@ -23,7 +23,7 @@ def factors_of(kron: matrices.Kron) -> list[list[Tensor]]:
 
 
 def _factors(block: matrices.KronBlock) -> list[Tensor]:
-    if block.B.ndim == 3:
+    if block.is_grouped:
         return [block.to_dense()]
     if block.A is None:
         return [block.B]
