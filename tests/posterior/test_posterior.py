@@ -199,3 +199,20 @@ def test_precision_of_the_factors_is_an_option_that_is_saved():
 def test_options_that_are_not_there(option, message):
     with pytest.raises(TypeError, match=message):
         Laplace(nn.Linear(2, 2), "classification", **{option: 1})
+
+
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag"])
+def test_decompose_leaves_nothing_to_the_evidence_and_to_predictions(structure, monkeypatch):
+    case = next(case for case in CASES if case.name == "cnn")
+    la, x, _ = fitted(structure, case)
+    expected = la.log_marginal_likelihood(), la.functional_moments(x)[1]
+    other = Laplace(la.model, case.likelihood, hessian_structure=structure)
+    other.load_state_dict(la.state_dict())
+    assert other.decompose(progress_bar=True) is other
+
+    def never(*_):
+        raise AssertionError("decomposed again")
+
+    monkeypatch.setattr(torch.linalg, "eigh", never)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", never)
+    torch.testing.assert_close((other.log_marginal_likelihood(), other.functional_moments(x)[1]), expected)
