@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::laplace_ws.errors.CurvatureWarn
 WIDEST = 2
 
 
+@pytest.mark.many(4)
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
 @pytest.mark.parametrize("case", cases.CASES, ids=str)

@@ -88,6 +88,7 @@ def test_backends_predict_alike(structure, backend):
     torch.testing.assert_close(other.functional_moments(x), la.functional_moments(x), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("diagonal_output", [False, True])
 @pytest.mark.parametrize("structure", ["kron", "ekfac", "diag"])
 @pytest.mark.parametrize("name", ["mlp", "cnn", "grouped-conv", "transformer-tokens", "message-passing", "experts"])

@@ -47,6 +47,7 @@ def of_dense_jacobian(la: Laplace, x, deviations, covered=slice(None)):
 # ------------------------------------------------------------------ exact
 
 
+@pytest.mark.many(3)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_samples_are_the_jacobian_times_the_drawn_weights(case, through_weights):
     la, x, _ = fitted("diag", case)
