@@ -97,9 +97,10 @@ class BlockMatrix(CurvatureMatrix, Mapping[str, B], Generic[B]):
         A sum of roundings of standard deviations does no harm to a sample, as it may to a solution.
         """
         drawn = []
-        for part, block, variances in self._parts(vectors, scale, delta):
-            coordinates = part.reshape(len(part), *variances.shape) * variances.sqrt().to(part.dtype)
-            drawn.append(block.basis.rotate_back(coordinates))
+        with torch.autocast(vectors.device.type, enabled=False):  # the precision is that of the vectors, whoever calls
+            for part, block, variances in self._parts(vectors, scale, delta):
+                coordinates = part.reshape(len(part), *variances.shape) * variances.sqrt().to(part.dtype)
+                drawn.append(block.basis.rotate_back(coordinates))
         return torch.cat(drawn, dim=1)
 
     def inverse_diagonal(self, scale: Tensor, delta: Tensor) -> Tensor:
