@@ -176,8 +176,8 @@ def _pairs_are_cheaper(products: OuterProducts, n_dampings: int) -> bool:
 
 
 def _elements_at_once(device: torch.device) -> int:
-    """How much of the rows to form at once: on a CPU what its caches hold, elsewhere enough to be busy with."""
-    return 2**18 if device.type == "cpu" else 2**26
+    """How much of the rows to form at once: on a CPU what its caches hold, elsewhere some megabytes, as little beside `memory_budget`."""
+    return 2**18 if device.type == "cpu" else 2**20
 
 
 class _WholePushforward(Pushforward):
