@@ -12,6 +12,7 @@ from torch import Tensor
 from laplace_ws.distributed import Processes
 from laplace_ws.kfac.accumulator import Accumulator, OutputGradients
 from laplace_ws.kfac.embedding_use import EmbeddingUse
+from laplace_ws.kfac.roles import LARGEST_DENSE_VOCABULARY
 from laplace_ws.kfac.uses import MatrixUse, Use
 from laplace_ws.matrices import EigenBasis, Ekfac, EkfacBlock, Lookups, OuterProducts
 
@@ -79,10 +80,13 @@ def lookups(
 
 
 def has_small_rows(name: str, uses: Sequence[Use]) -> bool:
-    """Whether the gradients of an example need not be formed in full: `outer_products` or `lookups` gives them."""
+    """Whether the gradients of an example need not be formed in full, in whichever basis: `outer_products` or `lookups` gives them.
+
+    Those of a table whose input factor may be dense, as K-FAC-reduce has it of a small vocabulary, are formed there.
+    """
     own = [use for use in uses if name in use.parameters]
     if all(isinstance(use, EmbeddingUse) for use in own):
-        return True
+        return all(use.weight_shape[0] > LARGEST_DENSE_VOCABULARY for use in own if isinstance(use, EmbeddingUse))
     matrices = [use for use in own if _is_matrix(use, name)]
     return len(matrices) == len(own) and len({use.groups for use in matrices}) == 1
 

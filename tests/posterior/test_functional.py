@@ -220,3 +220,23 @@ def test_samples_have_the_posterior_covariance_exactly(structure):
     la, _, _ = fitted(structure, "cnn", prior_precision=2.0)
     L = la.H.inv_sqrt(torch.eye(la.n_params, dtype=torch.float64), *la.fitted.damping(la.prior)).mT
     torch.testing.assert_close(L @ L.mT, dense_covariance(la), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("vocabulary", "is_small"), [(50, False), (9000, True)])
+def test_rows_of_a_table_count_where_they_may_be_formed(vocabulary, is_small):
+    """By reduce a small vocabulary has a dense input factor, in whose eigenvectors the rows of its table are formed in full."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = nn.Embedding(vocabulary, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.out(self.table(x).mean(1))
+
+    x = torch.arange(6).reshape(3, 2)
+    la = Laplace(Net(), "classification", kfac_approx="reduce" if vocabulary < 100 else "expand")
+    la.fit([(x, torch.tensor([0, 1, 0]))])
+    assert (la.H.basis("table.weight").Q_A is None) == is_small
+    assert ("table.weight" in la.network.check.small_rows) == is_small
+    assert "out.weight" in la.network.check.small_rows
