@@ -36,7 +36,7 @@ from laplace_ws.marglik import MarglikResult, prepare
 from laplace_ws.metrics import evaluate_classification
 from laplace_ws.report.style import dashed_style, drawing, legend_below
 
-OFTEN = {"marglik_frequency": 5, "fit_fraction": 0.25}
+OFTEN = {"marglik_frequency": 5, "fit_fraction": 0.25, "keep": "best"}
 ROWS: dict[str, dict[str, Any]] = {
     "fixed prior": {"n_hypersteps": 0},
     "all batches": {**OFTEN, "fit_fraction": 1.0},

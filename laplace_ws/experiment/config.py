@@ -102,7 +102,7 @@ class MarglikConfig(ScheduleOptions):
         prior_prec_init: start of the prior precisions; 0.01 times the number of images if not given. With layerwise, the
             elementwise scales and biases of norms and Fixup start at 1 whatever is given.
         temperature_init: temperature of the likelihood, at the start.
-        tune_temperature: whether to tune it; the last epoch's network is kept then, not the best.
+        tune_temperature: whether to tune it.
         hessian_structure: of the Laplace approximation: kron, ekfac, diag, full or lowrank.
         curvature: exact GGN, GGN by sampled labels, or empirical Fisher.
         kfac_approx: of the tuning: auto, expand or reduce, or a mapping from a pattern of layers to one of them; reduce if not given.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sized
+from collections.abc import Collection, Generator, Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,6 +107,28 @@ def _of_all(batches: Batches, n_seen: int, n_own: int, n_batches: int) -> tuple[
                 f"process {rank} has {n} batches and process 0 has {numbers[0][1]}; give all processes the same data and batch size."
             )
     return sum(n for n, _ in numbers), n_batches
+
+
+def check_comparable(tuned: Collection[str], *, averages: bool) -> None:
+    """Refuse keep="best" where the log marginal likelihoods of two tunings do not compare.
+
+    Args:
+        tuned: names of the hyperparameters that are.
+        averages: whether tunings take the curvature that the optimiser has averaged.
+
+    Raises:
+        ValueError: says why they do not.
+    """
+    if "temperature" in tuned:
+        raise ValueError(
+            "keep='best' compares log marginal likelihoods, which rise with the temperature whatever the network; take keep='last' with "
+            "tune_temperature"
+        )
+    if averages:
+        raise ValueError(
+            "keep='best' compares log marginal likelihoods, and those by an optimiser's averages lag behind the weights; take "
+            "keep='last', or refit=True"
+        )
 
 
 def one_pass_error(loader: Iterable[Any]) -> InvalidBatchError:

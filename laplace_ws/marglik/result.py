@@ -39,17 +39,17 @@ class MarglikResult:
     """What `marglik_training` returns. Unpacks as `la, model, margliks, losses = marglik_training(...)`.
 
     Attributes:
-        la: the posterior of the best model, fitted on all the data; where its factors are by another approximation than those of the
+        la: the posterior of the model, fitted on all the data; where its factors are by another approximation than those of the
             tuning, with prior precisions of its own.
-        model: the model that was passed, now at its best.
+        model: the model that was passed, now trained.
         margliks: log marginal likelihood in nats at each tuning; higher is better. Values from fits to different numbers of batches
             ("fit_batches" in `history`) do not compare: the fewer, the higher they are on average.
         losses: the MAP objective of each epoch, in nats per example.
         history: one record per epoch, as `on_epoch` left them.
         prior_precision: under which it was trained, of every parameter by name; a geometric mean where every weight has its own.
         prior_group: which group each parameter shares its prior precision with.
-        best_epoch: the epoch whose weights and hyperparameters were kept: the one with the highest log marginal likelihood, or the
-            last where the temperature was tuned or a budget chose the number of batches of each fit.
+        best_epoch: the epoch whose weights and hyperparameters were kept: the last, or, with keep="best", the one with the highest log
+            marginal likelihood.
         collapsed: groups of parameters whose prior precision ended at its upper limit.
         train_seconds: wall time of the training and the last fit, without `on_epoch`.
         curvature_seconds: the part of it that went into fits and steps on the hyperparameters.

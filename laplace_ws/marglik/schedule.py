@@ -1,15 +1,17 @@
-"""When a run tunes, and the error that ends one early."""
+"""When a run tunes, what it leaves, and the error that ends one early."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from laplace_ws.marglik.budget import Budget
 from laplace_ws.values import real_number, whole_number
 
+Keep = Literal["last", "best"]
+"""Whose weights and hyperparameters a run leaves: see `ScheduleOptions`."""
 _LONGEST_DEFAULT_BURNIN = 20
 _FREQUENCY, _FRACTION = 5, 1.0
 """Epochs between two tunings and share of the batches, where neither they nor a budget are given."""
@@ -41,7 +43,7 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """When a run tunes, and how far.
+    """When a run tunes, how far, and what it leaves.
 
     Attributes:
         n_epochs: epochs of gradient steps.
@@ -53,6 +55,8 @@ class ScheduleOptions:
         max_log_step: largest change of the logarithm of any hyperparameter at one tuning.
         curvature_budget: most seconds of fits and steps on the hyperparameters by second of gradient steps, in (0, 1]; of no effect where
             marglik_frequency and fit_fraction are both given.
+        keep: whose weights and hyperparameters the run leaves: "last", those of its last epoch, or "best", those of the tuning with the
+            highest log marginal likelihood.
     """
 
     n_epochs: int = 100
@@ -62,6 +66,7 @@ class ScheduleOptions:
     fit_fraction: float | None = None
     max_log_step: float = 1.0
     curvature_budget: float | None = 0.1
+    keep: Keep = "last"
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,13 @@ class Schedule(ScheduleOptions):
                 raise ValueError(f"{name}={value} must lie in (0, 1]; give None to {without}")
         if not real_number("max_log_step", self.max_log_step, finite=False) > 0:
             raise ValueError(f"max_log_step={self.max_log_step} must be positive")
+        if self.keep not in (known := get_args(Keep)):
+            raise ValueError(f"keep={self.keep!r} is not one of {list(known)}")
+        if self.keep == "best" and self.budget_in_effect is not None and self.fit_fraction is None:
+            raise ValueError(
+                "keep='best' compares log marginal likelihoods, and those of fits to different numbers of batches, which curvature_budget "
+                "chooses, do not compare; give fit_fraction, or keep='last'"
+            )
         if self.n_hypersteps and self.burnin > self.n_epochs:
             raise ValueError(
                 f"n_epochs_burnin={self.burnin} leaves none of n_epochs={self.n_epochs} to tune in; "

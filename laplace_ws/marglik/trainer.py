@@ -39,7 +39,7 @@ from laplace_ws.marglik.checkpoint import (
     snapshot,
 )
 from laplace_ws.marglik.checkpoint_checks import check_fits
-from laplace_ws.marglik.checks import DataFacts, one_pass_error
+from laplace_ws.marglik.checks import DataFacts, check_comparable, one_pass_error
 from laplace_ws.marglik.hyperparameters import Hyperparameters, TemperatureWarning
 from laplace_ws.marglik.lines import has_terminal, say_epoch
 from laplace_ws.marglik.objective import PriorGradient
@@ -63,10 +63,8 @@ _STEPS_BETWEEN_LOSS_CHECKS = 20
 class Trainer:
     """A training run that is ready to start: `run` trains. Made by `prepare`, which checks that all of this fits together.
 
-    The hyperparameters of `la` are kept equal to `hyper`. What `run` leaves is the state with the highest log marginal
-    likelihood. It is the last one where values do not compare: at different temperatures, and from fits to different numbers of batches,
-    of which the smaller see fewer directions of the weight space, subtract less for them, and so give higher values. With a fixed
-    `fit_fraction` below 1 each value is an estimate from its own subset of batches.
+    The hyperparameters of `la` are kept equal to `hyper`. What `run` leaves is the state after the last epoch, or, with `schedule.keep`
+    "best", that with the highest log marginal likelihood.
 
     Attributes:
         la: the posterior whose marginal likelihood tunes the hyperparameters.
@@ -123,11 +121,8 @@ class Trainer:
         averages = None
         if self.la.structure.name == "kron" and not self.refit:
             averages = averages_of(self.optimizer)
-        self.keeps_last: bool = (
-            averages is not None
-            or "temperature" in self.hyper.tuned_names
-            or (self.budget is not None and self.budget.varies)
-        )
+        if self.schedule.keep == "best" and self.schedule.n_hypersteps:
+            check_comparable(self.hyper.tuned_names, averages=averages is not None)
         subset_generator = torch.Generator().manual_seed(self.la.generator.initial_seed())
         shuffler = getattr(self.loader, "generator", None)
         self.generators: list[torch.Generator] = [self.la.generator, subset_generator]
@@ -155,7 +150,7 @@ class Trainer:
         self.hyper.assign_to(self.la)
 
     def run(self) -> MarglikResult:
-        """Train to the last epoch, leave model and hyperparameters at their best, and fit the posterior there.
+        """Train to the last epoch, leave model and hyperparameters as `schedule.keep` says, and fit the posterior there.
 
         The mode of the model's modules, its `.grad` and torch's global random state are left as they were.
 
@@ -396,7 +391,7 @@ class Trainer:
         self.progress.tuning_cost = asdict(tuning.cost.learned_after(self._known_cost()))
         self.progress.margliks.append(tuning.log_marglik)
         best = self.progress.best
-        if best is None or self.keeps_last or tuning.log_marglik > best["log_marginal_likelihood"]:
+        if self.schedule.keep == "best" and (best is None or tuning.log_marglik > best["log_marginal_likelihood"]):
             self.progress.best = {
                 "epoch": epoch,
                 "log_marginal_likelihood": tuning.log_marglik,

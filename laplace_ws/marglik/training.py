@@ -24,7 +24,7 @@ from laplace_ws.marglik.optimizers import make_optimizer, make_scheduler, schedu
 from laplace_ws.marglik.options import TrainingOptions
 from laplace_ws.marglik.passes import same_order_after
 from laplace_ws.marglik.result import MarglikResult, Record
-from laplace_ws.marglik.schedule import Schedule
+from laplace_ws.marglik.schedule import Keep, Schedule
 from laplace_ws.marglik.settings import run_settings
 from laplace_ws.marglik.trainer import Trainer
 from laplace_ws.randomness import as_found_by_the_first, random_state
@@ -59,6 +59,7 @@ def marglik_training(
     max_log_step: float = Schedule.max_log_step,
     fit_fraction: float | None = Schedule.fit_fraction,
     curvature_budget: float | None = Schedule.curvature_budget,
+    keep: Keep = Schedule.keep,
     prior_structure: str = TrainingOptions.prior_structure,
     prior_prec_init: float | None = TrainingOptions.prior_prec_init,
     sigma_noise_init: float | None = TrainingOptions.sigma_noise_init,
@@ -89,11 +90,12 @@ def marglik_training(
     passed. As measured times decide, two runs differ; to repeat a run exactly, give `marglik_frequency` and `fit_fraction`, with which
     nothing is measured. "fit_batches" and "curvature_seconds" in the records of the epochs say what was chosen and what it took.
 
-    The posterior is fitted on all the data at the last weights and hyperparameters where a budget chose the number of batches: a fit to
-    fewer of them gives a higher log marginal likelihood, as its curvature has fewer directions, so the highest would only be the one of the
-    fewest. With `fit_fraction` given, those with the highest log marginal likelihood are kept; below 1 it is the highest among estimates
-    from different subsets, so the choice is partly a matter of chance. With `tune_temperature` the last are kept: values at
-    different τ are not comparable, and the highest is usually the one at the largest τ.
+    The weights and hyperparameters of the last epoch are left, and the posterior is fitted there on all the data. `keep="best"` leaves
+    those of the tuning with the highest log marginal likelihood instead: an early stopping for trainings whose learning rate does not
+    fall. Laplace's approximation holds at a maximum of the joint density, so the values of early epochs, which are far from one, are often
+    too high; and where `fit_fraction` is below 1, each is an estimate from its own subset of batches. It is refused where values do not
+    compare at all: with numbers of batches that a budget chooses (a fit to fewer of them gives a higher value, as its curvature has fewer
+    directions), with `tune_temperature`, and with the averages of an optimiser.
 
     The model is trained in place. The mode of its modules, its `.grad` and torch's global random state are left as
     they were. Gradient steps run with all modules in train mode, curvature with all in eval mode.
@@ -126,6 +128,7 @@ def marglik_training(
             "lowrank", which needs the same data in each pass, only the frequency is. `n_hypersteps=0` trains at fixed hyperparameters.
             With `curvature_budget=None` there is a tuning every 5 epochs, on all the data. Where the budget chooses the fraction, the
             curvature of a fit is averaged with that of the fits before it (`tuning.NEWEST`).
+        keep: "last" or "best": whose weights and hyperparameters are left, see above.
         hyper_optimizer: how the log marginal likelihood is maximised: "newton", which goes to the optimum of prior
             precisions and noise within `max_log_step`, whatever `n_hypersteps` above 0; "adam"; or "mackay", `n_hypersteps`
             updates δ ← γ/‖θ‖², σ² ← SSE/(n − γ). Where not given, it is Newton's method, and Adam with `tune_temperature`, which needs it.
@@ -180,6 +183,7 @@ def marglik_training(
         fit_fraction=fit_fraction,
         max_log_step=max_log_step,
         curvature_budget=curvature_budget,
+        keep=keep,
     )
     options = TrainingOptions(
         hessian_structure=hessian_structure,

@@ -141,7 +141,7 @@ def test_a_structure_that_needs_the_same_data_in_each_pass_sees_all_of_it():
     assert chosen(result)[-1] == 8
 
 
-def test_the_last_is_kept_where_fits_see_different_numbers_of_batches_and_else_the_best(monkeypatch):
+def test_the_best_is_kept_where_fits_see_as_many_batches_each_and_it_is_asked_for(monkeypatch):
     values = itertools.count(0.0, -1.0)
     real = Laplace.log_marginal_likelihood
     monkeypatch.setattr(
@@ -150,7 +150,8 @@ def test_the_last_is_kept_where_fits_see_different_numbers_of_batches_and_else_t
     )  # fmt: skip
     assert trainer().run().best_epoch == 40
     assert trainer(replace(BUDGETED, marglik_frequency=10)).run().best_epoch == 40
-    assert trainer(replace(BUDGETED, fit_fraction=0.5)).run().best_epoch == 5
+    assert trainer(replace(BUDGETED, fit_fraction=0.5)).run().best_epoch == 40
+    assert trainer(replace(BUDGETED, fit_fraction=0.5, keep="best")).run().best_epoch == 5
 
 
 # ------------------------------------------------------------------ resuming

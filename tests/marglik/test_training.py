@@ -31,6 +31,7 @@ from laplace_ws.marglik import (
     marglik_training,
 )
 from laplace_ws.marglik.trainer import n_correct
+from laplace_ws.optim import KFAC
 from laplace_ws.posterior import Laplace as KronLaplace
 
 # ------------------------------------------------------------------ what it reaches
@@ -85,14 +86,14 @@ def test_result_unpacks_into_four_and_holds_the_best():
     assert len(margliks) == 3  # after epochs 2, 4 and 6
     measured = {r["epoch"]: r["log_marginal_likelihood"] for r in result.history}
     assert [epoch for epoch, value in measured.items() if value is not None] == [2, 4, 6]
-    assert result.best_epoch == max((2, 4, 6), key=measured.__getitem__)
-    # Model and hyperparameters are those of the best epoch, so an exact refit on all the data finds its value again.
-    assert la.log_marginal_likelihood().item() == pytest.approx(max(margliks), rel=1e-5)
+    assert result.best_epoch == 6
+    # Model and hyperparameters are those of the epoch that was kept, so an exact refit on all the data finds its value again.
+    assert la.log_marginal_likelihood().item() == pytest.approx(measured[result.best_epoch], rel=1e-5)
     assert la.n_data == 60
     assert 0 < result.curvature_seconds < result.train_seconds
 
 
-def test_best_is_restored_when_later_epochs_are_worse():
+def test_the_best_is_kept_when_asked_for_and_later_epochs_are_worse():
     class Wrecker:
         """A schedule that makes the last steps absurdly large."""
 
@@ -106,7 +107,8 @@ def test_best_is_restored_when_later_epochs_are_worse():
         def state_dict(self):
             return {}
 
-    result = marglik_training(mlp(), blobs(), **QUICK, optimizer_kwargs=SGD, curvature="ggn", scheduler_cls=Wrecker)
+    options = {**QUICK, "optimizer_kwargs": SGD, "curvature": "ggn", "scheduler_cls": Wrecker}
+    result = marglik_training(mlp(), blobs(), **options, keep="best")
     assert result.best_epoch == 4
     assert result.margliks[-1] < max(result.margliks) - 1
     assert result.la.log_marginal_likelihood().item() == pytest.approx(max(result.margliks), rel=1e-5)
@@ -134,9 +136,9 @@ def watched_run(**options) -> tuple[MarglikResult, dict[int, dict[str, torch.Ten
     return marglik_training(model, blobs(), **QUICK, optimizer_kwargs=SGD, on_epoch=watch, **options), states
 
 
-def test_best_is_restored_with_its_buffers_and_hyperparameters(monkeypatch):
+def test_the_best_is_kept_with_its_buffers_and_hyperparameters(monkeypatch):
     worse_each_time(monkeypatch)
-    result, states = watched_run()
+    result, states = watched_run(keep="best")
     assert result.best_epoch == 2
     assert not torch.equal(states[2]["1.running_mean"], states[6]["1.running_mean"])
     assert_equal_states(result.model.state_dict(), states[2])
@@ -146,13 +148,45 @@ def test_best_is_restored_with_its_buffers_and_hyperparameters(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::laplace_ws.marglik.TemperatureWarning")
-def test_with_a_tuned_temperature_the_last_is_kept(monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"tune_temperature": True}])
+def test_the_last_is_kept_by_default(monkeypatch, options):
     worse_each_time(monkeypatch)
-    result, states = watched_run(tune_temperature=True)
+    result, states = watched_run(**options)
     assert result.best_epoch == 6
     assert_equal_states(result.model.state_dict(), states[6])
+    assert result.la.prior_precision.tolist() == pytest.approx(list(result.prior_precision.values()))
+    assert result.prior_precision == result.history[5]["prior_precision"]
+    assert result.prior_precision != result.history[1]["prior_precision"]
     assert result.la.temperature.item() == pytest.approx(result.history[5]["temperature"])
-    assert result.history[5]["temperature"] != result.history[1]["temperature"]
+
+
+def test_the_last_is_kept_where_it_was_not_tuned():
+    """A budget may leave no tuning after the last epochs; their weights are left all the same."""
+    model, weights = mlp(), []
+    options = {**QUICK, "fit_fraction": None, "marglik_frequency": None, "optimizer_kwargs": SGD}
+    result = marglik_training(model, blobs(), **options, on_epoch=lambda _: weights.append(state_of(model)))
+    assert result.best_epoch == 6
+    assert_equal_states(model.state_dict(), weights[-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": "first"}, r"keep='first' is not one of \['last', 'best'\]"),
+        ({"keep": "best", "fit_fraction": None}, "give fit_fraction, or keep='last'"),
+        ({"keep": "best", "tune_temperature": True}, "take keep='last' with tune_temperature"),
+        ({"keep": "best", "optimizer_cls": KFAC}, "take keep='last', or refit=True"),
+    ],
+)
+def test_the_best_is_refused_where_values_do_not_compare(options, message):
+    with pytest.raises(ValueError, match=message):
+        marglik_training(mlp(), blobs(), **QUICK | options)
+
+
+@pytest.mark.parametrize("options", [{"optimizer_cls": KFAC, "refit": True}, {"n_hypersteps": 0, "tune_temperature": True}])
+def test_the_best_is_taken_where_values_compare_or_nothing_is_tuned(options):
+    result = marglik_training(mlp(), blobs(), **QUICK | options, keep="best")
+    assert result.best_epoch in (2, 4, 6)
 
 
 def test_refit_stands_for_all_the_data_where_the_loader_leaves_some_out():
