@@ -48,7 +48,9 @@ def long_run(path, loader=None, **options):
         layer.reset_parameters()
     torch.manual_seed(7)
     adam = {"hyper_optimizer": "adam"}  # which has a state of its own
-    options = QUICK | adam | {"optimizer_kwargs": SGD, "fit_fraction": 0.5, "keep": "best", "checkpoint_path": path} | options
+    options = (
+        QUICK | adam | {"optimizer_kwargs": SGD, "fit_fraction": 0.5, "keep": "best", "checkpoint_path": path} | options
+    )
     return marglik_training(model, blobs() if loader is None else loader, **options)
 
 

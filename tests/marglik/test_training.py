@@ -183,7 +183,9 @@ def test_the_best_is_refused_where_values_do_not_compare(options, message):
         marglik_training(mlp(), blobs(), **QUICK | options)
 
 
-@pytest.mark.parametrize("options", [{"optimizer_cls": KFAC, "refit": True}, {"n_hypersteps": 0, "tune_temperature": True}])
+@pytest.mark.parametrize(
+    "options", [{"optimizer_cls": KFAC, "refit": True}, {"n_hypersteps": 0, "tune_temperature": True}]
+)
 def test_the_best_is_taken_where_values_compare_or_nothing_is_tuned(options):
     result = marglik_training(mlp(), blobs(), **QUICK | options, keep="best")
     assert result.best_epoch in (2, 4, 6)
