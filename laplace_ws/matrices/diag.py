@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from laplace_ws import saved
 from laplace_ws.matrices import spectrum
 from laplace_ws.matrices.base import CurvatureMatrix, by_parameter, expand_per_weight
 from laplace_ws.matrices.pushforward import Damping, Layout, SeparablePushforward
+
+_AT_ONCE = 2**16
+"""Numbers in float64 that are worked on at a time."""
 
 
 class Diag(CurvatureMatrix):
@@ -26,6 +29,7 @@ class Diag(CurvatureMatrix):
     def __init__(self, shapes: Mapping[str, torch.Size], values: Float[Tensor, " P"]):
         self.shapes: Mapping[str, torch.Size] = dict(shapes)
         self.values = values
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __add__(self, other: CurvatureMatrix) -> Diag:
         self._check_same_parameters(other)
@@ -44,7 +48,15 @@ class Diag(CurvatureMatrix):
 
     def log_det(self, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.log_det`."""
-        return self.damped(scale, delta).log().sum()
+        return torch.stack([damped.log().sum() for damped in self._damped_parts(scale, delta)]).sum()
+
+    def _damped_parts(self, scale: Tensor, delta: Tensor) -> Iterator[Float[Tensor, " D"]]:
+        """`damped` in parts of one parameter each that stay in a cache."""
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        for values, d in zip(self.values.split(sizes), by_parameter(delta, self.shapes).values(), strict=True):
+            parts = values.split(_AT_ONCE)
+            for part, own in zip(parts, d.split(_AT_ONCE) if d.ndim else [d] * len(parts), strict=True):
+                yield part.double() * scale.double() + own.double()
 
     @torch.no_grad()
     def effective_parameters(self, scale: Tensor, delta: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +81,20 @@ class Diag(CurvatureMatrix):
 
     def inv_sqrt(self, vectors: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.inv_sqrt`."""
-        return vectors * self.damped(scale, delta).rsqrt().to(vectors.dtype)
+        return vectors * self._deviations(scale, delta, vectors.dtype)
+
+    def _deviations(self, scale: Tensor, delta: Tensor, dtype: torch.dtype) -> Float[Tensor, " P"]:
+        """Standard deviations of the posterior; the last ones are kept, as one sample follows another."""
+
+        def computed() -> Tensor:
+            return torch.cat([damped.to(dtype).rsqrt() for damped in self._damped_parts(scale, delta)])
+
+        if scale.requires_grad or delta.requires_grad:
+            return computed()
+        last = self._last
+        if last is None or last[2].dtype != dtype or not (torch.equal(last[0], scale) and torch.equal(last[1], delta)):
+            last = self._last = scale.clone(), delta.clone(), computed()
+        return last[2]
 
     def inverse_diagonal(self, scale: Tensor, delta: Tensor) -> Tensor:
         """See `CurvatureMatrix.inverse_diagonal`."""

@@ -203,15 +203,13 @@ class Predictor:
         return self._finite(self._draw(n_samples, generator_or_none("generator", generator)))
 
     def _draw(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
-        return self.fit.mean + self._draw_deviations(n_samples, generator)
+        noise = self._room_for_noise(n_samples).normal_(generator=generator)
+        return self.fit.mean + self.fit.H.inv_sqrt(noise, *self.damping)
 
-    def _draw_deviations(self, n_samples: int, generator: torch.Generator | None) -> Float[Tensor, "S P"]:
-        """Weights drawn from the posterior, less its mean."""
+    def _room_for_noise(self, n_samples: int) -> Float[Tensor, "S P"]:
+        """An empty tensor for as many draws of white noise: of float32 at least, as in half precision deviations drown in the rounding."""
         mean = self.fit.mean
-        # in half precision a deviation would drown in the rounding
-        dtype = torch.promote_types(mean.dtype, torch.float32)
-        noise = torch.randn(n_samples, len(mean), dtype=dtype, device=mean.device, generator=generator)
-        return self.fit.H.inv_sqrt(noise, *self.damping)
+        return mean.new_empty(n_samples, len(mean), dtype=torch.promote_types(mean.dtype, torch.float32))
 
     def functional_samples(self, x: Any, options: PredictionOptions) -> Float[Tensor, "S N ..."]:
         """Outputs drawn from the posterior."""
@@ -382,9 +380,11 @@ class Predictor:
 
     def _deviations(self, n_samples: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, "B P"]]:
         """Deviations of samples from the mean, drawn in batches as large as memory allows."""
-        at_once = max(1, self.memory_budget // (self.network.n_params * 8))
+        at_once = min(n_samples, max(1, self.memory_budget // (self.network.n_params * 8)))
+        noise = self._room_for_noise(at_once)  # used again, as new memory takes a third of the time of a draw
         for start in range(0, n_samples, at_once):
-            yield self._draw_deviations(min(at_once, n_samples - start), generator)
+            batch = noise[: n_samples - start].normal_(generator=generator)
+            yield self.fit.H.inv_sqrt(batch, *self.damping)
 
     def mean_over_samples(self, outputs: Float[Tensor, "S N ..."], options: PredictionOptions) -> Prediction:
         """The predictive of networks with sampled weights, given their outputs."""

@@ -25,7 +25,7 @@ _PER_ENTRY = 20.0
 """Products in the time in which a large tensor's entry is read, changed and written."""
 _ROW_ENTRIES = 3
 """How often an entry of a Jacobian is, where its rows are formed: as it is, turned into coordinates of the curvature, weighted."""
-_DRAW_ENTRIES = 20
+_DRAW_ENTRIES = 8
 """How often an entry of a sample of the weights is: a normal number, and what makes it one of the posterior."""
 _DOUBLE = 2.0
 """Products of float32 in one of float64."""

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from laplace_ws import NumericalRepairWarning
-from laplace_ws.matrices import CurvatureMatrix, Dense, Diag, Ekfac, EkfacBlock, Kron, KronBlock, LowRank
+from laplace_ws.matrices import (
+    CurvatureMatrix,
+    Dense,
+    Diag,
+    Ekfac,
+    EkfacBlock,
+    Kron,
+    KronBlock,
+    LowRank,
+    expand_per_weight,
+)
 
 torch_double = {"dtype": torch.float64}
 
@@ -76,6 +86,24 @@ def test_solve_and_inverse_root(make):
         torch.testing.assert_close(matrix.solve(vectors, scale, delta), torch.linalg.solve(precision, vectors.T).T)
         root = matrix.inv_sqrt(torch.eye(matrix.n_params, **torch_double), scale, delta).T
         torch.testing.assert_close(root @ root.T, torch.linalg.inv(precision))
+
+
+def test_a_diagonal_in_parts(monkeypatch):
+    """Parts of two numbers, as large parameters have them; standard deviations are those of the damping at hand, and of its type."""
+    monkeypatch.setattr("laplace_ws.matrices.diag._AT_ONCE", 2)
+    h = torch.rand(9, **torch_double)
+    matrix = Diag({"w": torch.Size([3, 2]), "b": torch.Size([3])}, h)
+    vectors = torch.randn(4, 9, **torch_double)
+    for delta in [torch.tensor(0.5, **torch_double), torch.rand(2, **torch_double), torch.rand(9, **torch_double)]:
+        for scale in torch.tensor([1.3, 0.2], **torch_double):
+            precision = scale * h + expand_per_weight(delta, matrix.shapes)
+            torch.testing.assert_close(matrix.log_det(scale, delta), precision.log().sum())
+            for dtype in (torch.float64, torch.float32):
+                found = matrix.inv_sqrt(vectors.to(dtype), scale, delta)
+                torch.testing.assert_close(found, (vectors / precision.sqrt()).to(dtype))
+    wanted = torch.autograd.grad(matrix.inv_sqrt(vectors, scale, delta.requires_grad_()).sum(), delta)
+    expected = torch.autograd.grad((vectors / (scale * h + delta).sqrt()).sum(), delta)
+    torch.testing.assert_close(wanted, expected)
 
 
 @pytest.mark.parametrize("make", MATRICES)

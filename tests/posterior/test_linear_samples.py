@@ -132,6 +132,18 @@ def test_part_by_part_within_the_memory(structure):
     torch.testing.assert_close(found, of_dense_jacobian(la, x, directions))
 
 
+def test_draws_in_batches_within_the_memory(through_weights):
+    """Two at a time, in memory that is used again: as `sample` draws two, two and one."""
+    la, x, _ = fitted("diag", "cnn")
+    la.memory_budget = 2 * 8 * la.n_params
+    generator = seeded()
+    deviations = torch.cat([la.sample(n, generator) for n in (2, 2, 1)]) - la.mean
+    expected = of_dense_jacobian(la, x, deviations)
+    torch.testing.assert_close(la.functional_samples(x, n_samples=5, generator=seeded()), expected)
+    outputs = la.network.outputs(la.predictor.inputs(x), iter(la.mean + deviations), backprop=False)
+    torch.testing.assert_close(la(x, pred_type="nn", n_samples=5, generator=seeded()), outputs.softmax(-1).mean(0))
+
+
 def test_memory_stays_when_images_grow(through_weights):
     torch.manual_seed(0)
     model = build_model("lenet", in_channels=1, image_size=(28, 28), n_classes=10)
