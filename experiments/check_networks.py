@@ -15,7 +15,6 @@ fit runs first, uses and gradients of a few examples, held against autograd.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from bench_curvature.run import cpu_model
 from bench_curvature.tables import NOTHING, table
 from network_cell import STRUCTURES, Record, in_own_process
 from real_networks import CLASSIFIERS, REAL_NETWORKS, classifier
-from study import read_config, write_result
+from study import KeptLines, read_config, write_result
 from tqdm import tqdm
 
 from laplace_ws import Laplace, UnsupportedParameterError
@@ -135,20 +134,19 @@ def items(config: NetworksConfig) -> Iterator[Record]:
 
 def measure(config: NetworksConfig) -> None:
     """Measure what is missing, and keep each at once."""
-    known = read_measured(config)
+    kept = KeptLines(config.measured)
     wanted = [
         item
         for item in items(config)
-        if not REAL_NETWORKS[item["network"]].missing and not is_done(item, known, config.retry_failed)
+        if not REAL_NETWORKS[item["network"]].missing and not is_done(item, kept.known, config.retry_failed)
     ]
     options = {"threads": config.threads, "memory_gb": config.memory_gb, "timeout_s": config.timeout_s}
-    with config.measured.open("a") as file, ThreadPoolExecutor(config.processes) as executor:
+    with ThreadPoolExecutor(config.processes) as executor:
         futures = [executor.submit(in_own_process, item, **options) for item in wanted]
         try:
             for future in tqdm(as_completed(futures), total=len(futures), unit="cell", disable=None):
                 answer = future.result()
-                file.write(json.dumps(answer) + "\n")
-                file.flush()
+                kept.add(answer)
                 tqdm.write(f"{answer['network']}, {answer['structure']}: {answer.get('error', 'done')}")
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
@@ -160,15 +158,6 @@ def measure(config: NetworksConfig) -> None:
 def is_done(item: Record, known: Sequence[Record], retry_failed: bool) -> bool:
     """Whether there is a record of an item, or, where failures are tried again, one without an error."""
     return any(item.items() <= record.items() and not (retry_failed and "error" in record) for record in known)
-
-
-def read_measured(config: NetworksConfig) -> list[Record]:
-    """What was measured so far; a last line that was cut off is left out, and measured again."""
-    lines = config.measured.read_text().splitlines(keepends=True) if config.measured.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) < len(lines):
-        config.measured.write_text("".join(whole))
-    return [json.loads(line) for line in whole]
 
 
 # ------------------------------------------------------------------ tables
@@ -219,7 +208,7 @@ def _digits(value: float) -> str:
 
 def report(config: NetworksConfig) -> None:
     """Print the tables of what is there, and write them, and every figure of them."""
-    found = rows(config, read_measured(config))
+    found = rows(config, KeptLines(config.measured).known)
     print(as_markdown(found), flush=True)
     machine = environment_record(threads=config.threads, device="cpu", cpu=cpu_model(), libraries=_versions())
     path = write_result(config, config.name, {"machine": machine, "rows": found})

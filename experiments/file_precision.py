@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_curvature.tables import table
 from study import read_config, write_result
 from torch import Tensor, nn
 
@@ -129,19 +130,30 @@ def run(config: FilesConfig) -> dict[str, Any]:
 
 def as_markdown(found: dict[str, Any]) -> str:
     """The table that is printed."""
-    lines = [
-        "| network | structure | stored in | file [MB] | evidence, off by [nats] | variances, median | largest | probabilities, largest "
-        "| eigenvalues repaired |",
-        "|---" * 9 + "|",
+    header = [
+        "network",
+        "structure",
+        "stored in",
+        "file [MB]",
+        "evidence, off by [nats]",
+        "variances, off by, median",
+        "largest",
     ]
-    for row in found["rows"]:
-        lines.append(
-            f"| {row['network']} | {row['structure']} | {row['dtype']} | {row['megabytes']:.2f} | {row['evidence_error']:.2g} of "
-            f"{row['evidence']:,.0f} | {100 * row['variance_error_median']:.2g} % | {100 * row['variance_error_largest']:.2g} % | "
-            f"{row['probability_error_largest']:.1g} | {row['n_repairs']} |"
-        )
-    lines += [f"ResNet-18, kron, {name}: {megabytes:.0f} MB" for name, megabytes in found["resnet18"].items()]
-    return "\n".join(lines)
+    lines = [
+        [
+            row["network"],
+            row["structure"],
+            row["dtype"],
+            f"{row['megabytes']:.2f}",
+            f"{row['evidence_error']:.2g} of {row['evidence']:,.0f}",
+            *(f"{100 * row[name]:.2g} %" for name in ("variance_error_median", "variance_error_largest")),
+            f"{row['probability_error_largest']:.1g}",
+            str(row["n_repairs"]),
+        ]
+        for row in found["rows"]
+    ]
+    errors = table([*header, "probabilities, largest", "repairs"], lines)
+    return "\n".join([errors, *(f"ResNet-18, kron, {name}: {size:.0f} MB" for name, size in found["resnet18"].items())])
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import torchvision
 from bench_curvature.meter import seconds_of
 from bench_curvature.setting import Work
+from bench_curvature.tables import NOTHING, table
 from study import read_config, write_result
 
 from laplace_ws import Laplace
@@ -117,21 +118,17 @@ def run(config: ClassesConfig) -> dict[str, Any]:
 
 def as_markdown(found: dict[str, Any], n_samples: list[int]) -> str:
     """The table that is printed, in training steps."""
-    predictions = " | ".join(f"prediction, {n} samples" for n in n_samples)
-    lines = [
-        f"| classes | step [s] | product | draw | {predictions} | moments |",
-        "|---" * (5 + len(n_samples)) + "|",
-    ]
+    predictions = [f"prediction, {n} samples" for n in n_samples]
+    lines = []
     for row in found["by_classes"]:
         step = row["step"]
         cells = [f"{row['predictions'][n] / step:.0f}" for n in n_samples]
-        moments = f"{row['moments'] / step:.0f}" if row["moments"] else ""
-        lines.append(
-            f"| {row['n_classes']:,} | {step:.3f} | {row['product'] / step:.2f} | {row['draw'] / step:.2f} | {' | '.join(cells)} "
-            f"| {moments} |"
-        )
-    lines += [f"draw of {name}: {d['draw'] / d['step']:.1f} steps" for name, d in found["draws"].items()]
-    return "\n".join(lines)
+        moments = f"{row['moments'] / step:.0f}" if row["moments"] else NOTHING
+        parts = [f"{row[name] / step:.2f}" for name in ("product", "draw")]
+        lines.append([f"{row['n_classes']:,}", f"{step:.3f}", *parts, *cells, moments])
+    by_classes = table(["classes", "step [s]", "product", "draw", *predictions, "moments"], lines)
+    draws = [f"draw of {name}: {d['draw'] / d['step']:.1f} steps" for name, d in found["draws"].items()]
+    return "\n".join([by_classes, *draws])
 
 
 def main() -> None:

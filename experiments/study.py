@@ -25,6 +25,31 @@ def read_config(kind: type[Config], description: str | None) -> Config:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
+class KeptLines:
+    """What a study has measured so far: a file with one line of JSON for each measurement, which is written at once.
+
+    A last line that was cut off is removed, and its measurement made again.
+
+    Attributes:
+        path: of the file, which need not exist.
+        known: what its lines say, in order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):
+            path.write_text("".join(whole))
+        self.known: list[dict[str, Any]] = [json.loads(line) for line in whole]
+
+    def add(self, measured: dict[str, Any]) -> None:
+        """Write one measurement."""
+        self.known.append(measured)
+        with self.path.open("a") as file:
+            file.write(json.dumps(measured) + "\n")
+
+
 def write_result(config: Any, name: str, found: Any) -> Path:
     """Write configuration and findings to `name.json` in the folder `config.out`; says where."""
     path = Path(config.out) / f"{name}.json"

@@ -11,7 +11,6 @@ does not fit is a line. What was measured is kept in `name.jsonl`, line by line:
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from bench_curvature.run import answers, machine
 from bench_curvature.summary import ratios, summarise
 from bench_curvature.tables import NOTHING, spread, spread_ms, table
 from bench_curvature.tuning import TUNERS
-from study import read_config, write_result
+from study import KeptLines, read_config, write_result
 from tqdm import tqdm
 
 from laplace_ws.experiment.lock import sole_writer
@@ -138,16 +137,14 @@ def items(config: UpdateCostConfig) -> Iterator[tuple[Size, Item]]:
 
 def measure(config: UpdateCostConfig) -> None:
     """Measure what is missing, each in a process of its own, and keep it at once; a memory whose time failed is not tried."""
-    known = read_measured(config)
-    with tempfile.TemporaryDirectory(prefix="laplace-ws-update-") as folder, config.measured.open("a") as file:
+    kept = KeptLines(config.measured)
+    with tempfile.TemporaryDirectory(prefix="laplace-ws-update-") as folder:
         for network, item in tqdm(list(items(config)), unit="measurement", disable=None):
-            failed = [a for a in known if "error" in a and (item | {"kind": a["kind"]}).items() <= a.items()]
-            if failed or any(item.items() <= answer.items() for answer in known):
+            failed = [a for a in kept.known if "error" in a and (item | {"kind": a["kind"]}).items() <= a.items()]
+            if failed or any(item.items() <= answer.items() for answer in kept.known):
                 continue
             for answer in answers(bench_config(config, network), [item], Path(folder)):
-                known.append(answer)
-                file.write(json.dumps(answer) + "\n")
-                file.flush()
+                kept.add(answer)
 
 
 def bench_config(config: UpdateCostConfig, network: Size) -> BenchConfig:
@@ -156,15 +153,6 @@ def bench_config(config: UpdateCostConfig, network: Size) -> BenchConfig:
     return BenchConfig(
         seed=config.seed, device=config.device, threads=config.threads, n_repeats=config.n_repeats, network=sizes
     )
-
-
-def read_measured(config: UpdateCostConfig) -> list[Item]:
-    """What was measured so far; a last line that was cut off is left out, and measured again."""
-    lines = config.measured.read_text().splitlines(keepends=True) if config.measured.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) < len(lines):
-        config.measured.write_text("".join(whole))
-    return [json.loads(line) for line in whole]
 
 
 def rows(config: UpdateCostConfig, measured: Sequence[Item]) -> list[Row]:
@@ -269,8 +257,7 @@ def _draw(axes: Any, config: UpdateCostConfig, found: Sequence[Row]) -> None:
 
 def report(config: UpdateCostConfig) -> None:
     """Print the table of what is there, and write table, picture and every figure of it."""
-    measured = read_measured(config)
-    found = rows(config, measured)
+    found = rows(config, KeptLines(config.measured).known)
     print(as_markdown(found), flush=True)
     path = write_result(
         config, config.name, {"machine": machine(bench_config(config, config.networks[0])), "rows": found}

@@ -154,7 +154,7 @@ def test_a_network_whose_package_is_missing_is_said_so(tmp_path, monkeypatch):
     monkeypatch.setattr(check_networks, "in_own_process", None)
     (row,) = run(monkeypatch, tmp_path, "--networks", "[timm_vit]")
     assert row["error"] == "not installed: pip install timm"
-    assert Path(tmp_path / "check_networks.jsonl").read_text() == ""
+    assert not Path(tmp_path / "check_networks.jsonl").exists()
 
 
 @pytest.mark.parametrize(
