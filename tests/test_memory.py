@@ -184,6 +184,14 @@ def test_rows_of_a_full_matrix_keep_to_the_memory_budget(monkeypatch):
     assert 1 < max(sizes) <= 8
 
 
+def test_the_default_budget_grows_with_the_covered_weights():
+    model = nn.Sequential(nn.Linear(3000, 3000), nn.Linear(3000, 2))
+    n_bytes = 4 * sum(p.numel() for p in model.parameters())
+    assert Laplace(model, "classification").memory_budget == 8 * n_bytes > 2**28
+    assert Laplace(model, "classification", "last_layer").memory_budget == 2**28
+    assert Laplace(model, "classification", memory_budget=5).memory_budget == 5
+
+
 @pytest.mark.filterwarnings("ignore::laplace_ws.errors.CurvatureWarning")
 def test_what_fits_is_predicted(monkeypatch):
     la = _fitted(n_outputs=1000, max_factor_dim=64)

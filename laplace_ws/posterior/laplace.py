@@ -37,6 +37,7 @@ from laplace_ws.posterior.density import WeightDensity
 from laplace_ws.posterior.evidence import log_marginal_likelihood, optimal_prior_and_noise
 from laplace_ws.posterior.fit import Fit, all_options, check_network, fit_posterior
 from laplace_ws.posterior.groups import PriorStructure
+from laplace_ws.posterior.memory_needs import default_memory_budget
 from laplace_ws.posterior.network import Network
 from laplace_ws.posterior.packing import stored_dtype
 from laplace_ws.posterior.precision import PosteriorPrecision
@@ -84,6 +85,7 @@ class Laplace(Predictive, WeightDensity):
         dict_key_x: for batches that are mappings, the entry that gives the number of examples and the device.
         dict_key_y: for batches that are mappings, the entry with the targets.
         memory_budget: bytes that the Jacobians of a prediction may take at a time, which decides how many examples are processed at once.
+            Where not given, 256 MiB, or eight times the covered parameters where that is more.
         class_names: names of the classes or outputs, kept in files.
         **structure_options: of the structure: `kfac_approx` ("auto", "expand", "reduce" or a mapping from patterns of parameter names to
             these; "auto" is expand, but reduce for parameters in the reduce setting, see `KfacApprox`), `factor_precision` ("float32",
@@ -116,14 +118,13 @@ class Laplace(Predictive, WeightDensity):
         generator: torch.Generator | None = None,
         dict_key_x: str = BatchKeys.x,
         dict_key_y: str = BatchKeys.y,
-        memory_budget: int = 2**28,
+        memory_budget: int | None = None,
         class_names: Sequence[str] | None = None,
         **structure_options: Any,
     ):
         own_options = inspect.signature(type(self).__init__).parameters
         structure = make_structure(hessian_structure, structure_options, other_options=own_options)
         self.mc_samples: int = whole_number("mc_samples", mc_samples, least=1)
-        self.memory_budget: int = whole_number("memory_budget", memory_budget, least=1)
         generator = generator_or_none("generator", generator)
         if isinstance(subset_of_weights, WeightSubset):
             if last_layer_name is not None or subnetwork_indices is not None:
@@ -142,6 +143,9 @@ class Laplace(Predictive, WeightDensity):
         self.network: Network = Network(model, subset, make_backend(backend), BatchKeys(dict_key_x, dict_key_y), among)
         self.structure: Structure = structure.bound(self.parameter_names)
         check_visible(model, self.network.parameters().values())
+        if memory_budget is None:
+            memory_budget = default_memory_budget(self.network.parameters().values())
+        self.memory_budget: int = whole_number("memory_budget", memory_budget, least=1)
         self._likelihood: Likelihood = make_likelihood(likelihood)
         self.curvature = curvature
         weights = self.network.flat_weights()

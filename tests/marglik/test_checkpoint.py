@@ -126,7 +126,10 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
         ({"backend": Renamed()}, r"\(backend was 'native' and is 'renamed'\)"),
         ({"final_curvature": "ggn"}, r"\(final_curvature was 'ggn_mc' and is 'ggn'\)"),
         ({"mc_samples": 2}, r"\(mc_samples was 1 and is 2\)"),
-        ({"fit_fraction": None}, r"\(fit_fraction was 0\.5 and is None, curvature_budget was None and is 0\.1\)"),
+        (
+            {"fit_fraction": None, "keep": "last"},
+            r"\(fit_fraction was 0\.5 and is None, curvature_budget was None and is 0\.1, keep was 'best' and is 'last'\)",
+        ),
         ({"fit_fraction": None, "curvature_budget": None}, r"\(fit_fraction was 0\.5 and is 1\.0\)"),
         ({"lr_hyp": 0.2}, r"\(lr_hyp was 0\.1 and is 0\.2\)"),
         ({"prior_prec_init": 2.0}, r"\(starts\.prior_precision was 0\.6 and is 2\.0\)"),
