@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from calibrate import mean_and_error
@@ -69,9 +70,9 @@ def picture(config: StudyConfig, table: Table) -> bytes:
             label = f"best of {len(fixed)} by test NLL"
             _point(axes, best, color="#0072B2", marker="D", markerfacecolor="white", label=f"{label}, its own cost")
             _point(axes, best, color="#0072B2", marker="D", label=f"{label}, cost of all", seconds=cost)
-        for name, figures in table.items():
-            if name.startswith("optuna-"):
-                _point(axes, figures, color="#009E73", marker="^", label=f"Optuna, ×{name.removeprefix('optuna-')}")
+        searched = {name: figures for name, figures in table.items() if name.startswith("optuna-")}
+        for (name, figures), marker in zip(searched.items(), cycle("^vP"), strict=False):
+            _point(axes, figures, color="#009E73", marker=marker, label=f"Optuna, ×{name.removeprefix('optuna-')}")
         axes.set_xlabel("CPU minutes, one thread")
         axes.set_ylabel("test NLL [nats]")
         axes.set_title(config.title)

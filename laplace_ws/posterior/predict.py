@@ -302,7 +302,7 @@ class Predictor:
         if not route.is_through_weights or not network.can_push_forward(inputs):
             return None
         linear = LinearSamples(network, self.fit.output_shape, self.memory_budget)
-        return linear.outputs(inputs, self._deviations(options.n_samples, options.generator))
+        return linear.outputs(inputs, self.deviations(options.n_samples, options.generator))
 
     def jacobians(self, x: Any, *, backprop: bool) -> tuple[Float[Tensor, "N D P"], Float[Tensor, "N ..."]]:
         """∂f/∂θ of each example over the covered weights, and f."""
@@ -375,10 +375,10 @@ class Predictor:
 
     def _drawn_weights(self, n_samples: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, " P"]]:
         """Samples one by one."""
-        for deviations in self._deviations(n_samples, generator):
+        for deviations in self.deviations(n_samples, generator):
             yield from self.fit.mean + deviations
 
-    def _deviations(self, n_samples: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, "B P"]]:
+    def deviations(self, n_samples: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, "B P"]]:
         """Deviations of samples from the mean, drawn in batches as large as memory allows."""
         at_once = min(n_samples, max(1, self.memory_budget // (self.network.n_params * 8)))
         noise = self._room_for_noise(at_once)  # used again, as new memory takes a third of the time of a draw
