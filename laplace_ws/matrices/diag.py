@@ -15,7 +15,7 @@ from laplace_ws.matrices.base import CurvatureMatrix, by_parameter, expand_per_w
 from laplace_ws.matrices.pushforward import Damping, Layout, SeparablePushforward
 
 _AT_ONCE = 2**16
-"""Numbers in float64 that are worked on at a time."""
+"""Numbers in float64 that are worked on at a time on a CPU, as its caches hold them; elsewhere it is a parameter."""
 
 
 class Diag(CurvatureMatrix):
@@ -51,11 +51,12 @@ class Diag(CurvatureMatrix):
         return torch.stack([damped.log().sum() for damped in self._damped_parts(scale, delta)]).sum()
 
     def _damped_parts(self, scale: Tensor, delta: Tensor) -> Iterator[Float[Tensor, " D"]]:
-        """`damped` in parts of one parameter each that stay in a cache."""
+        """`damped` in parts of one parameter each."""
+        at_once = _AT_ONCE if self.values.device.type == "cpu" else max(1, self.n_params)
         sizes = [shape.numel() for shape in self.shapes.values()]
         for values, d in zip(self.values.split(sizes), by_parameter(delta, self.shapes).values(), strict=True):
-            parts = values.split(_AT_ONCE)
-            for part, own in zip(parts, d.split(_AT_ONCE) if d.ndim else [d] * len(parts), strict=True):
+            parts = values.split(at_once)
+            for part, own in zip(parts, d.split(at_once) if d.ndim else [d] * len(parts), strict=True):
                 yield part.double() * scale.double() + own.double()
 
     @torch.no_grad()
