@@ -43,12 +43,14 @@ ROWS: dict[str, dict[str, Any]] = {
     **{f"share {share:g}": {**OFTEN, "fit_fraction": share} for share in (0.5, 0.25, 0.1, 0.05)},
     **{f"frequency {frequency}": {**OFTEN, "marglik_frequency": frequency} for frequency in (1, 2)},
     **{f"curvature {name}": {**OFTEN, "curvature": name} for name in ("ef", "ggn_mc_rademacher", "ggn")},
+    "last epoch": {**OFTEN, "fit_fraction": 0.1, "keep": "last"},
     "approximation expand": {**OFTEN, "kfac_approx": "expand"},
     **{f"optimiser {name}": {**OFTEN, "hyper_optimizer": name} for name in ("adam", "mackay")},
     **{f"budget {share:g}": {"curvature_budget": share} for share in (0.02, 0.05, 0.1, 0.2)},
 }
 """By name, what a row changes of `train.marglik`. Where its name does not say so, the curvature is ggn_mc by reduce, the optimiser newton,
-the share 0.25 and the frequency 5; so the row "share 0.25" stands for each of these."""
+the share 0.25 and the frequency 5; so the row "share 0.25" stands for each of these. "last epoch" is "share 0.1" without
+`keep="best"`, with which the others were measured."""
 
 DIGITS = {
     "overhead [%]": (100.0, 1), "last fit [%]": (100.0, 1), "tunings": (1.0, 0),

@@ -173,7 +173,7 @@ def train(config: TrustConfig, network: NetworkConfig, seed: int) -> Trained:
         loader,
         n_epochs=network.n_epochs,
         curvature_budget=None,
-        keep="best",
+        keep="best",  # as docs/results.md has it
         hyper_optimizer="adam",
         optimizer_kwargs={"lr": network.lr, "momentum": 0.9, "nesterov": True},
         progress_bar=False,

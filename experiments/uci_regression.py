@@ -112,7 +112,7 @@ def one_split(config: UciConfig, table: str, split: int) -> dict[str, float]:
         n_epochs_burnin=n_epochs // 10,
         marglik_frequency=max(1, n_epochs // 60),
         fit_fraction=1.0,
-        keep="best",
+        keep="best",  # as docs/results.md has it
         hyper_optimizer="newton",
         prior_structure=config.prior_structure,
         prior_prec_init=config.prior_prec_init,

@@ -19,9 +19,10 @@ _FEWER_INPUTS = "give fewer inputs at a time"
 
 
 def default_memory_budget(parameters: Iterable[Tensor]) -> int:
-    """Bytes that a prediction may take at a time where nobody says: as large networks take many times their weights in any case.
+    """Bytes that the Jacobians of a prediction may take at a time where `memory_budget` is not given, by the parameters that are covered.
 
-    A training step does, and so do Kronecker factors; with less, predictions of a ResNet-50 went through the network one by one.
+    A training step and Kronecker factors take several times the parameters too. A budget that does not grow with them would leave large
+    networks one example at a time, which is slow.
     """
     return max(_LEAST_BUDGET, _BUDGET_BY_WEIGHTS * sum(p.numel() * p.element_size() for p in parameters))
 
