@@ -63,6 +63,6 @@ def test_what_was_measured_with_other_settings_is_not_taken_for_it(study):
 
 def test_configuration_of_the_repository_is_read():
     config = Options(budget_tradeoff.TradeoffConfig).read(["--config", "configs/budget_tradeoff.yaml"])
-    assert len(config.row_names) == 18
+    assert len(config.row_names) == 19
     for row in config.row_names:
         assert config.run_of(row, 0).marglik.n_epochs == 30
