@@ -128,7 +128,7 @@ def by_hand(finished) -> dict[str, float]:
     """The criteria of a candidate from its files, by their definitions."""
     run = finished.run_config(finished.candidates[0])
     data = load_data(run)
-    state = load_training(finished.folder / "wide" / "checkpoint.pt")["progress"]["best"]
+    state = load_training(finished.folder / "wide" / "checkpoint.pt")
     model = make_model(run, data)
     model.load_state_dict(state["model"])
     evidence = json.loads((finished.folder / "wide" / "summary.json").read_text())["tuned"]["log_marginal_likelihood"]
@@ -146,7 +146,7 @@ def by_hand(finished) -> dict[str, float]:
     folder.mkdir()
     result, _ = train_one(run, TUNED, folder, False, False, part)
     on_part = make_model(run, data)
-    kept = load_training(folder / "checkpoint.pt")["progress"]["best"]
+    kept = load_training(folder / "checkpoint.pt")
     on_part.load_state_dict(kept["model"])
     prior = prior_groups(names, "layerwise").spread(kept["hyper"]["log_prior_precision"].exp())
     la = posterior(on_part, TensorLoader(part.x_train, part.y_train, batch_size=50), prior, kfac_approx="expand")
