@@ -68,6 +68,12 @@ def test_two_writers(attacks, tmp_path):
         shutil.rmtree(config.folder)
 
 
+def not_ignored() -> None:
+    """Take signals whoever started the tests: a shell has its background jobs ignore SIGINT, and nohup SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def begun(tmp_path: Path, *, workers: int) -> subprocess.Popen[str]:
     """`laplace-ws train` in a process of its own, with two networks under way where there are two workers."""
     config = run_config(tmp_path / "out", workers, n_epochs=100_000)
@@ -86,7 +92,7 @@ def begun(tmp_path: Path, *, workers: int) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell has its background jobs ignore it
+        preexec_fn=not_ignored,
     )
     metrics = config.folder / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and sum(n > 3 for n in epochs_in(metrics).values()) == workers)
